@@ -1,0 +1,370 @@
+"""The whole config tree and the checks across its fields. Imports neither torch nor any room.
+
+Every field has its vetted default here and nowhere else; the string under a field is its documentation, from
+which `docs/config.md` is generated. Reading files and overrides is `sluice.configfile`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""`module:function`, importable from the current folder."""
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+Layout = Literal["rows", "packed"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """Folder name of the run; left out, the name of the config file and the time."""
+    folder: str = "runs"
+    """Where run folders are made."""
+    seed: NonNegativeInt = 0
+    """Seeds the prompt order and every sample; the same config gives the same numbers on the same machine."""
+    num_threads: PositiveInt | None = None
+    """CPU threads for torch; left out, torch decides."""
+
+
+class TrainRun(RunSection):
+    num_steps: PositiveInt = 100
+    """Steps; each samples groups, updates the policy and publishes its weights."""
+
+
+class SftRun(RunSection):
+    num_epochs: PositiveInt = 1
+    """Times that the data is gone through."""
+
+
+class ModelSection(Section):
+    path: str
+    """Hugging Face model folder with a tokeniser."""
+    random_weights: bool = False
+    """Take only the architecture (`config.json`) and the tokeniser from `path` and start from random weights, seeded by `run.seed`."""
+    dtype: Dtype = "float32"
+    """Weights and activations. With bfloat16 the trainer keeps FP32 master weights; the head and log-softmax are FP32 in both."""
+    device: Device = "auto"
+    """auto takes a CUDA device when there is one."""
+
+
+class FileData(Section):
+    path: str
+    """JSONL file, Parquet file, or folder written by `datasets.save_to_disk`."""
+    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
+    """auto decides by what is at `path`."""
+    split: str | None = None
+    """Split of a Hugging Face DatasetDict."""
+    prompt: str = "prompt"
+    """Column with the prompt: a text, or a list of messages with `role` and `content`."""
+    system_prompt: str | None = None
+    """Put before every prompt as a system message; needs a tokeniser with a chat template."""
+    shuffle: bool = True
+    """A new order every epoch, drawn from `run.seed`; false keeps the order of the file."""
+
+
+class PromptData(FileData):
+    reference: str | None = None
+    """Column with what rewards compare with: gold answer, tests …"""
+    reference_pattern: str | None = None
+    """Regular expression whose first group is the reference, e.g. `#### (.+)`; a row that it does not match is an error."""
+    id: str | None = None
+    """Column that names a row; left out, file name and row number."""
+    metadata: tuple[str, ...] = Field(default=(), strict=False)
+    """Columns handed to rewards and shown in the ledger."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What to do with a prompt that leaves no room for `rollout.max_new_tokens`: end the run, or skip it with an event."""
+
+
+class SftData(FileData):
+    response: str = "response"
+    """Column with the text to learn; the loss is on its tokens and on the end-of-sequence token only."""
+
+
+class RolloutSection(Section):
+    groups_per_step: PositiveInt = 32
+    """Groups (prompts) per step."""
+    group_size: PositiveInt = 8
+    """Samples per group."""
+    max_new_tokens: PositiveInt = 256
+    """Longest completion."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same one."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; the log-probs stay those of the whole tempered distribution."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k most likely tokens only; 0 is off."""
+    stop: tuple[str, ...] = Field(default=(), strict=False)
+    """Texts that end a completion."""
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
+    """Token ids that end a completion, besides the model's own end-of-sequence ids."""
+    max_staleness: NonNegativeInt = 0
+    """How many updates of the weights may lie between the sampling of a group and its training; 0 is synchronous."""
+    environment: Literal["single_turn"] | DottedPath = "single_turn"
+    """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
+    filter: DottedPath | None = None
+    """`module:function` with `(group) -> bool`: false rejects the group, and another prompt takes its place."""
+    max_rejected_groups: PositiveInt | None = None
+    """Groups that may be rejected while one step is filled before the run ends; left out, 10 × groups_per_step."""
+    max_failed_groups: PositiveInt = 4
+    """Groups in a row in which no sample could be scored before the run ends."""
+
+
+class EmbeddedEngine(Section):
+    name: Literal["embedded"] = "embedded"
+    """Generates in process, with the trainer's own weights."""
+    num_slots: PositiveInt = 256
+    """Completions decoded at once; a finished one's slot is taken at once."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt + completion; left out, the model's own limit."""
+    prefill_tokens: PositiveInt = 8192
+    """Prompt tokens computed at once."""
+
+
+class ScriptedEngine(Section):
+    name: Literal["scripted"] = "scripted"
+    """Answers from a function instead of a model, to try data, rewards and the loop."""
+    script: DottedPath
+    """`module:function` with `(prompt_ids, sampling) -> token ids`."""
+    max_delay_s: NonNegativeFloat = 0.0
+    """Each completion takes a random time up to this."""
+    max_model_len: PositiveInt = 4096
+    """Longest prompt + completion."""
+
+
+AlgorithmName = Literal["cispo", "grpo", "dr_grpo", "glm", "dapo", "gspo", "reinforce"]
+
+
+class AlgorithmSection(Section):
+    name: AlgorithmName = "cispo"
+    """A row of the algorithm table; the settings below change single words of it, and left out are as in the row."""
+    advantage: Literal["z_score", "centred", "raw"] | None = None
+    """(R - mean) / (std + eps) in the group, R - mean, or R."""
+    std_eps: PositiveFloat | None = None
+    """Added to the group's standard deviation (ddof 1) by `z_score`."""
+    ratio: Literal["token", "sequence", "none"] | None = None
+    """Importance ratio per token, one per sequence (length-normalised), or none (on-policy)."""
+    clip: Literal["surrogate", "weight", "none"] | None = None
+    """PPO's clipped surrogate, CISPO's clipped weight, or no bound."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Trust region below: ratio >= 1 - clip_low (clip: surrogate, mask: trust_region)."""
+    clip_high: PositiveFloat | None = None
+    """Trust region above: ratio <= 1 + clip_high (clip: surrogate, mask: trust_region)."""
+    ratio_max: PositiveFloat | None = None
+    """Upper bound of the ratio itself, not of its distance from 1 (clip: weight)."""
+    ratio_min: PositiveFloat | None = None
+    """Lower bound of the ratio itself (clip: weight); no row sets one."""
+    mask: Literal["none", "trust_region"] | None = None
+    """trust_region drops the tokens that PPO would clip (clip: weight or none)."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
+    """What divides the sum of token losses: loss tokens; each sequence's tokens, then sequences; sequences × loss_constant."""
+    loss_constant: PositiveFloat | None = None
+    """Divisor of `aggregation: constant`; left out, rollout.max_new_tokens."""
+    dynamic_sampling: bool | None = None
+    """Reject groups whose rewards are all equal, and sample others."""
+    old_logprobs: Literal["engine", "recomputed"] = "engine"
+    """What the ratio divides by: the engine's log-probs, or the trainer's own before the first update of the step."""
+
+    def overrides(self) -> dict[str, Any]:
+        """The words that differ from the row."""
+        return self.model_dump(exclude={"name", "old_logprobs"}, exclude_none=True)
+
+
+class RewardSection(Section):
+    weight: float = 1.0
+    """Factor in the sum; 0 logs the part without rewarding it."""
+    timeout_s: PositiveFloat = 10.0
+    """After this the process that computes it is killed and the sample has no score."""
+
+
+class MathReward(RewardSection):
+    name: Literal["math"] = "math"
+    """1 when the final answer equals the reference as mathematics (library math-verify), else 0."""
+    label: str = "math"
+    """Name of the part in metrics and ledger."""
+
+
+class MatchReward(RewardSection):
+    name: Literal["match"] = "match"
+    """1 when the text matches, else 0."""
+    pattern: str | None = None
+    """Regular expression searched in the response; with a reference its first group must equal it. Left out, the whole response must."""
+    against: Literal["reference", "nothing"] = "reference"
+    """nothing: that the pattern is found is enough."""
+    take: Literal["first", "last"] = "last"
+    """Which match counts when there are several."""
+    label: str = "match"
+    """Name of the part in metrics and ledger."""
+
+
+class FormatReward(RewardSection):
+    name: Literal["format"] = "format"
+    """1 when the whole response matches a pattern, else 0."""
+    pattern: str
+    """Regular expression (dot matches newlines), e.g. `<think>.*</think>.*`."""
+    label: str = "format"
+    """Name of the part in metrics and ledger."""
+
+
+class CustomReward(RewardSection):
+    name: DottedPath
+    """`module:function` with `(prompt, trajectory) -> float`, or a dict of named floats."""
+    label: str | None = None
+    """Name of the part in metrics and ledger; left out, the function's."""
+
+
+def _reward_tag(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if name in ("math", "match", "format") else "module:function"
+
+
+AnyReward = Annotated[
+    Annotated[MathReward, Tag("math")]
+    | Annotated[MatchReward, Tag("match")]
+    | Annotated[FormatReward, Tag("format")]
+    | Annotated[CustomReward, Tag("module:function")],
+    Discriminator(_reward_tag),
+]
+
+
+class OptimizerSection(Section):
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls afterwards, over the rest of the run."""
+    final_learning_rate: NonNegativeFloat = 0.0
+    """Where linear and cosine end."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """Of AdamW."""
+    eps: PositiveFloat = 1e-15
+    """Of AdamW; RL gradients lie between 1e-18 and 1e-5 (MiniMax-M1, section 3), so a larger one freezes weights."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Of AdamW; not applied to vectors (norms, biases)."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Tokens (padding included) in one forward and backward; the loss does not depend on it. A longer sample goes alone."""
+    layout: Layout = "rows"
+    """rows: padded to the longest of the micro-batch; packed: one row, block-diagonal attention."""
+
+
+class LocalTrainer(OptimizerSection):
+    name: Literal["local"] = "local"
+    """One process, one device."""
+    updates_per_batch: PositiveInt = 1
+    """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
+
+
+class DryTrainer(Section):
+    name: Literal["dry"] = "dry"
+    """Changes no weights and loads none: to try data, rewards and the loop with the scripted engine."""
+    updates_per_batch: PositiveInt = 1
+    """Minibatches per step."""
+
+
+class SftTrainer(OptimizerSection):
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW."""
+    samples_per_update: PositiveInt = 64
+    """Samples per optimiser update."""
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints; one is always written at the end."""
+
+
+class TrainConfig(Section):
+    """`sluice train`"""
+
+    run: TrainRun = TrainRun()
+    model: ModelSection
+    data: PromptData
+    rollout: RolloutSection = RolloutSection()
+    engine: Annotated[EmbeddedEngine | ScriptedEngine, Field(discriminator="name")] = EmbeddedEngine()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    rewards: tuple[AnyReward, ...] = Field(strict=False, min_length=1)
+    """What a response is worth: the weighted sum of these."""
+    reward_workers: PositiveInt = 1
+    """Processes that compute rewards."""
+    trainer: Annotated[LocalTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _rooms_fit(self) -> TrainConfig:
+        samples = self.rollout.groups_per_step * self.rollout.group_size
+        if self.engine.name == "embedded" and self.rollout.max_staleness > 0:
+            raise ValueError(
+                f"rollout.max_staleness={self.rollout.max_staleness} cannot work with engine.name=embedded: it generates with the "
+                "trainer's own weights, so nothing can be sampled while they change; set rollout.max_staleness=0"
+            )
+        if self.trainer.updates_per_batch > samples:
+            raise ValueError(
+                f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
+                f"({self.rollout.groups_per_step} groups × {self.rollout.group_size}); every update needs a sample"
+            )
+        if self.trainer.name == "dry" and self.engine.name != "scripted":
+            raise ValueError(
+                "trainer.name=dry loads no model, and engine.name=embedded needs the trainer's; set engine.name=scripted, or trainer.name=local"
+            )
+        if self.trainer.name == "dry" and self.algorithm.old_logprobs == "recomputed":
+            raise ValueError("algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine")
+        _check_schedule(self.trainer)
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> TrainConfig:
+        if self.data.reference_pattern is not None and self.data.reference is None:
+            raise ValueError("data.reference_pattern has no effect without data.reference; name the column it is searched in")
+        labels = [reward_label(reward) for reward in self.rewards]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"rewards: two parts are called {twice[0]!r}; give one of them another label")
+        for i, reward in enumerate(self.rewards):
+            if isinstance(reward, MatchReward) and reward.against == "nothing" and reward.pattern is None:
+                raise ValueError(f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern")
+            compares = isinstance(reward, MathReward) or (isinstance(reward, MatchReward) and reward.against == "reference")
+            if compares and self.data.reference is None:
+                raise ValueError(f"rewards.{i} ({reward.name}) compares with the reference, but data.reference names no column")
+        if all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so no response is worth anything; give one a weight")
+        return self
+
+
+class SftConfig(Section):
+    """`sluice sft`"""
+
+    run: SftRun = SftRun()
+    model: ModelSection
+    data: SftData
+    trainer: SftTrainer = SftTrainer()
+
+    @model_validator(mode="after")
+    def _fits(self) -> SftConfig:
+        _check_schedule(self.trainer)
+        return self
+
+
+def reward_label(reward: AnyReward) -> str:
+    return reward.label or reward.name.rpartition(":")[2]
+
+
+def _check_schedule(trainer: LocalTrainer | DryTrainer | SftTrainer) -> None:
+    if isinstance(trainer, DryTrainer):
+        return
+    if trainer.schedule == "constant" and trainer.final_learning_rate > 0:
+        raise ValueError(
+            "trainer.final_learning_rate has no effect with trainer.schedule=constant; set schedule to linear or cosine, or leave it out"
+        )
+    if trainer.final_learning_rate > trainer.learning_rate:
+        raise ValueError("trainer.final_learning_rate is above trainer.learning_rate; schedules only fall")

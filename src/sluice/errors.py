@@ -1,0 +1,53 @@
+"""Every error that sluice raises on purpose, and the context manager that names the boundary where one arose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class SluiceError(Exception):
+    """Base of all errors that tell the user what was wrong, where, and what to do; the CLI prints them without a traceback."""
+
+
+class ConfigError(SluiceError):
+    """A setting that is unknown, of the wrong type, or that cannot work together with another."""
+
+
+class DataError(SluiceError):
+    """A data file, or a row of it, that cannot be used."""
+
+
+class RolloutError(SluiceError):
+    """Something failed between a prompt and a scored group."""
+
+
+class EngineError(RolloutError):
+    """The engine could not generate."""
+
+
+class EnvironmentError_(RolloutError):
+    """User code that plays the environment raised."""
+
+
+class RewardError(RolloutError):
+    """A reward raised, never returned, or returned something that is no score."""
+
+
+class TrainingError(SluiceError):
+    """An update that must not be made."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient norm that is not a finite number; the update was refused."""
+
+
+@contextmanager
+def boundary(error: type[SluiceError], what: str) -> Iterator[None]:
+    """Turn whatever the block raises into `error`, saying at which boundary (`what`) it arose."""
+    try:
+        yield
+    except SluiceError:
+        raise
+    except Exception as cause:
+        raise error(f"{what}: {type(cause).__name__}: {cause}") from cause

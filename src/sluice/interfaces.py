@@ -1,0 +1,101 @@
+"""The seams of a run. Whatever has these methods can stand in; nothing needs to be inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sluice.types import Completion, Group, Message, Prompt, Sample, Sampling, Trajectory, Turn
+
+if TYPE_CHECKING:
+    import torch
+
+    from sluice.tracking.metrics import Metrics
+
+
+class Weights(Protocol):
+    """A handle to the trainer's weights, not a copy of them."""
+
+    @property
+    def model(self) -> Any: ...
+
+
+class LanguageModel(Protocol):
+    """A causal language model as hidden states and a head; what the trainer and the embedded engine share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    max_length: int
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, visible: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """[B, L] ids and positions, [B, L, K] who may look at whom → [B, L, H]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, V] in FP32, whatever the weights' dtype."""
+        ...
+
+
+class Engine(Protocol):
+    """Turns prompts into completions."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
+
+    async def update_weights(self, weights: Weights, version: int) -> None:
+        """Returns when every later token is made by these weights."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Trainer(Protocol):
+    """Turns batches into updates."""
+
+    async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
+        """Fill `old_logprobs` with the trainer's own log-probs under the current weights."""
+        ...
+
+    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any]) -> Metrics: ...
+
+    async def optim_step(self) -> Metrics: ...
+
+    def weights(self) -> Weights: ...
+
+    def save(self, folder: str) -> None:
+        """Write a folder that `transformers` loads."""
+        ...
+
+
+class Policy(Protocol):
+    """What an environment talks to."""
+
+    turns: list[Turn]
+    """Every exchange so far; `respond` records them itself."""
+
+    async def respond(self, messages: Sequence[Message]) -> Message: ...
+
+
+class Environment(Protocol):
+    """Plays one attempt at a prompt: any agent loop can be written in it."""
+
+    async def __call__(self, prompt: Prompt, policy: Policy) -> Trajectory: ...
+
+
+class Reward(Protocol):
+    """Scores one attempt; this is all that most users write. Parts are named floats that are summed and logged."""
+
+    def __call__(self, prompt: Prompt, trajectory: Trajectory) -> float | dict[str, float]: ...
+
+
+class Tracker(Protocol):
+    """Takes what a run reports."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None: ...
+
+    def event(self, kind: str, message: str, **details: Any) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,165 @@
+"""What flows through a run, from a prompt to a training sample. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "repetition", "abort"]
+Outcome = Literal["pending", "scored", "error", "timeout"]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task for the policy."""
+
+    id: str
+    """Stable across epochs and runs; names the row in errors and in the ledger."""
+    messages: Sequence[Message]
+    """The conversation so far, each a dict with `role` and `content`."""
+    reference: Any = None
+    """Gold answer, tests …: seen by rewards, never by the policy."""
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further columns of the data row, for rewards and for the ledger."""
+    where: str = ""
+    """`file:line` of the row, for error messages."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one completion is sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; training needs more than 0."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion; the tokens that complete one are kept."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Token ids that end the completion; the id is kept as the last token."""
+    seed: int = 0
+    """Seeds this completion alone, so that what is sampled does not depend on what is sampled beside it."""
+
+
+@dataclass
+class Completion:
+    """What the engine made of one prompt: tokens, never re-tokenised text."""
+
+    token_ids: list[int]  # [T]
+    logprobs: list[float]  # [T]
+    """Log-probability of each token under the tempered policy (logits / temperature), before top-p and top-k."""
+    finish_reason: FinishReason
+    policy_versions: list[int]  # [T]
+    """Which weights made each token."""
+    temperature: float
+    text: str = ""
+    """Decoded once, for rewards and readers; it is never tokenised again."""
+
+    def __post_init__(self) -> None:
+        _same_length("Completion", token_ids=self.token_ids, logprobs=self.logprobs, policy_versions=self.policy_versions)
+
+
+@dataclass
+class Turn:
+    """One call of the engine: exactly the ids that it saw and gave."""
+
+    prompt_ids: list[int]
+    completion: Completion
+
+
+@dataclass
+class Trajectory:
+    """One attempt at a prompt: a turn, or several with an environment between them."""
+
+    turns: list[Turn]
+    stop_reason: str = ""
+    """Why the environment ended; for a single turn, the completion's finish reason."""
+    outcome: Outcome = "pending"
+    """`scored`, or why there is no score. An error is never a score."""
+    reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict[str, float])
+    error: str = ""
+    """What went wrong, when `outcome` is error or timeout."""
+
+    @property
+    def response(self) -> str:
+        """Text of the last completion, which is what most rewards look at."""
+        return self.turns[-1].completion.text if self.turns else ""
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+
+@dataclass
+class Group:
+    """All trajectories of one prompt: the unit of queueing, scoring, filtering and staleness."""
+
+    id: int
+    """The ticket under which the buffer admitted it; advantages are taken per id, never by position."""
+    prompt: Prompt
+    trajectories: list[Trajectory]
+    rejected: str = ""
+    """Why it is not trained on; empty when it is."""
+
+    @property
+    def scored(self) -> list[Trajectory]:
+        return [t for t in self.trajectories if t.outcome == "scored"]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that made any token of the group."""
+        return min(v for t in self.trajectories for turn in t.turns for v in turn.completion.policy_versions)
+
+
+@dataclass
+class Sample:
+    """One token sequence to train on. Fields of length T speak of token t given the tokens before it."""
+
+    token_ids: list[int]  # [T] prompt, response and whatever the environment said between
+    loss_weights: list[float]  # [T] 0.0: not the policy's; 1.0: the policy's; any other value weighs the loss
+    logprobs: list[float]  # [T] the engine's word, of the tempered policy; 0.0 where the policy did not write
+    policy_versions: list[int]  # [T] -1 where the policy did not write
+    temperature: float
+    group: int
+    index: int
+    """Which trajectory of the group; several samples of one trajectory share it."""
+    reward: float = 0.0
+    """Never overwritten by an advantage."""
+    prompt_id: str = ""
+
+    advantages: list[float] = field(default_factory=list[float])  # [T] filled by `assign_advantages`
+    old_logprobs: list[float] = field(default_factory=list[float])  # [T] what the ratio divides by, filled before the first update
+    update: int = -1
+    """Which optimiser update of the step used it; the next three are as the policy stood at that update."""
+    current_logprobs: list[float] = field(default_factory=list[float])  # [T]
+    ratios: list[float] = field(default_factory=list[float])  # [T]
+    clipped: list[bool] = field(default_factory=list[bool])  # [T]
+
+    def __post_init__(self) -> None:
+        _same_length(
+            f"Sample {self.name}",
+            token_ids=self.token_ids,
+            loss_weights=self.loss_weights,
+            logprobs=self.logprobs,
+            policy_versions=self.policy_versions,
+        )
+        if self.loss_weights and self.loss_weights[0]:
+            raise ValueError(f"Sample {self.name}: the first token has no tokens before it, so its loss weight must be 0")
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt_id or 'group'}#{self.group}.{self.index}"
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def _same_length(owner: str, **columns: Sequence[Any]) -> None:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{owner}: fields must have one length, got {lengths}")
