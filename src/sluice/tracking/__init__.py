@@ -1,0 +1,1 @@
+"""What a run leaves behind: metrics, events, the ledger of every sample, and the console."""
