@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -319,25 +328,37 @@ class TrainConfig(Section):
                 "trainer.name=dry loads no model, and engine.name=embedded needs the trainer's; set engine.name=scripted, or trainer.name=local"
             )
         if self.trainer.name == "dry" and self.algorithm.old_logprobs == "recomputed":
-            raise ValueError("algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine")
+            raise ValueError(
+                "algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine"
+            )
         _check_schedule(self.trainer)
         return self
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> TrainConfig:
         if self.data.reference_pattern is not None and self.data.reference is None:
-            raise ValueError("data.reference_pattern has no effect without data.reference; name the column it is searched in")
+            raise ValueError(
+                "data.reference_pattern has no effect without data.reference; name the column it is searched in"
+            )
         labels = [reward_label(reward) for reward in self.rewards]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"rewards: two parts are called {twice[0]!r}; give one of them another label")
         for i, reward in enumerate(self.rewards):
             if isinstance(reward, MatchReward) and reward.against == "nothing" and reward.pattern is None:
-                raise ValueError(f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern")
-            compares = isinstance(reward, MathReward) or (isinstance(reward, MatchReward) and reward.against == "reference")
+                raise ValueError(
+                    f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern"
+                )
+            compares = isinstance(reward, MathReward) or (
+                isinstance(reward, MatchReward) and reward.against == "reference"
+            )
             if compares and self.data.reference is None:
-                raise ValueError(f"rewards.{i} ({reward.name}) compares with the reference, but data.reference names no column")
+                raise ValueError(
+                    f"rewards.{i} ({reward.name}) compares with the reference, but data.reference names no column"
+                )
         if all(reward.weight == 0 for reward in self.rewards):
-            raise ValueError("rewards: every weight is 0, so no response is worth anything; give one a weight")
+            raise ValueError(
+                "rewards: every weight is 0, so no response is worth anything; give one a weight"
+            )
         return self
 
 

@@ -60,7 +60,12 @@ class Completion:
     """Decoded once, for rewards and readers; it is never tokenised again."""
 
     def __post_init__(self) -> None:
-        _same_length("Completion", token_ids=self.token_ids, logprobs=self.logprobs, policy_versions=self.policy_versions)
+        _same_length(
+            "Completion",
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            policy_versions=self.policy_versions,
+        )
 
 
 @dataclass
@@ -133,7 +138,9 @@ class Sample:
     prompt_id: str = ""
 
     advantages: list[float] = field(default_factory=list[float])  # [T] filled by `assign_advantages`
-    old_logprobs: list[float] = field(default_factory=list[float])  # [T] what the ratio divides by, filled before the first update
+    old_logprobs: list[float] = field(
+        default_factory=list[float]
+    )  # [T] what the ratio divides by, filled before the first update
     update: int = -1
     """Which optimiser update of the step used it; the next three are as the policy stood at that update."""
     current_logprobs: list[float] = field(default_factory=list[float])  # [T]
@@ -149,7 +156,9 @@ class Sample:
             policy_versions=self.policy_versions,
         )
         if self.loss_weights and self.loss_weights[0]:
-            raise ValueError(f"Sample {self.name}: the first token has no tokens before it, so its loss weight must be 0")
+            raise ValueError(
+                f"Sample {self.name}: the first token has no tokens before it, so its loss weight must be 0"
+            )
 
     @property
     def name(self) -> str:
