@@ -49,16 +49,12 @@ def policy_loss(
     log_ratio = log_ratios(
         "token" if spec.ratio == "none" else spec.ratio, logprobs, old_logprobs, loss_weights, sequence_ids
     )
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(log_ratio.detach())
 
     if spec.clip == "surrogate":
-        assert spec.clip_low is not None
-        assert spec.clip_high is not None
-        bounded = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * advantages
-        per_token = -torch.minimum(ratio * advantages, bounded)
-        clipped = _outside(spec, ratio, advantages)
+        per_token, clipped = _surrogate(spec, log_ratio, ratio, advantages)
     else:
-        weight, clipped = _weight(spec, ratio.detach(), advantages)
+        weight, clipped = _weight(spec, ratio, advantages)
         per_token = -(weight * advantages) * logprobs
     per_token = torch.where(own, per_token, 0.0)
     clipped = clipped & own
@@ -70,6 +66,17 @@ def policy_loss(
     return LossOutput(
         loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, own)
     )
+
+
+def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """-min(r·A, clip(r)·A), and where the bound is the smaller one and stops the gradient."""
+    assert spec.clip_low is not None
+    assert spec.clip_high is not None
+    clipped = _outside(spec, ratio, advantages)
+    constant = clipped | (advantages == 0)
+    # a constant token never sees exp of its own log-ratio: it may be inf, and 0 · inf is nan in the gradient
+    free = torch.exp(torch.where(constant, 0.0, log_ratio)) * advantages
+    return -torch.where(constant, ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * advantages, free), clipped
 
 
 def _weight(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
