@@ -1,0 +1,50 @@
+"""From groups to training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sluice.types import Group, Sample, Trajectory, Turn
+
+
+def to_samples(groups: Sequence[Group]) -> list[Sample]:
+    """The samples of every scored trajectory of every group that was not rejected, in group order."""
+    return [
+        sample
+        for group in groups
+        if not group.rejected
+        for index, trajectory in enumerate(group.trajectories)
+        if trajectory.outcome == "scored"
+        for sample in _samples_of(group, index, trajectory)
+    ]
+
+
+def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample]:
+    """One sample per unbroken history: a turn whose prompt goes on from all ids before it extends the sample.
+
+    An agent that edits its history breaks it, and the next turn starts a sample of its own.
+    """
+    samples: list[Sample] = []
+    for turn in trajectory.turns:
+        if not turn.completion.token_ids:
+            continue
+        if samples and turn.prompt_ids[: len(samples[-1])] == samples[-1].token_ids:
+            samples[-1] = _extended(samples[-1], turn)
+        else:
+            assert trajectory.reward is not None
+            start = Sample([], [], [], [], turn.completion.temperature, group.id, index, trajectory.reward, group.prompt.id)
+            samples.append(_extended(start, turn))
+    return samples
+
+
+def _extended(sample: Sample, turn: Turn) -> Sample:
+    given = turn.prompt_ids[len(sample) :]
+    completion = turn.completion
+    return replace(
+        sample,
+        token_ids=sample.token_ids + given + completion.token_ids,
+        loss_weights=sample.loss_weights + [0.0] * len(given) + [1.0] * len(completion.token_ids),
+        logprobs=sample.logprobs + [0.0] * len(given) + completion.logprobs,
+        policy_versions=sample.policy_versions + [-1] * len(given) + completion.policy_versions,
+    )
