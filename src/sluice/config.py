@@ -345,9 +345,7 @@ class TrainConfig(Section):
             raise ValueError(f"rewards: two parts are called {twice[0]!r}; give one of them another label")
         for i, reward in enumerate(self.rewards):
             if isinstance(reward, MatchReward) and reward.against == "nothing" and reward.pattern is None:
-                raise ValueError(
-                    f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern"
-                )
+                raise ValueError(f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern")
             compares = isinstance(reward, MathReward) or (
                 isinstance(reward, MatchReward) and reward.against == "reference"
             )
@@ -356,9 +354,7 @@ class TrainConfig(Section):
                     f"rewards.{i} ({reward.name}) compares with the reference, but data.reference names no column"
                 )
         if all(reward.weight == 0 for reward in self.rewards):
-            raise ValueError(
-                "rewards: every weight is 0, so no response is worth anything; give one a weight"
-            )
+            raise ValueError("rewards: every weight is 0, so no response is worth anything; give one a weight")
         return self
 
 

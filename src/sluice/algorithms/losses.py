@@ -59,13 +59,9 @@ def policy_loss(
     per_token = torch.where(own, per_token, 0.0)
     clipped = clipped & own
 
-    coefficients = token_coefficients(
-        spec.aggregation, loss_weights, sequence_ids, totals, spec.loss_constant
-    )
+    coefficients = token_coefficients(spec.aggregation, loss_weights, sequence_ids, totals, spec.loss_constant)
     loss = (coefficients * per_token).sum()
-    return LossOutput(
-        loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, own)
-    )
+    return LossOutput(loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, own))
 
 
 def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +93,7 @@ def _outside(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> Tensor:
     """Where PPO's surrogate has no gradient: the ratio has left the trust region on the side that A pushes to."""
     assert spec.clip_low is not None
     assert spec.clip_high is not None
-    return ((advantages > 0) & (ratio > 1 + spec.clip_high)) | (
-        (advantages < 0) & (ratio < 1 - spec.clip_low)
-    )
+    return ((advantages > 0) & (ratio > 1 + spec.clip_high)) | ((advantages < 0) & (ratio < 1 - spec.clip_low))
 
 
 @torch.no_grad()

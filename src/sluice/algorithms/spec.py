@@ -138,9 +138,7 @@ def _check(row: Algorithm, group_size: int) -> None:
             "algorithm: clip surrogate already drops the gradient of the tokens that mask: trust_region drops; set mask: none, or clip: weight"
         )
     if row.ratio_min is not None and row.ratio_max is not None and row.ratio_min >= row.ratio_max:
-        raise ConfigError(
-            f"algorithm.ratio_min={row.ratio_min} must be below algorithm.ratio_max={row.ratio_max}"
-        )
+        raise ConfigError(f"algorithm.ratio_min={row.ratio_min} must be below algorithm.ratio_max={row.ratio_max}")
     if group_size == 1 and row.advantage != "raw":
         raise ConfigError(
             f"algorithm.advantage={row.advantage} compares the samples of a group, and rollout.group_size=1 leaves nothing to "
@@ -153,7 +151,9 @@ def _check(row: Algorithm, group_size: int) -> None:
 
 
 def _words(row: Algorithm) -> str:
-    return f"advantage {row.advantage}, ratio {row.ratio}, clip {row.clip}, mask {row.mask}, aggregation {row.aggregation}"
+    return (
+        f"advantage {row.advantage}, ratio {row.ratio}, clip {row.clip}, mask {row.mask}, aggregation {row.aggregation}"
+    )
 
 
 def explain(row: Algorithm, old_logprobs: str) -> str:

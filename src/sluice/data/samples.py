@@ -33,7 +33,9 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
             samples[-1] = _extended(samples[-1], turn)
         else:
             assert trajectory.reward is not None
-            start = Sample([], [], [], [], turn.completion.temperature, group.id, index, trajectory.reward, group.prompt.id)
+            start = Sample(
+                [], [], [], [], turn.completion.temperature, group.id, index, trajectory.reward, group.prompt.id
+            )
             samples.append(_extended(start, turn))
     return samples
 

@@ -1,0 +1,158 @@
+"""A Hugging Face causal language model as hidden states and an FP32 head: what trainer and embedded engine share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sluice.errors import ConfigError, boundary
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyModel:
+    """Any causal LM of `transformers` whose layers are full or sliding-window attention.
+
+    The head is applied apart from the body, in FP32, and only to the positions that need it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()  # dropout would make the trainer's log-probs differ from the engine's
+        self.body: nn.Module = model.base_model
+        self.head: nn.Linear = model.get_output_embeddings()
+        self.config = model.config.get_text_config()
+        self.device = next(model.parameters()).device
+        self.dtype: torch.dtype = model.dtype
+        self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self.eos_ids = _ids(model.generation_config.eos_token_id) | _ids(self.config.eos_token_id)
+        if not isinstance(self.head, nn.Linear) or self.body is model:
+            raise ConfigError(f"{type(model).__name__} has no body and linear head that sluice can tell apart")
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, visible: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """[B, L] ids and positions → [B, L, H].
+
+        `visible` [B, L, K] says which keys each position may look at; left out, all before it in its row. With a
+        `cache` the keys are those at positions 0 … K - 1, else those of the input itself.
+        """
+        mask: Any = None
+        if visible is not None:
+            keys = position_ids if cache is None else torch.arange(visible.shape[-1], device=self.device)[None]
+            mask = self._masks(visible, position_ids[:, :, None] - keys[:, None, :])
+        output = self.body(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head."""
+        bias = None if self.head.bias is None else self.head.bias.float()
+        logits = nn.functional.linear(hidden.float(), self.head.weight.float(), bias)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scaling := getattr(self.config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _masks(self, visible: Tensor, distance: Tensor) -> Any:
+        """The attention mask in the form that the model wants: one, or one for each kind of layer."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        full = self._mask(visible)
+        if kinds is None:
+            return full if window is None else self._mask(visible & (distance < window))
+        if set(kinds) == {"full_attention"}:
+            return {"full_attention": full}
+        return {"full_attention": full, "sliding_attention": self._mask(visible & (distance < window))}
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        mask = visible[:, None]  # for all heads
+        if self.config._attn_implementation == "sdpa":
+            return mask
+        return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare with the model's own forward, so that an architecture that we do not understand is refused.
+
+        Three random sequences, apart and packed, against `model(...).logits`. Raises ConfigError.
+        """
+        generator = torch.Generator().manual_seed(0)
+        lengths = [3, 9, 5]
+        rows = [torch.randint(self.config.vocab_size, (1, n), generator=generator).to(self.device) for n in lengths]
+        expected = torch.cat([self.model(input_ids=row).logits[0].float() for row in rows])
+        apart = torch.cat([self.logits(self.hidden_states(row, self._positions(row))[0]) for row in rows])
+        document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].to(self.device)
+        positions = torch.cat([self._positions(row) for row in rows], 1)
+        together = self.logits(
+            self.hidden_states(torch.cat(rows, 1), positions, packed_visible(document, positions))[0]
+        )
+        tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(expected.abs().max()))
+        for what, logits in (("FP32 head", apart), ("block-diagonal attention", together)):
+            error = float((logits - expected).abs().max())
+            if not error <= tolerance:
+                raise ConfigError(
+                    f"{type(self.model).__name__}: with sluice's {what} the logits differ from the model's own by {error:.3g}; "
+                    "this architecture is not supported (full and sliding-window attention are)"
+                )
+
+    def _positions(self, row: Tensor) -> Tensor:
+        return torch.arange(row.shape[1], device=self.device)[None]
+
+
+def packed_visible(document_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """[B, L] documents and positions → [B, L, L]: causal within each document."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same & (position_ids[:, :, None] >= position_ids[:, None, :])
+
+
+def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed: int) -> PolicyModel:
+    """Load a model folder (local files only), or with `random_weights` only its architecture.
+
+    Raises ConfigError when the folder is not a model, or when its architecture is not supported.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path={path}: no model folder there (config.json is missing)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu")
+    target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    with boundary(ConfigError, f"model.path={path}: transformers cannot load it"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        _refuse_unknown_layers(path, config.get_text_config())
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        settings = {"dtype": _DTYPES[dtype], "attn_implementation": "eager" if capped else "sdpa"}
+        if random_weights:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **settings)
+    policy = PolicyModel(model.to(target))
+    policy.check()
+    return policy
+
+
+def _refuse_unknown_layers(path: str, config: Any) -> None:
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigError(
+            f"model.path={path}: layers of kind {', '.join(sorted(unknown))} are not supported; "
+            "full and sliding-window attention are"
+        )
+
+
+def _ids(value: int | list[int] | None) -> frozenset[int]:
+    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
