@@ -26,6 +26,10 @@ class EngineError(RolloutError):
     """The engine could not generate."""
 
 
+class PromptTooLongError(EngineError):
+    """A prompt that leaves no room for the completion that was asked for."""
+
+
 class EnvironmentError_(RolloutError):
     """User code that plays the environment raised."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sluice.algorithms.aggregation import Totals, token_coefficients
 from sluice.algorithms.ratios import log_ratios
 from sluice.algorithms.spec import Algorithm
-from sluice.tracking.metrics import Max, Mean, Metrics, Sum
+from sluice.tracking.metrics import Max, Mean, Metrics
 
 
 @dataclass
@@ -61,7 +61,9 @@ def policy_loss(
 
     coefficients = token_coefficients(spec.aggregation, loss_weights, sequence_ids, totals, spec.loss_constant)
     loss = (coefficients * per_token).sum()
-    return LossOutput(loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, own))
+    return LossOutput(
+        loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, loss_weights, totals)
+    )
 
 
 def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +99,18 @@ def _outside(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(loss: Tensor, log_ratio: Tensor, ratio: Tensor, clipped: Tensor, own: Tensor) -> Metrics:
-    """Names of the field: ppo_kl is the mean of log π_old - log π over loss tokens (k1), pg_clipfrac their clipped share."""
+def _metrics(
+    loss: Tensor, log_ratio: Tensor, ratio: Tensor, clipped: Tensor, loss_weights: Tensor, totals: Totals
+) -> Metrics:
+    """Names of the field: ppo_kl is the mean of log π_old - log π (k1) and pg_clipfrac the clipped share of loss tokens."""
+    own = loss_weights != 0
     count = own.sum()
-    largest = torch.where(own, ratio, 0.0).max() if len(own) else torch.zeros(())
+    share = loss_weights.sum() / max(totals.loss_weight, 1e-30)  # adds up to 1 over an update: a mean over updates
     return Metrics(
         {
-            "train/pg_loss": Sum(loss.detach()),
+            "train/pg_loss": Mean(loss.detach(), share),
             "train/ppo_kl": Mean(-log_ratio.sum(), count),
             "train/pg_clipfrac": Mean(clipped.sum(), count),
-            "train/ratio/max": Max(largest),
+            "train/ratio/max": Max(torch.where(own, ratio, 0.0).max() if len(own) else 0.0),
         }
     )

@@ -11,7 +11,7 @@ from sluice.algorithms.aggregation import Totals
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_budget
 from sluice.errors import NonFiniteError
-from sluice.tracking.metrics import Max, Mean, Metrics, Sum
+from sluice.tracking.metrics import Max, Mean, Metrics
 from sluice.trainers.logprobs import token_logprobs
 from sluice.trainers.model import PolicyModel, packed_visible
 from sluice.trainers.optim import Optimizer
@@ -44,6 +44,7 @@ class LocalTrainer:
         Raises NonFiniteError before a backward that would spoil the gradients.
         """
         metrics = Metrics()
+        total = torch.zeros((), device=self.model.device)
         for micro_batch in minibatch.micro_batches:
             on_device = micro_batch.to(self.model.device)
             logprobs, entropies = self._logprobs(on_device)
@@ -58,7 +59,9 @@ class LocalTrainer:
             self.optimizer.collect_gradients()
             micro_batch.record(minibatch.index, logprobs.detach(), output.ratios, output.clipped)
             metrics += output.metrics
-            metrics += _policy_metrics(output.loss, entropies, logprobs.detach(), on_device, first=minibatch.index == 0)
+            metrics += _policy_metrics(entropies, logprobs.detach(), on_device, first=minibatch.index == 0)
+            total += output.loss.detach()
+        metrics["train/loss"] = Mean(total)
         return metrics
 
     async def optim_step(self) -> Metrics:
@@ -79,11 +82,9 @@ class LocalTrainer:
         return token_logprobs(self.model, chosen, batch.target_ids, batch.temperatures)
 
 
-def _policy_metrics(
-    loss: torch.Tensor, entropies: torch.Tensor, logprobs: torch.Tensor, batch: MicroBatch, first: bool
-) -> Metrics:
+def _policy_metrics(entropies: torch.Tensor, logprobs: torch.Tensor, batch: MicroBatch, first: bool) -> Metrics:
     """`first`: no update of this step has been made yet, so engine and trainer hold the same weights and must agree."""
-    metrics = Metrics({"train/loss": Sum(loss.detach()), "train/entropy": Mean(entropies.sum(), len(entropies))})
+    metrics = Metrics({"train/entropy": Mean(entropies.sum(), len(entropies))})
     if first and len(batch.logprobs):
         difference = (logprobs - batch.logprobs).abs()
         metrics["train/engine_logprob_diff/mean"] = Mean(difference.sum(), len(difference))
