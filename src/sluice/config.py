@@ -53,6 +53,8 @@ class TrainRun(RunSection):
 class SftRun(RunSection):
     num_epochs: PositiveInt = 1
     """Times that the data is gone through."""
+    log_every: PositiveInt = 10
+    """Updates per line of metrics."""
 
 
 class ModelSection(Section):

@@ -55,3 +55,11 @@ def boundary(error: type[SluiceError], what: str) -> Iterator[None]:
         raise
     except Exception as cause:
         raise error(f"{what}: {type(cause).__name__}: {cause}") from cause
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first single exception in a group of concurrent ones: what the user should see."""
+    leaf: BaseException = group
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return leaf  # pyright: ignore[reportUnknownVariableType]

@@ -8,9 +8,11 @@ sequence at a time, and lets other tasks run in between.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ from sluice.types import Completion, FinishReason, Sampling
 
 @dataclass(eq=False)
 class _Request:
-    prompt: tuple[int, ...]
+    key: bytes
+    """The prompt's ids as bytes, whose hash is computed once."""
+    prompt: Sequence[int]
     sampling: Sampling
     done: asyncio.Future[Completion]
 
@@ -50,7 +54,9 @@ class EmbeddedEngine:
         self.version = 0
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # by slot
-        self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._wanted: Counter[bytes] = Counter()
+        """How many waiting requests want each prompt; its prefix is kept as long as one does."""
+        self._prefixes: dict[bytes, Prefix] = {}
         self._cache = SlotCache()
         self._state = SlotState(model.device)
         self._stop_rows: dict[frozenset[int], int] = {}
@@ -69,7 +75,9 @@ class EmbeddedEngine:
             )
         if not prompt_ids:
             raise EngineError("an empty prompt: there is nothing to predict the first token from")
-        request = _Request(tuple(prompt_ids), sampling, asyncio.get_running_loop().create_future())
+        key = array("q", prompt_ids).tobytes()
+        self._wanted[key] += 1
+        request = _Request(key, prompt_ids, sampling, asyncio.get_running_loop().create_future())
         request.done.add_done_callback(self._note_cancelled)
         self._waiting.append(request)
         if self._driver is None:
@@ -124,6 +132,8 @@ class EmbeddedEngine:
         requests = [*self._active, *self._waiting]
         self._active.clear()
         self._waiting.clear()
+        self._wanted.clear()
+        self._prefixes.clear()
         for request in requests:
             if not request.done.done():
                 request.done.set_exception(error)
@@ -142,6 +152,9 @@ class EmbeddedEngine:
 
     def _drop_cancelled(self) -> None:
         self._cancelled = False
+        for request in self._waiting:
+            if request.done.cancelled():
+                self._unwant(request)
         self._waiting = deque(r for r in self._waiting if not r.done.cancelled())
         for slot in reversed(range(len(self._active))):
             if self._active[slot].done.cancelled():
@@ -153,40 +166,48 @@ class EmbeddedEngine:
         while self._waiting and len(self._active) < self.num_slots:
             free = self.num_slots - len(self._active)
             new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-            new.sort(key=lambda r: r.prompt)  # requests of one prompt side by side: one copy for all of them
-            self._prefill(list(dict.fromkeys(r.prompt for r in new)))
+            new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
+            self._prefill({r.key: r.prompt for r in new})
             first = len(self._active)
             self._place(new, first)
-            hidden = torch.stack([self._prefixes[r.prompt].hidden for r in new])
-            still_needed = {r.prompt for r in self._waiting}
-            self._prefixes = {prompt: p for prompt, p in self._prefixes.items() if prompt in still_needed}
+            hidden = torch.stack([self._prefixes[r.key].hidden for r in new])
+            for request in new:
+                self._unwant(request)
             self._accept(first, hidden)
 
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
+    def _unwant(self, request: _Request) -> None:
+        self._wanted[request.key] -= 1
+        if not self._wanted[request.key]:
+            del self._wanted[request.key]
+            self._prefixes.pop(request.key, None)
+
+    def _prefill(self, prompts: dict[bytes, Sequence[int]]) -> None:
         from transformers import DynamicCache
 
-        todo = deque(sorted((p for p in prompts if p not in self._prefixes), key=len))
+        todo = deque(sorted((key for key in prompts if key not in self._prefixes), key=len))
         while todo:
-            batch = [todo.popleft()]
-            while todo and len(todo[0]) * (len(batch) + 1) <= self.prefill_tokens:
-                batch.append(todo.popleft())
+            keys = [todo.popleft()]
+            while todo and len(prompts[todo[0]]) * (len(keys) + 1) <= self.prefill_tokens:
+                keys.append(todo.popleft())
+            batch = [prompts[key] for key in keys]
             width = len(batch[-1])
             ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in batch], device=self.model.device)
             positions = torch.arange(width, device=self.model.device).expand(len(batch), width)
             cache = DynamicCache()
             hidden = self.model.hidden_states(ids, positions, cache=cache)
-            for row, prompt in enumerate(batch):
-                self._prefixes[prompt] = Prefix(cache, row, len(prompt), hidden[row, len(prompt) - 1])
+            for row, (key, prompt) in enumerate(zip(keys, batch, strict=True)):
+                self._prefixes[key] = Prefix(cache, row, len(prompt), hidden[row, len(prompt) - 1])
 
     def _place(self, new: list[_Request], first: int) -> None:
         """Give requests the slots from `first` on."""
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in new)
-        self._cache.reserve(self._prefixes[new[0].prompt], min(self.num_slots, first + len(new)), longest)
-        self._state.reserve(min(self.num_slots, first + len(new)), max(r.sampling.max_new_tokens for r in new))
+        self._cache.reserve(self._prefixes[new[0].key], first + len(new), longest)
+        self._state.reserve(first + len(new), max(r.sampling.max_new_tokens for r in new))
         start = first
-        for prompt, count in _runs([r.prompt for r in new]):
-            self._cache.fill(slice(start, start + count), self._prefixes[prompt])
-            start += count
+        for key, same in groupby(new, key=lambda r: r.key):
+            end = start + len(list(same))
+            self._cache.fill(slice(start, end), self._prefixes[key])
+            start = end
         rows = slice(first, first + len(new))
         sampling = [r.sampling for r in new]
         settings = {
@@ -255,8 +276,8 @@ class EmbeddedEngine:
         if not stop:
             return False
         count = int(self._state["count"][slot])
-        # a stop string of n characters lies within the last n tokens, and the decoding of a few more settles spacing
-        window = max(map(len, stop)) + 4
+        # a token is a byte at least, so n bytes of text lie within the last n tokens; a few more settle the spacing
+        window = max(len(s.encode()) for s in stop) + 4
         text = self.decode(self._state["tokens"][slot, max(0, count - window) : count].tolist())
         return any(s in text for s in stop)
 
@@ -280,14 +301,3 @@ class EmbeddedEngine:
             self._state.move(last, slot)
             self._active[slot] = self._active[last]
         self._active.pop()
-
-
-def _runs(prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], int]]:
-    """Equal neighbours and how many of them."""
-    runs: list[tuple[tuple[int, ...], int]] = []
-    for prompt in prompts:
-        if runs and runs[-1][0] == prompt:
-            runs[-1] = (prompt, runs[-1][1] + 1)
-        else:
-            runs.append((prompt, 1))
-    return runs

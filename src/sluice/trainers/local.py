@@ -11,7 +11,7 @@ from sluice.algorithms.aggregation import Totals
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_budget
 from sluice.errors import NonFiniteError
-from sluice.tracking.metrics import Max, Mean, Metrics
+from sluice.tracking.metrics import Mean, Metrics
 from sluice.trainers.logprobs import token_logprobs
 from sluice.trainers.model import PolicyModel, packed_visible
 from sluice.trainers.optim import Optimizer
@@ -59,7 +59,7 @@ class LocalTrainer:
             self.optimizer.collect_gradients()
             micro_batch.record(minibatch.index, logprobs.detach(), output.ratios, output.clipped)
             metrics += output.metrics
-            metrics += _policy_metrics(entropies, logprobs.detach(), on_device, first=minibatch.index == 0)
+            metrics += Metrics({"train/entropy": Mean(entropies.sum(), len(entropies))})
             total += output.loss.detach()
         metrics["train/loss"] = Mean(total)
         return metrics
@@ -80,13 +80,3 @@ class LocalTrainer:
         hidden = self.model.hidden_states(batch.input_ids, batch.position_ids, visible)
         chosen = hidden.flatten(0, 1)[batch.hidden_index]
         return token_logprobs(self.model, chosen, batch.target_ids, batch.temperatures)
-
-
-def _policy_metrics(entropies: torch.Tensor, logprobs: torch.Tensor, batch: MicroBatch, first: bool) -> Metrics:
-    """`first`: no update of this step has been made yet, so engine and trainer hold the same weights and must agree."""
-    metrics = Metrics({"train/entropy": Mean(entropies.sum(), len(entropies))})
-    if first and len(batch.logprobs):
-        difference = (logprobs - batch.logprobs).abs()
-        metrics["train/engine_logprob_diff/mean"] = Mean(difference.sum(), len(difference))
-        metrics["train/engine_logprob_diff/max"] = Max(difference.max())
-    return metrics

@@ -1,0 +1,1 @@
+"""From data files to prompts, and from trajectories to batches."""

@@ -1,0 +1,57 @@
+"""What was sampled, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sluice.tracking.metrics import Max, Mean, Metrics, Sum
+from sluice.types import Group, Sample
+
+
+def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
+    """Over every group that was sampled, rejected ones too; `version` is that of the weights they were trained with.
+
+    Rewards are means over the scored trajectories only: an error is not a zero.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    scored = [t for t in trajectories if t.outcome == "scored"]
+    turns = [turn for t in trajectories for turn in t.turns]
+    metrics = Metrics(
+        {
+            "rollout/reward": Mean.of(t.reward for t in scored if t.reward is not None),
+            "rollout/response_len/mean": Mean.of(t.num_response_tokens for t in trajectories),
+            "rollout/response_len/max": Max(max((t.num_response_tokens for t in trajectories), default=0)),
+            "rollout/num_tokens": Sum(sum(t.num_response_tokens for t in trajectories)),
+            "rollout/finish/length": Mean.of(turn.completion.finish_reason == "length" for turn in turns),
+            "rollout/outcome/error": Sum(sum(t.outcome == "error" for t in trajectories)),
+            "rollout/outcome/timeout": Sum(sum(t.outcome == "timeout" for t in trajectories)),
+            "rollout/rejected_groups": Sum(sum(bool(group.rejected) for group in groups)),
+            "rollout/equal_reward_groups": Mean.of(
+                len({t.reward for t in group.scored}) == 1 for group in groups if group.scored
+            ),
+        }
+    )
+    staleness = [version - group.oldest_version for group in groups if not group.rejected]
+    metrics["rollout/staleness/max"] = Max(max(staleness, default=0))
+    for label in sorted({label for t in scored for label in t.reward_parts}):
+        metrics[f"rollout/reward/{label}"] = Mean.of(t.reward_parts[label] for t in scored if label in t.reward_parts)
+    return metrics
+
+
+def engine_mismatch(samples: Sequence[Sample]) -> Metrics:
+    """|trainer's - engine's log-prob| over the tokens of the step's first update, when both held the same weights."""
+    first = [sample for sample in samples if sample.update == 0]
+    differences = [
+        abs(current - engine)
+        for sample in first
+        for current, engine, weight in zip(sample.current_logprobs, sample.logprobs, sample.loss_weights, strict=True)
+        if weight
+    ]
+    if not differences:
+        return Metrics()
+    return Metrics(
+        {
+            "train/engine_logprob_diff/mean": Mean.of(differences),
+            "train/engine_logprob_diff/max": Max(max(differences)),
+        }
+    )

@@ -1,0 +1,35 @@
+"""The engine as an environment sees it: messages in, a message out, and every turn on record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sluice.interfaces import Engine
+from sluice.types import Message, Sampling, Turn
+
+
+class SamplingPolicy:
+    """One per trajectory. `seed` seeds its turns one after the other."""
+
+    def __init__(self, engine: Engine, chat: Any, sampling: Sampling, seed: str) -> None:
+        self.turns: list[Turn] = []
+        self._engine = engine
+        self._chat = chat
+        self._sampling = sampling
+        self._seed = seed
+
+    async def respond(self, messages: Sequence[Message]) -> Message:
+        prompt_ids = self._chat.encode(messages)
+        sampling = replace(self._sampling, seed=seed_of(f"{self._seed}/{len(self.turns)}"))
+        completion = await self._engine.generate(prompt_ids, sampling)
+        completion.text = self._chat.decode(completion.token_ids)
+        self.turns.append(Turn(prompt_ids, completion))
+        return {"role": "assistant", "content": completion.text}
+
+
+def seed_of(name: str) -> int:
+    """63 bits that depend on the name only."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,82 @@
+"""Rollout workers: each takes a ticket, plays a group, has it scored, and hands it in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sluice.algorithms import why_rejected
+from sluice.errors import EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.rollout.policy import SamplingPolicy
+from sluice.run import Run
+from sluice.types import Group, Prompt, Trajectory
+
+
+@asynccontextmanager
+async def rollout_workers(run: Run) -> AsyncIterator[None]:
+    """Workers run as long as the block; one that raises ends it, and its exception is what the caller sees."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            workers = [tasks.create_task(_worker(run)) for _ in range(run.buffer.num_slots)]
+            yield
+            for worker in workers:
+                worker.cancel()
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
+
+
+async def _worker(run: Run) -> None:
+    while True:
+        ticket, prompt = await run.buffer.admit(run.prompts.next)
+        await run.buffer.put(await rollout_group(run, ticket, prompt))
+
+
+async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
+    """All attempts at one prompt, scored; `rejected` says why when it is not to be trained on.
+
+    Raises what ends a run: errors of the engine, and a prompt without room unless such prompts are to be skipped.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            attempts = [tasks.create_task(_attempt(run, ticket, prompt, i)) for i in range(run.group_size)]
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        if not isinstance(error, PromptTooLongError):
+            raise error from None
+        if run.long_prompts == "error":
+            raise PromptTooLongError(
+                f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
+            ) from None
+        run.tracker.event("prompt_skipped", f"prompt {prompt.id} ({prompt.where}): {error}")
+        return Group(ticket, prompt, [], rejected=f"prompt too long: {error}")
+    group = Group(ticket, prompt, [attempt.result() for attempt in attempts])
+    group.rejected = why_rejected(run.algorithm, group)
+    if not group.rejected and run.group_filter is not None:
+        with boundary(EnvironmentError_, f"rollout.filter, on the group of prompt {prompt.id}"):
+            group.rejected = "" if run.group_filter(group) else "rollout.filter"
+    _tell_errors(run, group)
+    return group
+
+
+async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Trajectory:
+    policy = SamplingPolicy(run.engine, run.chat, run.sampling, f"{run.seed}/{ticket}/{index}")
+    try:
+        with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
+            trajectory = await run.environment(prompt, policy)
+            if not isinstance(trajectory, Trajectory):
+                raise TypeError(f"returned {type(trajectory).__name__}, not a Trajectory")
+    except EnvironmentError_ as error:
+        return Trajectory(policy.turns, stop_reason="error", outcome="error", error=str(error))
+    await run.rubric.score(prompt, trajectory)
+    return trajectory
+
+
+def _tell_errors(run: Run, group: Group) -> None:
+    failed = [t for t in group.trajectories if t.outcome != "scored"]
+    if failed:
+        run.tracker.event(
+            "no_score",
+            f"prompt {group.prompt.id}: {len(failed)} of {len(group.trajectories)} samples have no score: {failed[0].error}",
+            outcomes=[t.outcome for t in failed],
+        )

@@ -1,0 +1,68 @@
+"""What the loop and the workers of a run hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sluice.interfaces import Engine, Environment, Tracker, Trainer
+from sluice.tracking.metrics import Metrics, Sum
+from sluice.tracking.rundir import RunDir
+from sluice.types import Group, Sampling
+
+
+class Timer:
+    """Seconds spent per phase of a step, as `perf/PHASE_s`."""
+
+    def __init__(self) -> None:
+        self._metrics = Metrics()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._metrics += Metrics({f"perf/{phase}_s": Sum(time.perf_counter() - start)})
+
+    def drain(self) -> Metrics:
+        metrics, self._metrics = self._metrics, Metrics()
+        return metrics
+
+
+@dataclass
+class Run:
+    """Built by `launch`; sync, async and distributed runs differ in what is put here, never in the loop."""
+
+    engine: Engine
+    trainer: Trainer
+    environment: Environment
+    rubric: Any
+    """Scores a trajectory: `await rubric.score(prompt, trajectory)`."""
+    chat: Any
+    """Messages to ids, and ids to text."""
+    buffer: Any
+    prompts: Any
+    """`prompts.next()` gives the next prompt, for ever."""
+    algorithm: Any
+    packing: Any
+    sampling: Sampling
+    tracker: Tracker
+    rundir: RunDir
+
+    seed: int
+    num_steps: int
+    groups_per_step: int
+    group_size: int
+    max_staleness: int
+    old_logprobs: Literal["engine", "recomputed"]
+    long_prompts: Literal["error", "skip"]
+    group_filter: Callable[[Group], bool] | None
+    checkpoint_every: int | None
+
+    step: int = 0
+    """Finished steps, which is also the version of the weights that the engine holds."""
+    timer: Timer = field(default_factory=Timer)

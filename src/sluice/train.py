@@ -1,0 +1,98 @@
+"""The loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from sluice.algorithms import LossOutput, assign_advantages, policy_loss
+from sluice.algorithms.aggregation import Totals
+from sluice.checkpoint import save_checkpoint
+from sluice.data.batch import MicroBatch, pack
+from sluice.data.samples import to_samples
+from sluice.errors import NonFiniteError, RolloutError
+from sluice.rollout.metrics import engine_mismatch, rollout_metrics
+from sluice.rollout.worker import rollout_workers
+from sluice.run import Run
+from sluice.tracking.metrics import Mean, Metrics
+from sluice.types import Group, Sample
+
+
+async def train(run: Run) -> None:
+    """Sample groups, turn rewards into advantages, step the policy, publish its weights.
+
+    Sync, async and distributed runs differ in what `run` was built from, never in this function.
+    """
+
+    def loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
+        columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
+        return policy_loss(run.algorithm, logprobs, *columns, totals)
+
+    await run.engine.update_weights(run.trainer.weights(), run.step)
+    async with rollout_workers(run):  # a worker that raises ends the run
+        while run.step < run.num_steps:
+            with run.timer("rollout"):
+                groups = await run.buffer.take(run.groups_per_step)  # oldest first
+                check_staleness(run, groups)
+            samples = to_samples(groups)
+            stats = Metrics()
+            with run.timer("train"), saved_on_failure(run, groups, samples):
+                await annotate(run, samples)
+                assign_advantages(run.algorithm, samples)
+                for minibatch in pack(samples, run.packing):
+                    stats += await run.trainer.forward_backward(minibatch, loss)
+                    stats += await run.trainer.optim_step()
+            run.step += 1
+            with run.timer("publish"):
+                await run.engine.update_weights(run.trainer.weights(), run.step)
+            await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
+            await after_step(run, groups, samples, stats)
+
+
+def check_staleness(run: Run, groups: Sequence[Group]) -> None:
+    """The buffer bounds staleness by its structure; this says so if it ever does not."""
+    for group in groups:
+        staleness = run.step - group.oldest_version
+        if staleness > run.max_staleness:
+            raise RolloutError(
+                f"group {group.id} (prompt {group.prompt.id}) was sampled {staleness} updates ago, and "
+                f"rollout.max_staleness is {run.max_staleness}; this is a bug in the buffer"
+            )
+
+
+async def annotate(run: Run, samples: Sequence[Sample]) -> None:
+    """Fill `old_logprobs`: what the ratio divides by."""
+    if run.old_logprobs == "recomputed":
+        await run.trainer.recompute_logprobs(samples)
+    else:
+        for sample in samples:
+            sample.old_logprobs = sample.logprobs
+
+
+@contextmanager
+def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> Iterator[None]:
+    """A refused update leaves its batch in the ledger and an event before it ends the run."""
+    try:
+        yield
+    except NonFiniteError as error:
+        run.tracker.event("non_finite", str(error), step=run.step + 1)
+        run.tracker.log_groups(run.step + 1, groups, samples)
+        raise
+
+
+async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
+    """Track, record, checkpoint."""
+    everything = [*groups, *run.buffer.drain_rejected()]
+    metrics = rollout_metrics(everything, run.step - 1) + stats + engine_mismatch(samples)
+    with run.timer("record"):
+        run.tracker.log_groups(run.step, everything, samples)
+    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
+        with run.timer("checkpoint"):
+            save_checkpoint(run.trainer, run.rundir, run.step)
+    metrics += run.timer.drain()
+    step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
+    metrics["perf/step_s"] = Mean(step_s)
+    metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
+    run.tracker.log(run.step, metrics.values_by_name())

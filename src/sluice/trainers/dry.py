@@ -1,0 +1,35 @@
+"""A trainer that changes nothing: for trying data, rewards and the loop without a model, and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sluice.data.batch import Minibatch
+from sluice.tracking.metrics import Metrics, Sum
+from sluice.types import Sample
+from sluice.weights.in_process import InProcessWeights
+
+
+class DryTrainer:
+    """Takes every batch, and notes the samples of each update in `updates`, by name."""
+
+    def __init__(self) -> None:
+        self.updates: list[list[str]] = []
+
+    async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
+        raise TypeError("a dry trainer has no model to compute log-probs with")
+
+    async def forward_backward(self, minibatch: Minibatch, loss: Callable[..., Any]) -> Metrics:
+        samples = [sample for micro_batch in minibatch.micro_batches for sample in micro_batch.samples]
+        self.updates.append([sample.name for sample in samples])
+        return Metrics({"train/loss_tokens": Sum(minibatch.totals.loss_weight)})
+
+    async def optim_step(self) -> Metrics:
+        return Metrics()
+
+    def weights(self) -> InProcessWeights:
+        return InProcessWeights(None)
+
+    def save(self, folder: str) -> None:
+        """There is nothing to save."""

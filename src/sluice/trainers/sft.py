@@ -1,0 +1,65 @@
+"""Supervised fine-tuning with the same trainer: next-token loss on given responses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sluice.algorithms.aggregation import Totals, token_coefficients
+from sluice.algorithms.losses import LossOutput
+from sluice.data.batch import MicroBatch, Packing, make_minibatch
+from sluice.interfaces import Tracker
+from sluice.tracking.metrics import Mean, Metrics
+from sluice.trainers.local import LocalTrainer
+from sluice.types import Sample
+
+
+def sft_loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
+    """-Σ w_t log π_t / Σ w over the update: cross-entropy of the response tokens."""
+    coefficients = token_coefficients("token_mean", batch.loss_weights, batch.sequence_ids, totals)
+    per_token = -logprobs
+    unclipped = torch.zeros_like(logprobs, dtype=torch.bool)
+    return LossOutput((coefficients * per_token).sum(), per_token, torch.ones_like(logprobs), unclipped, Metrics())
+
+
+def response_sample(index: int, where: str, prompt_ids: list[int], response_ids: list[int]) -> Sample:
+    """Loss on the response only."""
+    ids = prompt_ids + response_ids
+    weights = [0.0] * len(prompt_ids) + [1.0] * len(response_ids)
+    return Sample(ids, weights, [0.0] * len(ids), [-1] * len(ids), 1.0, index, 0, prompt_id=where)
+
+
+def num_updates(num_samples: int, samples_per_update: int, num_epochs: int) -> int:
+    return -(-num_samples // samples_per_update) * num_epochs
+
+
+async def train_sft(
+    trainer: LocalTrainer,
+    samples: Sequence[Sample],
+    tracker: Tracker,
+    packing: Packing,
+    *,
+    samples_per_update: int,
+    num_epochs: int,
+    seed: int,
+    log_every: int,
+) -> None:
+    """Epochs over `samples`, each in an order of its own; the last update of an epoch takes what is left."""
+    update, stats, tokens, start = 0, Metrics(), 0.0, time.perf_counter()
+    for epoch in range(num_epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(samples))
+        for share in np.split(order, range(samples_per_update, len(order), samples_per_update)):
+            minibatch = make_minibatch([samples[i] for i in share], packing, update)
+            stats += await trainer.forward_backward(minibatch, sft_loss)
+            stats += await trainer.optim_step()
+            tokens += minibatch.totals.loss_weight
+            update += 1
+            if update % log_every == 0 or update == num_updates(len(samples), samples_per_update, num_epochs):
+                seconds = time.perf_counter() - start
+                stats += {"perf/step_s": Mean(seconds), "perf/tokens_per_s": Mean(tokens, seconds)}
+                tracker.log(update, stats.values_by_name())
+                stats, tokens, start = Metrics(), 0.0, time.perf_counter()

@@ -1,0 +1,56 @@
+"""Tiny random models of several architectures, for tests that need a real one."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from sluice.trainers.model import PolicyModel
+
+_SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+}
+
+CONFIGS = {
+    "qwen3": lambda: Qwen3Config(**_SMALL),
+    "llama": lambda: LlamaConfig(**_SMALL),
+    "mistral_window": lambda: MistralConfig(**_SMALL, sliding_window=6),
+    "gemma2": lambda: Gemma2Config(**_SMALL, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **(_SMALL | {"num_hidden_layers": 3}),
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": lambda: GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=2),
+}
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 4.0) -> PolicyModel:
+    """A random model whose predictions are not flat: the weights are larger than at initialisation."""
+    torch.manual_seed(seed)
+    config = CONFIGS[architecture]()
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(scale)
+    return PolicyModel(model)
