@@ -22,6 +22,7 @@ from pydantic import (
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """`module:function`, importable from the current folder."""
 
@@ -35,7 +36,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    name: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
     """Folder name of the run; left out, the name of the config file and the time."""
     folder: str = "runs"
     """Where run folders are made."""
@@ -191,7 +192,7 @@ class AlgorithmSection(Section):
 
 
 class RewardSection(Section):
-    weight: float = 1.0
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor in the sum; 0 logs the part without rewarding it."""
     timeout_s: PositiveFloat = 10.0
     """After this the process that computes it is killed and the sample has no score."""
@@ -256,7 +257,7 @@ class OptimizerSection(Section):
     """How it falls afterwards, over the rest of the run."""
     final_learning_rate: NonNegativeFloat = 0.0
     """Where linear and cosine end."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     """Of AdamW."""
     eps: PositiveFloat = 1e-15
     """Of AdamW; RL gradients lie between 1e-18 and 1e-5 (MiniMax-M1, section 3), so a larger one freezes weights."""

@@ -1,16 +1,18 @@
 """From YAML files and `key.path=value` settings to a validated config that knows where each value came from.
 
-`python -m sluice.configfile > docs/config.md` writes the reference of all keys anew from the classes in `sluice.config`.
+`python -m sluice.configfile > docs/config.md` writes the reference of all keys from the classes in `sluice.config`.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sluice.config import SftConfig, TrainConfig
 from sluice.configtree import COMMAND_LINE, KeyPath, Node, dotted, inline, leaves, merge, override, read, shown, write
@@ -128,7 +130,7 @@ def _key_paths(section: Section, prefix: str = "") -> Iterator[str]:
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "at most"}
 _PATTERNS = {
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "text that looks like module:function",
-    r"^\w[\w.-]*$": "text of letters, digits, _ . and -, not beginning with . or -",
+    r"^\w[\w.-]*$": "text of letters, digits and _ . - (neither . nor - first)",
 }
 
 
@@ -152,7 +154,7 @@ def _alternatives(schema: dict[str, Any]) -> list[str]:
         case {"type": "string"}:
             return [_PATTERNS[schema["pattern"]] if "pattern" in schema else "text"]
         case {"type": kind}:
-            return [{"boolean": "true or false", "null": "null"}[kind]]
+            return {"boolean": ["true", "false"], "null": ["null"]}[kind]
     return ["a section with keys"]
 
 
@@ -168,9 +170,9 @@ def _messages(root: Section, tree: Node, error: ValidationError) -> list[str]:
     for fault in error.errors(include_url=False):
         kind, loc = fault["type"], fault["loc"]
         if kind == "value_error":  # a check across fields, which names them itself
-            lines[()] = str(fault["ctx"]["error"])
+            lines[()] = str(fault.get("ctx", {})["error"])
             continue
-        if kind.startswith("union_tag"):
+        if kind == "union_tag_invalid":
             loc = (*loc, _choice(_place(root, loc).options[0]), "name")
         elif kind == "missing" and isinstance(loc[-1], int):  # a tuple that is too short
             kind, loc = "too_short", loc[:-1]
@@ -185,7 +187,7 @@ def _messages(root: Section, tree: Node, error: ValidationError) -> list[str]:
 def _wrong(root: Section, tree: Node, place: _Place) -> list[str]:
     value, wanted = tree.nearest(place.path).plain(), _alternatives(place.schema)
     hint = ""
-    if isinstance(value, str) and (near := difflib.get_close_matches(value, wanted, 1)):
+    if isinstance(value, str) and (near := difflib.get_close_matches(value.lower(), wanted, 1)):
         hint = f"; did you mean {near[0]!r}?"
     elif isinstance(value, (int, float)) and any(words.startswith("text") for words in wanted):
         hint = "; put it in quotes"
@@ -203,10 +205,10 @@ def _missing(root: Section, tree: Node, place: _Place) -> list[str]:
 
 
 def _unknown(root: Section, tree: Node, place: _Place) -> list[str]:
-    *above, key = place.path
+    above, key = place.path[:-1], str(place.path[-1])
     prefix = "".join(f"{part}." for part in above)
     said = f"unknown key '{prefix}{key}'"
-    if "." in str(key):
+    if "." in key:
         return [f"{said}: dots are for the command line; in a file, write the keys below one another"]
 
     def choice(key: str) -> str:
@@ -223,7 +225,7 @@ def _unknown(root: Section, tree: Node, place: _Place) -> list[str]:
     elsewhere: dict[str, dict[str, str]] = {}  # leaf -> path -> section
     for path in _key_paths(root):
         section, _, leaf = path.rpartition(".")
-        elsewhere.setdefault(leaf, {})[path] = section or "the top"
+        elsewhere.setdefault(leaf, {})[path] = section or "the top level"
     if near := difflib.get_close_matches(key, elsewhere, 1, cutoff=0.75):
         paths = elsewhere[near[0]]
         return [f"{said}: '{near[0]}' is set under {' and '.join(paths.values())}: {', '.join(paths)}"]
@@ -235,45 +237,72 @@ def _unknown(root: Section, tree: Node, place: _Place) -> list[str]:
 _HOW_TO = """\
 # Configuration
 
-<!-- Generated from src/sluice/config.py; do not edit. To write it anew: python -m sluice.configfile > docs/config.md -->
+<!-- Generated from src/sluice/config.py; to write it anew: python -m sluice.configfile > docs/config.md -->
 
-A run is described by one or more YAML files, and by settings on the command line:
+A run is described by YAML files and by settings on the command line:
 
 ```sh
-sluice train base.yaml longer.yaml trainer.learning_rate=1e-5 rewards.0.weight=0.5 'data.reference_pattern="#### (.+)"'
+sluice train base.yaml longer.yaml trainer.learning_rate=1e-5 rewards.0.weight=0.5 'rollout.stop=["\\n\\n"]'
 ```
 
-- **Files** come first. A later file overrides an earlier one: sections merge key by key, lists and single values are replaced.
-- **Settings** are `key.path=value` and override the files in turn. The value is YAML (`stop=["\\n\\n"]`, `true`, `null`); nothing after
-  the `=` is null. An item of a list is named by its number, from 0. Text with signs of YAML (`#`, `: `, a leading `[`, `{`, `*`, `&` …) needs
-  quotes inside those of the shell.
-- YAML is read as version 1.2: `1e-5` is a number, and only `true` and `false` are booleans (`no` and `off` are text).
-- Keys that do not exist are refused, as are values that cannot work together. Keys that are left out have the default below.
-- **Origins.** `sluice config show` prints the whole config with the place where each value was set: a file and its line, the command line, or the default.
-  A run keeps the same text as `config.yaml`, which can be given as a file again.
-- Where a section is a choice by `name`, it has the keys of the chosen table and no others.
+- **Files** come first. A later file overrides an earlier one: sections merge key by key, lists and single values are
+  replaced. YAML is read as version 1.2: `1e-5` is a number, and only `true` and `false` are booleans.
+- **Settings**, `key.path=value`, override the files. The value is YAML; nothing after the `=` is null. Items of a list
+  are counted from 0. Text with signs of YAML (`#`, `: `, or `[`, `{`, `*`, `&` … in front) needs quotes inside those of
+  the shell: `'data.reference_pattern="#### (.+)"'`.
+- **Defaults** hold for what neither sets. A key that does not exist is refused, and so is a setting that cannot work
+  together with another. A section that is a choice by `name` has the keys of the chosen table and no others.
+- **Origins**: `sluice config show` prints the whole config with the place where each value was set: a file and its
+  line, the command line, or the default. What it prints can be read as a config file again.
 """
 
 
 def reference() -> str:
     """Markdown of every key: type, default and meaning. It is docs/config.md."""
-    lines: list[str] = []
+    lines: list[str] = [_HOW_TO]
     written: set[Section] = set()
     for root in (TrainConfig, SftConfig):
-        lines += [f"## {root.__doc__}", ""]
-        if rows := _rows(root):
-            lines += rows
+        lines += [f"## {root.__doc__}", "", *_table(root)]
         for key, field in root.model_fields.items():
             options = _sections(field.annotation)
             if not options:
                 continue
             lines += [f"### {key}", ""]
-            if written.issuperset(options):
-                lines += ["As above.", ""]
-            elif len(options) == 1:
-                lines += _rows(options[0])
+            if get_origin(field.annotation) is tuple:
+                lines += [f"{field.description} It is {_any_of(_alternatives(_schema([root], root, key)))}.", ""]
+            if len(options) > 1:
+                for option in options:
+                    default = " (default)" if isinstance(field.default, option) else ""
+                    meaning = option.model_fields["name"].description
+                    lines += [
+                        f"#### {key} with `name: {_choice(option)}`{default}",
+                        "",
+                        f"{meaning}",
+                        "",
+                        *_table(option, "name"),
+                    ]
+            elif options[0] in written:
+                lines += [f"As [above](#{key}).", ""]
             else:
-                if field.description:
-                    ...
+                lines += _table(options[0])
             written.update(options)
-    return "\n".join([_HOW_TO, *lines])
+    return "\n".join(lines)
+
+
+def _table(section: Section, without: str = "") -> list[str]:
+    rows = [
+        [f"`{key}`", _any_of(_alternatives(_schema([section], section, key))), _default(field), field.description or ""]
+        for key, field in section.model_fields.items()
+        if key != without and not _sections(field.annotation)
+    ]
+    cells = [["key", "type", "default", "meaning"], ["---"] * 4, *rows]
+    lines = ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in cells]
+    return [*lines, ""] if rows else []
+
+
+def _default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else f"`{inline(field.default)}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

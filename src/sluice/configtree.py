@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Node:
     def find(self, path: KeyPath) -> Node | None:
         node = self
         for part in path:
-            children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
+            children: Any = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
             if not isinstance(children, dict) or part not in children:
                 return None
             node = children[part]
@@ -77,7 +79,7 @@ def override(tree: Node, setting: str) -> Node:
     """The tree with `key.path=value` set; the value is YAML. Raises ConfigError when that cannot be done."""
     key, equals, text = setting.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        hint = "; config files come before key=value settings" if Path(setting).is_file() else ""
+        hint = "; config files come before key=value settings" if os.path.isfile(setting) else ""
         raise ConfigError(
             f"{COMMAND_LINE}: {setting!r} is not a setting: write key.path=value, "
             f"e.g. trainer.learning_rate=1e-5 or rewards.0.weight=0.5{hint}"
@@ -170,8 +172,9 @@ def _parse(content: bytes | str, origin: Callable[[int], str], comments: bool = 
         mark = error.problem_mark or error.context_mark
         where = origin(mark.line + 1 if mark else 1)
         raise ConfigError(f"{where}: not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin(1)}: not YAML: {error}") from None
+    except yaml.reader.ReaderError as error:
+        line = len(content[: error.position + 1].splitlines())
+        raise ConfigError(f"{origin(line)}: not YAML: {error.reason}, in byte {error.position}") from None
     except RecursionError:
         raise ConfigError(f"{origin(1)}: nested too deeply, or an anchor that contains itself") from None
 
@@ -191,10 +194,10 @@ def _node(node: yaml.Node, at: yaml.Node, origin: Callable[[int], str]) -> Node:
                 raise ConfigError(f"{here}: {key.value!r} is already set at {children[key.value].origin}")
             children[key.value] = _node(child, key, origin)
         return Node(children, where)
-    try:
-        return Node(_CONSTRUCT[node.tag.removeprefix(_TAG)](node.value), where)
-    except (KeyError, ValueError, AttributeError, TypeError):
-        raise ConfigError(f"{where}: the tag {node.tag.replace(_TAG, '!!')} cannot be used here") from None
+    if isinstance(node, yaml.ScalarNode):
+        with suppress(KeyError, ValueError):
+            return Node(_CONSTRUCT[node.tag.removeprefix(_TAG)](node.value), where)
+    raise ConfigError(f"{where}: this cannot be read as {node.tag.replace(_TAG, '!!')}")
 
 
 def _assign(node: Node, path: KeyPath, keys: list[str], new: Node) -> Node:

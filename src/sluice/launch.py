@@ -1,37 +1,30 @@
-"""From a config to a run: the only file that knows every room. Heavy rooms are imported where they are needed."""
+"""From a config to a run: the only file that knows every room. Rooms that load torch are imported when they are needed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.algorithms import Algorithm, explain, resolve
-from sluice.config import (
-    CustomReward,
-    EmbeddedEngine,
-    FileData,
-    FormatReward,
-    LocalTrainer,
-    MatchReward,
-    RunSection,
-    SftConfig,
-    TrainConfig,
-    reward_label,
-)
+from sluice.config import FileData, LocalTrainer, OptimizerSection, RunSection, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import reward_label as label_of
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
-from sluice.data.prompts import PromptSet, PromptStream, load_prompts, load_sft_rows
+from sluice.data.prompts import PromptSet, PromptStream, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
 from sluice.environments.single_turn import single_turn
+from sluice.errors import ConfigError, DataError
 from sluice.hooks import resolve as resolve_hook
 from sluice.interfaces import Tracker
 from sluice.rewards.rubric import RewardSpec, Rubric
+from sluice.rollout.buffer import GroupBuffer, Limits
+from sluice.run import Run
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.rundir import RunDir, describe_environment
 from sluice.tracking.tracker import FileTracker, Trackers
@@ -39,13 +32,14 @@ from sluice.types import Sampling
 from sluice.viewer.report import write_report
 
 if TYPE_CHECKING:
-    from sluice.config import OptimizerSection
-    from sluice.run import Run
+    from sluice.data.batch import Packing
+    from sluice.interfaces import Engine, Trainer
+    from sluice.trainers.local import LocalTrainer as Local
 
 
 @dataclass
 class Checked:
-    """What can be known of a config without loading a model."""
+    """All that can be known of a config without loading a model."""
 
     algorithm: Algorithm
     prompts: PromptSet
@@ -57,22 +51,15 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
-    rollout = config.rollout
-    environment = single_turn
-    if rollout.environment != "single_turn":
-        environment = resolve_hook(rollout.environment, ("prompt", "policy"))
-    scripted = None if isinstance(config.engine, EmbeddedEngine) else config.engine.script
+    rollout, engine = config.rollout, config.engine
     return Checked(
-        algorithm=resolve(
-            config.algorithm.name,
-            config.algorithm.overrides(),
-            max_new_tokens=rollout.max_new_tokens,
-            group_size=rollout.group_size,
-        ),
+        algorithm=algorithm_of(config),
         rewards=[_reward_spec(reward) for reward in config.rewards],
-        environment=environment,
+        environment=single_turn
+        if rollout.environment == "single_turn"
+        else resolve_hook(rollout.environment, ("prompt", "policy")),
         group_filter=resolve_hook(rollout.filter, ("group",)) if rollout.filter else None,
-        script=resolve_hook(scripted, ("prompt_ids", "sampling")) if scripted else None,
+        script=resolve_hook(engine.script, ("prompt_ids", "sampling")) if isinstance(engine, ScriptedEngine) else None,
         prompts=load_prompts(
             _rows(config.data),
             prompt=config.data.prompt,
@@ -85,40 +72,256 @@ def check(config: TrainConfig) -> Checked:
     )
 
 
-def describe(config: TrainConfig) -> str:
-    """The batch arithmetic in plain words, and the loss with its bounds."""
-    rollout, updates = config.rollout, config.trainer.updates_per_batch
-    samples = rollout.groups_per_step * rollout.group_size
-    algorithm = resolve(
+def check_sft(config: SftConfig) -> SftSet:
+    """Read every row. Raises DataError."""
+    data = config.data
+    return load_sft_rows(_rows(data), prompt=data.prompt, response=data.response, system_prompt=data.system_prompt)
+
+
+def algorithm_of(config: TrainConfig) -> Algorithm:
+    return resolve(
         config.algorithm.name,
         config.algorithm.overrides(),
-        max_new_tokens=rollout.max_new_tokens,
-        group_size=rollout.group_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        group_size=config.rollout.group_size,
     )
-    share = f"{samples / updates:.4g}" if samples % updates == 0 else f"{samples // updates} or {samples // updates + 1}"
-    cut = f", in micro-batches of at most {config.trainer.tokens_per_micro_batch} tokens" if isinstance(config.trainer, LocalTrainer) else ""
-    staleness = "synchronous" if not rollout.max_staleness else f"at most {rollout.max_staleness} updates old"
+
+
+def describe(config: TrainConfig) -> str:
+    """The batch arithmetic in plain words, and the loss with its bounds."""
+    rollout, trainer = config.rollout, config.trainer
+    samples, updates = rollout.groups_per_step * rollout.group_size, trainer.updates_per_batch
+    share = f"{samples // updates}" + (f" or {samples // updates + 1}" if samples % updates else "")
+    cut = ""
+    if isinstance(trainer, LocalTrainer):
+        cut = f", in micro-batches of at most {trainer.tokens_per_micro_batch} tokens"
+    age = f"at most {rollout.max_staleness} updates old" if rollout.max_staleness else "sampled by the newest weights"
+    steps = config.run.num_steps
     return "\n".join(
         [
-            f"a step   {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {staleness}",
-            f"         {updates} optimiser update{'s' if updates > 1 else ''} of {share} samples each{cut}",
-            f"a run    {config.run.num_steps} steps = {config.run.num_steps * samples} samples, {config.run.num_steps * updates} updates",
-            explain(algorithm, config.algorithm.old_logprobs),
+            f"a step     {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {age}",
+            f"           {updates} optimiser update{'s' * (updates > 1)}, each of {share} samples{cut}",
+            f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
+            explain(algorithm_of(config), config.algorithm.old_logprobs),
         ]
     )
 
 
-def train(resolved: Resolved, name: str) -> Path:
+def train(resolved: Resolved[TrainConfig], name: str) -> Path:
     """Run a config to its end and return the run folder. `name` names the run when the config does not."""
     from sluice.train import train as loop
 
-    config: TrainConfig = resolved.config
+    config, rollout = resolved.config, resolved.config.rollout
     checked = check(config)
+    chat = Chat(load_tokenizer(config.model.path))
     _set_threads(config.run)
-    with RunDir.create(config.run.folder, config.run.name or _timed(name)) as rundir:
-        pass
-    raise NotImplementedError
+    engine, trainer, packing, eos_ids = _engine_and_trainer(config, checked, chat)
+    rubric = Rubric(checked.rewards, config.reward_workers)
+    rundir = _make_rundir(resolved, name)
+    parts = tuple(f"rollout/reward/{spec.label}" for spec in checked.rewards) if len(checked.rewards) > 1 else ()
+    tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(config.run.num_steps, extra=parts)])
+    run = Run(
+        engine=engine,
+        trainer=trainer,
+        environment=checked.environment,
+        rubric=rubric,
+        chat=chat,
+        buffer=GroupBuffer(
+            rollout.groups_per_step,
+            rollout.max_staleness,
+            Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups),
+        ),
+        prompts=PromptStream(checked.prompts, config.run.seed, config.data.shuffle),
+        algorithm=checked.algorithm,
+        packing=packing,
+        sampling=Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop=rollout.stop,
+            stop_token_ids=eos_ids | frozenset(rollout.stop_token_ids),
+        ),
+        tracker=tracker,
+        rundir=rundir,
+        seed=config.run.seed,
+        num_steps=config.run.num_steps,
+        groups_per_step=rollout.groups_per_step,
+        group_size=rollout.group_size,
+        max_staleness=rollout.max_staleness,
+        old_logprobs=config.algorithm.old_logprobs,
+        long_prompts=config.data.long_prompts,
+        group_filter=checked.group_filter,
+        checkpoint_every=config.checkpoint.every_steps,
+    )
+
+    async def whole() -> None:
+        try:
+            await loop(run)
+        finally:
+            await engine.close()
+            rubric.close()
+
+    _to_the_end(rundir, tracker, whole())
+    return rundir.path
 
 
-def _timed(name: str) -> str:
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+def sft(resolved: Resolved[SftConfig], name: str) -> Path:
+    """Fine-tune on given responses and return the run folder."""
+    from sluice.checkpoint import save_checkpoint
+    from sluice.data.batch import Packing
+    from sluice.trainers.sft import num_updates, response_sample, train_sft
+
+    config = resolved.config
+    rows = check_sft(config)
+    chat = Chat(load_tokenizer(config.model.path))
+    _set_threads(config.run)
+    samples = [
+        response_sample(i, row.where, chat.encode(row.messages), chat.encode_response(row.response))
+        for i, row in enumerate(rows)
+    ]
+    settings = config.trainer
+    packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
+    updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
+    trainer = _local_trainer(resolved.config, chat, packing, updates)
+    if longest := max(samples, key=len, default=None):
+        _refuse_too_long(longest.prompt_id, len(longest), trainer)
+    rundir = _make_rundir(resolved, name)
+    tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(updates)])
+
+    async def whole() -> None:
+        await train_sft(
+            trainer,
+            samples,
+            tracker,
+            packing,
+            samples_per_update=settings.samples_per_update,
+            num_epochs=config.run.num_epochs,
+            shuffle_seed=config.run.seed if config.data.shuffle else None,
+            log_every=config.run.log_every,
+        )
+        save_checkpoint(trainer, rundir, updates)
+
+    _to_the_end(rundir, tracker, whole())
+    return rundir.path
+
+
+def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:
+    """Whatever ends the work, the record stays readable; an error goes to events.jsonl before it goes to the user."""
+    try:
+        asyncio.run(work)
+    except BaseException as error:
+        tracker.event("stopped", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        tracker.close()
+        with suppress(DataError):  # no step was finished, so there is nothing to show
+            write_report(rundir.path)
+
+
+def _make_rundir(resolved: Resolved[Any], name: str) -> RunDir:
+    run: RunSection = resolved.config.run
+    rundir = RunDir.create(run.folder, run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    rundir.config.write_text(dump(resolved))
+    rundir.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    return rundir
+
+
+def _engine_and_trainer(
+    config: TrainConfig, checked: Checked, chat: Chat
+) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
+    from sluice.data.batch import Packing
+
+    if isinstance(config.trainer, LocalTrainer):
+        packing = Packing(
+            config.trainer.updates_per_batch, config.trainer.tokens_per_micro_batch, config.trainer.layout
+        )
+        trainer = _local_trainer(config, chat, packing, config.run.num_steps * config.trainer.updates_per_batch)
+        model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
+    else:
+        from sluice.trainers.dry import DryTrainer
+
+        packing = Packing(config.trainer.updates_per_batch, 2**20, "rows")
+        trainer, model, eos_ids = DryTrainer(), None, chat.eos_ids
+    if isinstance(config.engine, ScriptedEngine):
+        from sluice.engines.scripted import ScriptedEngine as Scripted
+
+        assert checked.script is not None
+        scripted = Scripted(
+            checked.script, max_model_len=config.engine.max_model_len, max_delay_s=config.engine.max_delay_s
+        )
+        return scripted, trainer, packing, eos_ids
+
+    from sluice.engines.embedded import EmbeddedEngine
+
+    assert model is not None  # the config refuses an embedded engine beside a dry trainer
+    if config.engine.max_model_len and config.engine.max_model_len > model.max_length:
+        raise ConfigError(
+            f"engine.max_model_len={config.engine.max_model_len} is longer than the {model.max_length} positions of the "
+            "model; lower it, or leave it out"
+        )
+    embedded = EmbeddedEngine(
+        model,
+        chat.decode,
+        vocab_size=model.config.vocab_size,
+        num_slots=config.engine.num_slots,
+        max_model_len=config.engine.max_model_len,
+        prefill_tokens=config.engine.prefill_tokens,
+    )
+    return embedded, trainer, packing, eos_ids
+
+
+def _local_trainer(config: TrainConfig | SftConfig, chat: Chat, packing: Packing, num_updates: int) -> Local:
+    from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.model import load_model
+    from sluice.trainers.optim import Optimizer, OptimizerSettings
+
+    settings = config.trainer
+    assert isinstance(settings, OptimizerSection)
+    model = load_model(
+        config.model.path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        random_weights=config.model.random_weights,
+        seed=config.run.seed,
+    )
+    if len(chat.tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"model.path={config.model.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+    optimizer = OptimizerSettings(
+        learning_rate=settings.learning_rate,
+        warmup_updates=settings.warmup_updates,
+        schedule=settings.schedule,
+        final_learning_rate=settings.final_learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    return Local(model, chat.tokenizer, Optimizer(model.model, optimizer, num_updates), packing)
+
+
+def _refuse_too_long(where: str, length: int, trainer: Local) -> None:
+    if length > trainer.model.max_length:
+        raise DataError(
+            f"{where}: prompt and response have {length} tokens, and the model {trainer.model.max_length} positions; "
+            "shorten or remove the row"
+        )
+
+
+def _rows(data: FileData) -> Rows:
+    return open_rows(data.path, data.format, data.split)
+
+
+def _reward_spec(reward: Any) -> RewardSpec:
+    arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
+    return RewardSpec(label_of(reward), reward.weight, reward.timeout_s, reward.name, arguments)
+
+
+def _set_threads(run: RunSection) -> None:
+    if run.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(run.num_threads)

@@ -100,17 +100,19 @@ def make_minibatch(samples: Sequence[Sample], packing: Packing, index: int) -> M
 
 
 def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sample]]:
-    """Longest first, so that a micro-batch that does not fit the memory fails at once and not in hour 20."""
+    """Parts of at most the budget, longest sample first: one that does not fit the memory fails at once, not in hour 20.
+
+    In rows, samples shorter than half the part's longest start a new part, so that padding stays below one half.
+    """
     parts: list[list[Sample]] = []
     used = 0
     for sample in sorted(samples, key=len, reverse=True):
-        # in rows every sample is as wide as the part's first, which is its longest
-        cost = len(parts[-1][0]) if parts and packing.layout == "rows" else len(sample)
-        if not parts or used + cost > packing.tokens_per_micro_batch:
+        width = len(parts[-1][0]) if parts and packing.layout == "rows" else len(sample)
+        if not parts or used + width > packing.tokens_per_micro_batch or 2 * len(sample) < width:
             parts.append([])
-            used, cost = 0, len(sample)
+            used, width = 0, len(sample)
         parts[-1].append(sample)
-        used += cost
+        used += width
     return parts
 
 

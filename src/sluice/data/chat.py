@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,7 @@ class Chat:
         eos = self.tokenizer.eos_token_id
         return frozenset() if eos is None else frozenset([eos])
 
-    @cached_property
-    def _added_tokens(self) -> dict[int, str]:
-        return {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items()}
-
     def _piece(self, i: int) -> str:
-        if i in self._added_tokens:
-            return self._added_tokens[i]
         if self.tokenizer.convert_ids_to_tokens(i) is None:
             return f"<no token {i}>"  # models pad their vocabulary, and an untrained one samples the padding
         alone, twice = (self.tokenizer.decode([i] * n, clean_up_tokenization_spaces=False) for n in (1, 2))

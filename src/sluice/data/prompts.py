@@ -18,21 +18,23 @@ SHOWN_BAD_ROWS = 5
 
 
 class BadRow(DataError):
-    """A row that cannot be used; `lacks` is the column that it should have had."""
+    """A row that cannot be used; `lacks` are the columns that it should have had."""
 
-    def __init__(self, reason: str, lacks: str = "") -> None:
+    def __init__(self, reason: str, lacks: Sequence[str] = ()) -> None:
         super().__init__(reason)
         self.lacks = lacks
 
 
 class _BuiltOnDemand(Sequence[T]):
-    """What rows become, one at a time; only the rows' places are kept in memory."""
+    """What rows become, one at a time; nothing that is built is kept."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, columns: Sequence[str]) -> None:
         self.rows = rows
+        self._columns = columns
 
     @abstractmethod
-    def _build(self, i: int, row: Row) -> T: ...
+    def _build(self, i: int, row: Row) -> T:
+        """`row` has all the columns that are needed."""
 
     @property
     def fingerprint(self) -> str:
@@ -45,10 +47,12 @@ class _BuiltOnDemand(Sequence[T]):
     def __getitem__(self, i: int) -> T:  # type: ignore[override]  # slices are not needed
         i = range(len(self))[i]
         row = self.rows[i]
+        if lacks := [name for name in self._columns if name not in row]:
+            raise BadRow(f"{self.rows.where(i)}: lacks {_listed(lacks)}", lacks)
         try:
             return self._build(i, row)
         except BadRow as bad:
-            raise BadRow(f"{self.rows.where(i)}: {bad}", bad.lacks) from None
+            raise BadRow(f"{self.rows.where(i)}: {bad}") from None
 
 
 class PromptSet(_BuiltOnDemand[Prompt]):
@@ -65,7 +69,7 @@ class PromptSet(_BuiltOnDemand[Prompt]):
         metadata: Collection[str],
         system_prompt: str | None,
     ) -> None:
-        super().__init__(rows)
+        super().__init__(rows, [name for name in (prompt, reference, id, *metadata) if name is not None])
         self._prompt, self._reference, self._pattern = prompt, reference, reference_pattern
         self._id, self._metadata, self._system_prompt = id, metadata, system_prompt
         self._digits = len(str(len(rows)))
@@ -73,16 +77,16 @@ class PromptSet(_BuiltOnDemand[Prompt]):
     def _build(self, i: int, row: Row) -> Prompt:
         return Prompt(
             id=self._id_of(i, row),
-            messages=_messages(row, self._prompt, self._system_prompt),
+            messages=_messages(row[self._prompt], f"column {self._prompt!r}", self._system_prompt),
             reference=self._reference_of(row),
-            metadata={name: _column(row, name) for name in self._metadata},
+            metadata={name: row[name] for name in self._metadata},
             where=self.rows.where(i),
         )
 
     def _id_of(self, i: int, row: Row) -> str:
         if self._id is None:
             return f"{self.rows.name}-{i + 1:0{self._digits}d}"
-        value = _column(row, self._id)
+        value = row[self._id]
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise BadRow(f"column {self._id!r} is {_kind(value)}, and an id is a text or a whole number")
         return _text(str(value), f"column {self._id!r}")
@@ -91,7 +95,7 @@ class PromptSet(_BuiltOnDemand[Prompt]):
         if self._reference is None:
             return None
         what = f"column {self._reference!r}"
-        value = _column(row, self._reference)
+        value = row[self._reference]
         if value is None:
             raise BadRow(f"{what} is null, and it is the reference")
         if self._pattern is None:
@@ -117,12 +121,12 @@ class SftSet(_BuiltOnDemand[SftRow]):
     """The prompt-response pairs of a table; made by `load_sft_rows`."""
 
     def __init__(self, rows: Rows, *, prompt: str, response: str, system_prompt: str | None) -> None:
-        super().__init__(rows)
+        super().__init__(rows, [prompt, response])
         self._prompt, self._response, self._system_prompt = prompt, response, system_prompt
 
     def _build(self, i: int, row: Row) -> SftRow:
-        messages = _messages(row, self._prompt, self._system_prompt)
-        response = _text(_column(row, self._response), f"column {self._response!r}")
+        messages = _messages(row[self._prompt], f"column {self._prompt!r}", self._system_prompt)
+        response = _text(row[self._response], f"column {self._response!r}")
         return SftRow(messages, response, self.rows.where(i))
 
 
@@ -199,8 +203,8 @@ class PromptStream:
         for name, now in self._identity().items():
             if state[name] != now:
                 raise DataError(
-                    f"the prompts cannot be resumed: their {name} was {state[name]!r} and is now {now!r}, so a "
-                    "position in the old order means nothing; resume with the data and settings of the run, or start a new one"
+                    f"the prompts cannot be resumed: their {name} was {state[name]!r} and is now {now!r}, so the old "
+                    "position means nothing; resume with the data and seed of the run, or start a new run"
                 )
         self.cursor = state["cursor"]
 
@@ -233,8 +237,8 @@ def _check_all(rows: Rows, check: Callable[[int], Any]) -> None:
             bad_rows += 1
             if len(shown) < SHOWN_BAD_ROWS:
                 shown.append(str(error))
-            if isinstance(error, BadRow) and error.lacks:
-                lacking[error.lacks] = None
+            if isinstance(error, BadRow):
+                lacking |= dict.fromkeys(error.lacks)
     if not bad_rows:
         return
     lines = [f"{bad_rows} of {len(rows)} rows of {rows.path} cannot be used:", *(f"  {line}" for line in shown)]
@@ -242,7 +246,8 @@ def _check_all(rows: Rows, check: Callable[[int], Any]) -> None:
         lines.append(f"  … and {bad_rows - len(shown)} more")
     if lacking:
         lines.append("The columns are: " + ", ".join(rows.columns))
-        lines += [f"No column {name!r}{hint}" for name in lacking if (hint := did_you_mean(name, rows.columns))]
+        unknown = [name for name in lacking if name not in rows.columns]
+        lines += [f"No column {name!r}{hint}" for name in unknown if (hint := did_you_mean(name, rows.columns))]
     raise DataError("\n".join(lines))
 
 
@@ -261,14 +266,7 @@ def _compiled(pattern: str, reference: str | None) -> re.Pattern[str]:
     return compiled
 
 
-def _column(row: Row, name: str) -> Any:
-    if name not in row:
-        raise BadRow(f"lacks the column {name!r}", lacks=name)
-    return row[name]
-
-
-def _messages(row: Row, column: str, system_prompt: str | None) -> list[Message]:
-    value, what = _column(row, column), f"column {column!r}"
+def _messages(value: Any, what: str, system_prompt: str | None) -> list[Message]:
     if isinstance(value, list):
         messages = [_message(message, f"{what}, message {i + 1}") for i, message in enumerate(value)]
         if not messages:
@@ -313,6 +311,10 @@ def _refuse_surrogates(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRow(f"{what} has half a surrogate pair, {text[error.start]!a}, which is no character") from None
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ("the column " if len(columns) == 1 else "the columns ") + ", ".join(map(repr, columns))
 
 
 def _kind(value: Any) -> str:

@@ -45,13 +45,16 @@ async def train_sft(
     *,
     samples_per_update: int,
     num_epochs: int,
-    seed: int,
+    shuffle_seed: int | None,
     log_every: int,
 ) -> None:
-    """Epochs over `samples`, each in an order of its own; the last update of an epoch takes what is left."""
+    """Epochs over `samples`, each in an order of its own (or, without a seed, as they are); the last update of an epoch
+    takes what is left."""
     update, stats, tokens, start = 0, Metrics(), 0.0, time.perf_counter()
     for epoch in range(num_epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(samples))
+        order = np.arange(len(samples))
+        if shuffle_seed is not None:
+            order = np.random.default_rng([shuffle_seed, epoch]).permutation(order)
         for share in np.split(order, range(samples_per_update, len(order), samples_per_update)):
             minibatch = make_minibatch([samples[i] for i in share], packing, update)
             stats += await trainer.forward_backward(minibatch, sft_loss)

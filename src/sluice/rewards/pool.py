@@ -1,0 +1,168 @@
+"""A reward process as the parent sees it: it can be killed at any moment, and another takes its place.
+
+Not `multiprocessing`: its workers import the user's main script again, and with it torch. Not a pool library: the
+limits hold per part of a sample, and a process killed while idle (out of memory) must not take the pool with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sluice.errors import RewardError
+from sluice.rewards.spec import RewardSpec
+
+START_LIMIT_S = 120.0
+"""For importing the user's modules."""
+
+_ENTRY = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sluice.rewards.worker import serve; serve({fd}, {parent})"
+_ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+
+
+class PartError(Exception):
+    """The part at `index` failed; the process is fine."""
+
+    def __init__(self, index: int, what: str):
+        super().__init__(what)
+        self.index = index
+
+
+class PartTimeout(PartError):
+    """The part did not return in time; its process was killed."""
+
+
+class WorkerDied(PartError):
+    """The process died while it computed the part, by no doing of ours."""
+
+
+class Worker:
+    """One reward process, used by one thread at a time; only `close` may be called from another.
+
+    What it prints goes to the file `log`, or nowhere.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec], log: Path | None = None):
+        self._specs = tuple(specs)
+        self._log = log
+        self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Returns when the process runs and has imported all it needs; at once when it does already.
+
+        Raises RewardError when it cannot be started, with what it said.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._kill()
+        self._spawn()
+        try:
+            self._send(self._specs, START_LIMIT_S)
+            ok, what = self._receive(START_LIMIT_S)
+        except TimeoutError:
+            ok, what = False, f"its imports did not end within {START_LIMIT_S:g} s"
+        except (OSError, EOFError, pickle.UnpicklingError):
+            ok, what = False, self._cause_of_death() + (f"; see {self._log}" if self._log else "")
+        if not ok:
+            self._kill()
+            raise RewardError(f"a reward process could not start: {what}")
+
+    def values(self, sample: bytes) -> list[float | dict[str, float]]:
+        """The value of every part, for a pickled (prompt, trajectory).
+
+        Raises PartError, PartTimeout or WorkerDied for the first part that gives none, RewardError where no process starts.
+        """
+        self.start()
+        values: list[float | dict[str, float]] = []
+        for index, spec in enumerate(self._specs):
+            try:
+                if index == 0:
+                    self._send(sample, spec.timeout_s)
+                ok, result = self._receive(spec.timeout_s)
+            except TimeoutError:
+                self._kill()
+                raise PartTimeout(
+                    index, f"did not return within {spec.timeout_s:g} s (timeout_s); its process was killed"
+                ) from None
+            except (OSError, EOFError, pickle.UnpicklingError):
+                raise WorkerDied(index, self._cause_of_death()) from None
+            if not ok:
+                raise PartError(index, result)
+            values.append(result)
+        return values
+
+    def close(self) -> None:
+        """Kill the process; none is started again."""
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs, open(self._log or os.devnull, "ab") as output:
+            if self._closed:
+                ours.close()
+                raise RewardError("the rubric was closed")
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-u",
+                    "-c",
+                    _ENTRY.format(fd=theirs.fileno(), parent=os.getpid()),
+                    json.dumps(self._path),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                env={**os.environ, **_ONE_THREAD},
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
+            )
+            self._socket, self._pipe = ours, ours.makefile("rwb")
+
+    def _send(self, message: Any, limit_s: float) -> None:
+        self._socket.settimeout(limit_s)
+        pickle.dump(message, self._pipe)
+        self._pipe.flush()
+
+    def _receive(self, limit_s: float) -> tuple[bool, Any]:
+        self._socket.settimeout(limit_s)
+        return pickle.load(self._pipe)
+
+    def _cause_of_death(self) -> str:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        code = self._process.returncode
+        self._kill()
+        if code is None:
+            return "its process closed its connection to sluice"
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"its process was killed ({name}{', perhaps for want of memory' if name == 'SIGKILL' else ''})"
+        return f"its process ended with exit code {code}"
+
+    def _kill(self) -> None:
+        """Kill the process and all that it started."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._socket.close()

@@ -1,0 +1,111 @@
+"""What runs inside a reward process: reads samples from a socket, answers with the value of each part.
+
+The parent keeps the time; see `sluice.rewards.pool`. Both sides pickle, since both run the same code of the same user.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sluice.errors import RewardError, SluiceError
+from sluice.hooks import first_line, raised_at
+from sluice.interfaces import Reward
+from sluice.rewards.math import warm_up
+from sluice.rewards.spec import build
+
+Reply = tuple[bool, Any]
+"""Whether it went well, and the result, or what went wrong as text."""
+
+_ORPHAN_GRACE_S = 2.0
+_PARENT_CHECK_S = 0.5
+
+
+def serve(fd: int, parent: int) -> None:
+    """Read the specs, build the rewards, say so, then score one sample after the other until the parent is gone.
+
+    For each sample there is one reply per part, in order, up to the first part that fails.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide on
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.set_inheritable(fd, False)
+    pipe = socket.socket(fileno=fd).makefile("rwb")
+
+    def reply(ok: bool, result: Any) -> None:
+        pickle.dump((ok, result), pipe)
+        pipe.flush()
+
+    try:
+        specs = pickle.load(pipe)
+        rewards = [build(spec) for spec in specs]
+        if any(spec.kind == "math" for spec in specs):
+            warm_up()
+        reply(True, None)
+        while True:
+            sample = pickle.load(pipe)
+            for spec, reward in zip(specs, rewards):
+                # Ends this process even where the parent is gone and the reward, in C code, lets no thread of ours run.
+                signal.setitimer(signal.ITIMER_REAL, spec.timeout_s + _ORPHAN_GRACE_S)
+                ok, result = _attempt(reward, sample)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                reply(ok, result)
+                if not ok:
+                    break
+    except (EOFError, ConnectionError):  # the parent closed its end, or died
+        pass
+    except BaseException as error:
+        reply(False, _describe(error))
+    os.killpg(0, signal.SIGKILL)
+
+
+def _attempt(reward: Reward, sample: bytes) -> Reply:
+    try:
+        # Unpickled for every part, so that one that changes the trajectory cannot change what the next one sees.
+        prompt, trajectory = pickle.loads(sample)
+        return True, checked(reward(prompt, trajectory))
+    except BaseException as error:  # sys.exit() in a reward is an error of this sample, not the end of the process
+        return False, _describe(error)
+
+
+def checked(value: Any) -> float | dict[str, float]:
+    """The value as a finite float, or as a dict of them. Raises RewardError for anything else: no score is made up."""
+    if not isinstance(value, Mapping):
+        return _finite(value, "")
+    if not value:
+        raise RewardError("returned an empty dict; return at least one named float")
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        raise RewardError(f"returned a dict with the key {wrong[0]!r}; keys are the names of the parts, so texts")
+    return {key: _finite(part, f" as {key!r}") for key, part in value.items()}
+
+
+def _finite(value: Any, where: str) -> float:
+    if not isinstance(value, numbers.Real):
+        raise RewardError(
+            f"returned {type(value).__name__}{where}; a reward returns a float, a bool, or a dict of named floats"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RewardError(f"returned {number}{where}; a reward is a finite number")
+    return number
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, SluiceError) else first_line(error) + raised_at(error)
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process, and whatever it has started, when its parent is gone. (A busy reward reads no end of file.)"""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_S)
+    os.killpg(0, signal.SIGKILL)
