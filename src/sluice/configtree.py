@@ -170,8 +170,8 @@ def _parse(content: bytes | str, origin: Callable[[int], str], comments: bool = 
         return root and _node(root, root, origin)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = origin(mark.line + 1 if mark else 1)
-        raise ConfigError(f"{where}: not YAML: {error.problem or error.context}") from None
+        where, why = origin(mark.line + 1 if mark else 1), ", ".join(filter(None, [error.context, error.problem]))
+        raise ConfigError(f"{where}: not YAML: {why}") from None
     except yaml.reader.ReaderError as error:
         line = len(content[: error.position + 1].splitlines())
         raise ConfigError(f"{origin(line)}: not YAML: {error.reason}, in byte {error.position}") from None

@@ -29,19 +29,20 @@ def resolve(dotted: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
     module = _import(dotted, module_name)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], n=1)
-        hint = f"did you mean {module_name}:{near[0]}?" if near else f"define {name} there, or name another function."
+        hint = f"did you mean {module_name}:{near[0]}?" if near else f"define {name} there, or name another function"
         raise ConfigError(f"{dotted}: module {module_name} ({module.__file__}) has no {name!r}; {hint}")
     function = getattr(module, name)
     if not callable(function) or inspect.isclass(function):
         raise ConfigError(
-            f"{dotted} is a {type(function).__name__}, not a function; name a function that takes ({', '.join(arguments)})"
+            f"{dotted} is a {type(function).__name__}, not a function; "
+            f"name a function that takes ({', '.join(arguments)})"
         )
     _check_signature(dotted, function, arguments)
     return function
 
 
 def raised_at(error: BaseException) -> str:
-    """` at file:line` of the last frame in the user's own code, neither Python's nor sluice's; empty when there is none."""
+    """` at file:line` of the last frame in the user's own code, not Python's nor sluice's; empty if there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -63,13 +64,13 @@ def _import(dotted: str, module_name: str) -> ModuleType:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-        importlib.invalidate_caches()
+    importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
         return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard may well call sys.exit
         if isinstance(error, ModuleNotFoundError) and _is_or_holds(error.name, module_name):
             near = difflib.get_close_matches(module_name, [path.stem for path in Path(folder).glob("*.py")], n=1)
-            hint = f"did you mean {near[0]}?" if near else "start sluice in the folder that holds it, or install it."
+            hint = f"did you mean {near[0]}?" if near else "start sluice in the folder that holds it, or install it"
             raise ConfigError(
                 f"{dotted}: no module {error.name!r} in {folder} or among the installed packages; {hint}"
             ) from error
@@ -92,10 +93,10 @@ def _check_signature(dotted: str, function: Callable[..., Any], arguments: tuple
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        takes = "({})".format(", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values()))
-        raise ConfigError(
-            f"{dotted} takes {takes}; it is called with ({', '.join(arguments)}): {error}. Change its parameters to these."
-        ) from error
+        bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+        takes = inspect.Signature(bare)
+        called = ", ".join(arguments)
+        raise ConfigError(f"{dotted} takes {takes}; it is called with ({called}): {error}; give it these") from error
 
 
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep

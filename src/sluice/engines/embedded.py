@@ -12,7 +12,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -165,13 +165,14 @@ class EmbeddedEngine:
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.num_slots:
             free = self.num_slots - len(self._active)
-            new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            new = list(islice(self._waiting, free))
             new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
             self._prefill({r.key: r.prompt for r in new})
             first = len(self._active)
             self._place(new, first)
             hidden = torch.stack([self._prefixes[r.key].hidden for r in new])
             for request in new:
+                self._waiting.popleft()  # not before they are placed, so that a failure reaches them too
                 self._unwant(request)
             self._accept(first, hidden)
 

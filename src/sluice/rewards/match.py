@@ -13,7 +13,7 @@ from sluice.types import Prompt, Trajectory
 def match_reward(
     pattern: str | None, against: Literal["reference", "nothing"] = "reference", take: Literal["first", "last"] = "last"
 ) -> Reward:
-    """1 when the text that `pattern` finds in the response equals the reference, or, against nothing, when it finds any.
+    """1 when the text that `pattern` finds in the response equals the reference; against nothing, when it finds any.
 
     The text is the pattern's first group if it has groups, else the whole match; without a pattern it is the whole
     response. Both sides are stripped of white space. Raises ConfigError when the pattern does not compile.
@@ -30,7 +30,7 @@ def match_reward(
 
 
 def format_reward(pattern: str) -> Reward:
-    """1 when the whole response matches (dot matches newlines). Raises ConfigError when the pattern does not compile."""
+    """1 when the whole response matches (dot matches newlines). Raises ConfigError if the pattern does not compile."""
     regex = _compile(pattern, re.DOTALL)
 
     def reward(prompt: Prompt, trajectory: Trajectory) -> float:
@@ -47,12 +47,10 @@ def gold_of(prompt: Prompt) -> str:
 
 
 def _find(regex: re.Pattern[str], text: str, take: str) -> str | None:
-    found = None
-    for found in regex.finditer(text):
-        if take == "first":
-            break
-    if found is None:
+    matches = list(regex.finditer(text))
+    if not matches:
         return None
+    found = matches[0 if take == "first" else -1]
     return (found[1] or "") if regex.groups else found[0]
 
 
@@ -60,6 +58,4 @@ def _compile(pattern: str, flags: int = 0) -> re.Pattern[str]:
     try:
         return re.compile(pattern, flags)
     except re.error as error:
-        raise ConfigError(
-            f"the pattern {pattern!r} does not compile: {error}; correct it (Python's `re` syntax)"
-        ) from error
+        raise ConfigError(f"the pattern {pattern!r} does not compile: {error}; correct it") from error

@@ -25,7 +25,12 @@ from sluice.rewards.spec import RewardSpec
 START_LIMIT_S = 120.0
 """For importing the user's modules."""
 
-_ENTRY = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from sluice.rewards.worker import serve; serve({fd}, {parent})"
+_ENTRY = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from sluice.rewards.worker import serve
+serve(fd={fd}, parent={parent})
+"""
 _ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 
 
@@ -82,7 +87,7 @@ class Worker:
     def values(self, sample: bytes) -> list[float | dict[str, float]]:
         """The value of every part, for a pickled (prompt, trajectory).
 
-        Raises PartError, PartTimeout or WorkerDied for the first part that gives none, RewardError where no process starts.
+        Raises PartError, PartTimeout or WorkerDied for the first part that gives none, RewardError when none starts.
         """
         self.start()
         values: list[float | dict[str, float]] = []
@@ -107,22 +112,17 @@ class Worker:
         """Kill the process; none is started again."""
         with self._lock:
             self._closed = True
-            self._kill()
+        self._kill()
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with self._lock, theirs, open(self._log or os.devnull, "ab") as output:
+        entry = _ENTRY.format(fd=theirs.fileno(), parent=os.getpid())
+        with self._lock, theirs, contextlib.ExitStack() as undo, open(self._log or os.devnull, "ab") as output:
+            undo.callback(ours.close)
             if self._closed:
-                ours.close()
                 raise RewardError("the rubric was closed")
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-u",
-                    "-c",
-                    _ENTRY.format(fd=theirs.fileno(), parent=os.getpid()),
-                    json.dumps(self._path),
-                ],
+                [sys.executable, "-u", "-c", entry, json.dumps(self._path)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -132,6 +132,7 @@ class Worker:
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
             )
             self._socket, self._pipe = ours, ours.makefile("rwb")
+            undo.pop_all()
 
     def _send(self, message: Any, limit_s: float) -> None:
         self._socket.settimeout(limit_s)
@@ -143,26 +144,30 @@ class Worker:
         return pickle.load(self._pipe)
 
     def _cause_of_death(self) -> str:
-        assert self._process is not None
+        process = self._process
+        if process is None:
+            return "the rubric was closed"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        code = self._process.returncode
+            process.wait(1.0)
+        code = process.returncode
         self._kill()
         if code is None:
             return "its process closed its connection to sluice"
-        if code < 0:
-            name = signal.Signals(-code).name
-            return f"its process was killed ({name}{', perhaps for want of memory' if name == 'SIGKILL' else ''})"
-        return f"its process ended with exit code {code}"
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+        return f"its process was killed ({signal.Signals(-code).name}{hint})"
 
     def _kill(self) -> None:
         """Kill the process and all that it started."""
-        process = self._process
+        process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()  # should it have left its group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5.0)
         with contextlib.suppress(OSError):
             self._pipe.close()
         self._socket.close()

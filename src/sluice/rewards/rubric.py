@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sluice.errors import ConfigError, RewardError
+from sluice.errors import ConfigError, RewardError, boundary
 from sluice.rewards.pool import PartError, PartTimeout, Worker, WorkerDied
 from sluice.rewards.spec import RewardSpec, build
 from sluice.types import Outcome, Prompt, Trajectory
@@ -79,7 +79,8 @@ class Rubric:
     def _score(self, prompt: Prompt, trajectory: Trajectory) -> _Verdict:
         worker = self._idle.get()
         try:
-            sample = pickle.dumps((prompt, trajectory))
+            with boundary(RewardError, "cannot be sent to a reward process"):
+                sample = pickle.dumps((prompt, trajectory))
             try:
                 values = worker.values(sample)
             except WorkerDied:  # once may be the machine's doing, twice is the sample's
@@ -105,7 +106,7 @@ class Rubric:
             parts |= named
             reward += spec.weight * sum(named.values())
         if not math.isfinite(reward):
-            raise RewardError(f"the weighted sum is {reward}; the parts were {parts}")
+            raise RewardError(f"the weighted sum of the parts {parts} is {reward}")
         return _Verdict("scored", reward, parts)
 
     @staticmethod

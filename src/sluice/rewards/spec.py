@@ -48,8 +48,9 @@ def build(spec: RewardSpec) -> Reward:
 
 def _users_function(dotted: str) -> Reward:
     function = resolve(dotted, ("prompt", "trajectory"))
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    call = getattr(function, "__call__", None)  # noqa: B004  # an object with an async __call__
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
         raise ConfigError(
-            f"{dotted} is an `async def`; write it as a plain `def`: it runs in its own process, where nothing waits for it"
+            f"{dotted} is an `async def`; write a plain `def`: it runs in a process of its own, where nothing awaits it"
         )
     return function

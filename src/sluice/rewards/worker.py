@@ -13,17 +13,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sluice.errors import RewardError, SluiceError
 from sluice.hooks import first_line, raised_at
 from sluice.interfaces import Reward
 from sluice.rewards.math import warm_up
-from sluice.rewards.spec import build
-
-Reply = tuple[bool, Any]
-"""Whether it went well, and the result, or what went wrong as text."""
+from sluice.rewards.spec import RewardSpec, build
 
 _ORPHAN_GRACE_S = 2.0
 _PARENT_CHECK_S = 0.5
@@ -32,7 +29,8 @@ _PARENT_CHECK_S = 0.5
 def serve(fd: int, parent: int) -> None:
     """Read the specs, build the rewards, say so, then score one sample after the other until the parent is gone.
 
-    For each sample there is one reply per part, in order, up to the first part that fails.
+    For each sample there is one reply per part, in order, up to the first part that fails: whether it went well, and
+    the value, or what went wrong as text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide on
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -45,28 +43,36 @@ def serve(fd: int, parent: int) -> None:
 
     try:
         specs = pickle.load(pipe)
-        rewards = [build(spec) for spec in specs]
-        if any(spec.kind == "math" for spec in specs):
-            warm_up()
-        reply(True, None)
-        while True:
-            sample = pickle.load(pipe)
-            for spec, reward in zip(specs, rewards):
-                # Ends this process even where the parent is gone and the reward, in C code, lets no thread of ours run.
-                signal.setitimer(signal.ITIMER_REAL, spec.timeout_s + _ORPHAN_GRACE_S)
-                ok, result = _attempt(reward, sample)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                reply(ok, result)
-                if not ok:
-                    break
+        try:
+            rewards = [build(spec) for spec in specs]
+            if any(spec.kind == "math" for spec in specs):
+                warm_up()
+        except BaseException as error:
+            reply(False, _describe(error))
+        else:
+            reply(True, None)
+            while True:
+                _score(pickle.load(pipe), specs, rewards, reply)
     except (EOFError, ConnectionError):  # the parent closed its end, or died
         pass
-    except BaseException as error:
-        reply(False, _describe(error))
-    os.killpg(0, signal.SIGKILL)
+    finally:
+        os.killpg(0, signal.SIGKILL)
 
 
-def _attempt(reward: Reward, sample: bytes) -> Reply:
+def _score(
+    sample: bytes, specs: Sequence[RewardSpec], rewards: Sequence[Reward], reply: Callable[[bool, Any], None]
+) -> None:
+    for spec, reward in zip(specs, rewards):
+        # Ends this process even where the parent is gone and the reward, in C code, lets no thread of ours run.
+        signal.setitimer(signal.ITIMER_REAL, spec.timeout_s + _ORPHAN_GRACE_S)
+        ok, result = _attempt(reward, sample)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply(ok, result)
+        if not ok:
+            return
+
+
+def _attempt(reward: Reward, sample: bytes) -> tuple[bool, Any]:
     try:
         # Unpickled for every part, so that one that changes the trajectory cannot change what the next one sees.
         prompt, trajectory = pickle.loads(sample)

@@ -1,0 +1,191 @@
+"""The embedded engine gives what the model says: same log-probs as the trainer, whatever is batched beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+
+from sluice.data.batch import Packing
+from sluice.engines.embedded import EmbeddedEngine
+from sluice.errors import EngineError, PromptTooLongError
+from sluice.trainers.local import LocalTrainer
+from sluice.trainers.model import PolicyModel
+from sluice.trainers.optim import Optimizer, OptimizerSettings
+from sluice.types import Completion, Sample, Sampling
+from sluice.weights.in_process import InProcessWeights
+
+PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14], [15]]
+SETTINGS = OptimizerSettings(1e-4, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
+
+
+def engine_of(model: PolicyModel, decode: Callable[..., str] = lambda ids: "", **settings: int) -> EmbeddedEngine:
+    return EmbeddedEngine(model, decode, vocab_size=128, **settings)
+
+
+def sampling(i: int, j: int, **changes: object) -> Sampling:
+    settings: dict = {"max_new_tokens": 12 + 5 * j, "temperature": 0.6 + 0.2 * j, "seed": 100 * i + j}
+    return Sampling(**(settings | {"stop_token_ids": frozenset([1, 50])} | changes))
+
+
+def generate(engine: EmbeddedEngine, num: int = 4, **changes: object) -> list[Completion]:
+    async def all_of_them() -> list[Completion]:
+        asked = [engine.generate(p, sampling(i, j, **changes)) for i, p in enumerate(PROMPTS) for j in range(num)]
+        return await asyncio.gather(*asked)
+
+    return asyncio.run(all_of_them())
+
+
+def samples_of(completions: list[Completion], num: int = 4) -> list[Sample]:
+    samples = []
+    for k, c in enumerate(completions):
+        prompt, n = PROMPTS[k // num], len(PROMPTS[k // num])
+        weights, logprobs = [0.0] * n + [1.0] * len(c.token_ids), [0.0] * n + c.logprobs
+        versions = [-1] * n + c.policy_versions
+        samples.append(Sample(prompt + c.token_ids, weights, logprobs, versions, c.temperature, k // num, k % num))
+    return samples
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_trainer_and_engine_agree_on_every_token(architecture: str, layout: str) -> None:
+    """R2, first half: decode through the slot cache = one forward over uneven lengths, to 1e-4 per token."""
+    model = tiny_model(architecture)
+    model.check()
+    samples = samples_of(generate(engine_of(model, num_slots=5)))
+    assert len({len(s) for s in samples}) > 4, "lengths should be uneven"
+    trainer = LocalTrainer(model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 120, layout))  # type: ignore[arg-type]
+    asyncio.run(trainer.recompute_logprobs(samples))
+    pairs = [(a, b) for s in samples for a, b, w in zip(s.old_logprobs, s.logprobs, s.loss_weights) if w]
+    assert max(abs(a - b) for a, b in pairs) < 1e-4
+    assert abs(sum(a - b for a, b in pairs) / len(pairs)) < 1e-5
+    assert min(b for _, b in pairs) < -0.5, "a model that is sure of everything would hide a wrong log-prob"
+
+
+def test_a_completion_does_not_depend_on_slots_or_neighbours() -> None:
+    """Continuous batching changes who is decoded beside whom, and nothing else."""
+    model = tiny_model("qwen3")
+    wide = generate(engine_of(model, num_slots=64))
+    for engine in (engine_of(model, num_slots=3), engine_of(model, num_slots=1, prefill_tokens=1)):
+        for a, b in zip(wide, generate(engine), strict=True):
+            assert a.token_ids == b.token_ids
+            assert a.finish_reason == b.finish_reason
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_same_seed_same_completion_other_seed_other() -> None:
+    engine = engine_of(tiny_model("qwen3"))
+    first, second = generate(engine), generate(engine)
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+    assert len({tuple(c.token_ids[:6]) for c in first}) > 6
+
+
+def test_greedy_is_what_transformers_generates() -> None:
+    model = tiny_model("llama")
+    completions = generate(engine_of(model), temperature=0.0, stop_token_ids=frozenset())
+    for k, completion in enumerate(completions):
+        ids = torch.tensor([PROMPTS[k // 4]])
+        n = len(completion.token_ids)
+        expected = model.model.generate(ids, do_sample=False, max_new_tokens=n, min_new_tokens=n, eos_token_id=None)
+        assert completion.token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_prompt_is_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    rows = []
+    real = model.hidden_states
+
+    def counting(input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if input_ids.shape[1] > 1 or "cache" in kwargs:
+            rows.append(len(input_ids))
+        return real(input_ids, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "hidden_states", counting)
+    generate(engine_of(model, num_slots=5), num=8)  # 24 requests for 3 prompts, in several admissions
+    assert sum(rows) == 3
+
+
+def test_stop_ids_end_a_completion_and_are_kept() -> None:
+    completions = generate(engine_of(tiny_model("qwen3")), stop_token_ids=frozenset(range(0, 128, 8)))
+    for c in completions:
+        stops = [i for i, token in enumerate(c.token_ids) if token % 8 == 0]
+        assert stops == ([len(c.token_ids) - 1] if c.finish_reason == "stop" else [])
+    assert any(c.finish_reason == "stop" for c in completions)
+
+
+def test_stop_strings_end_a_completion() -> None:
+    def letters(ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    model = tiny_model("qwen3")
+    free = generate(engine_of(model, letters), stop_token_ids=frozenset())
+    target = letters(free[7].token_ids)[4:6]
+    stopped = generate(engine_of(model, letters), stop_token_ids=frozenset(), stop=(target,))
+    for before, after in zip(free, stopped, strict=True):
+        text = letters(before.token_ids)
+        end = text.find(target)
+        assert letters(after.token_ids) == (text if end < 0 else text[: end + 2])
+        assert after.finish_reason == ("length" if end < 0 else "stop")
+    assert stopped[7].finish_reason == "stop"
+
+
+def test_top_k_and_top_p_bound_what_is_sampled() -> None:
+    model = tiny_model("qwen3")
+    greedy = generate(engine_of(model), temperature=0.0)
+    for changes in ({"top_k": 1}, {"top_p": 1e-6}):
+        completions = generate(engine_of(model), **changes)
+        assert [c.token_ids for c in completions] == [c.token_ids for c in greedy]
+
+
+def test_a_prompt_without_room_is_refused_with_the_numbers() -> None:
+    engine = engine_of(tiny_model("qwen3"), max_model_len=20)
+    with pytest.raises(PromptTooLongError, match="prompt of 15 tokens leaves 5 of the window of 20 tokens, and 6 new"):
+        asyncio.run(engine.generate(list(range(3, 18)), Sampling(max_new_tokens=6)))
+    assert len(asyncio.run(engine.generate(list(range(3, 18)), Sampling(max_new_tokens=5))).token_ids) == 5
+
+
+def test_another_models_weights_are_refused() -> None:
+    """Z6: an engine that goes on with weights of its own would train on stale samples without a word."""
+    engine = engine_of(tiny_model("qwen3"))
+    with pytest.raises(EngineError, match="another one's weights"):
+        asyncio.run(engine.update_weights(InProcessWeights(tiny_model("qwen3")), 1))
+
+
+def test_new_weights_change_what_is_sampled_and_its_version() -> None:
+    model = tiny_model("qwen3")
+    engine = engine_of(model)
+    before = generate(engine)
+    with torch.no_grad():
+        model.head.weight.mul_(-1.0)
+    asyncio.run(engine.update_weights(InProcessWeights(model), 7))
+    after = generate(engine)
+    assert {v for c in after for v in c.policy_versions} == {7}
+    assert [c.token_ids for c in before] != [c.token_ids for c in after]
+
+
+def test_a_failing_model_fails_every_waiting_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+
+    def broken(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "hidden_states", broken)
+    with pytest.raises(EngineError, match="decoding failed: RuntimeError: out of memory"):
+        generate(engine_of(model))
+
+
+def test_cancelled_requests_give_their_slots_back() -> None:
+    async def scenario() -> Completion:
+        engine = engine_of(tiny_model("qwen3"), num_slots=2)
+        long = Sampling(max_new_tokens=200)
+        tasks = [asyncio.create_task(engine.generate([3, i], long)) for i in range(5)]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.wait_for(engine.generate([4], Sampling(max_new_tokens=3)), 10)
+
+    assert len(asyncio.run(scenario()).token_ids) == 3

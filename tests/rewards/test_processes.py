@@ -1,0 +1,124 @@
+"""Processes that are killed, and parents that are: real ones, with kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rubrics import a_prompt, an_answer, rubric_of, score, users
+
+from sluice.types import Trajectory
+
+
+def wait_for(condition, seconds: float, what: str):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids_in(folder: Path, count: int) -> list[int]:
+    def written() -> list[int] | None:
+        pids = (folder / "pids").read_text().split() if (folder / "pids").exists() else []
+        return [int(pid) for pid in pids] if len(pids) >= count else None
+
+    return wait_for(written, 15, f"a reward writing {count} process ids")
+
+
+@pytest.mark.parametrize(("kills", "outcome", "reward"), [(1, "scored", 1.0), (2, "error", None)])
+def test_a_killed_process_is_replaced_and_its_sample_tried_once_more(
+    kills: int, outcome: str, reward: float | None, tmp_path: Path
+):
+    async def run() -> Trajectory:
+        trajectory = an_answer("")
+        prompt = a_prompt(folder=str(tmp_path), kills=kills)
+        task = asyncio.create_task(rubric.score(prompt, trajectory))
+        for count in range(1, kills + 1):
+            os.kill((await asyncio.to_thread(pids_in, tmp_path, count))[-1], signal.SIGKILL)
+        await asyncio.wait_for(task, 15)
+        return trajectory
+
+    with rubric_of(users("waits_then_one", timeout_s=30)) as rubric:
+        trajectory = asyncio.run(run())
+        assert (trajectory.outcome, trajectory.reward) == (outcome, reward)
+        if kills == 2:
+            assert "reward 'part', prompt row-7 (data.jsonl:7): its process was killed (SIGKILL" in trajectory.error
+            assert trajectory.error.endswith("twice")
+        assert score(rubric, a_prompt(folder=str(tmp_path), kills=0)).reward == 1.0
+
+
+def test_a_process_killed_while_idle_is_replaced_unnoticed():
+    """Also two at once, of two: nothing is left of the pool but the rubric."""
+    with rubric_of(users("where", "at"), num_workers=2) as rubric:
+        for _ in range(2):
+            pids = {int(score(rubric, a_prompt()).reward_parts["at/pid"]) for _ in range(4)}
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        assert score(rubric, a_prompt()).outcome == "scored"
+
+
+def test_a_reward_that_ends_its_process_is_an_error_with_the_exit_code():
+    with rubric_of(users("ends_its_process")) as rubric:
+        trajectory = score(rubric, a_prompt())
+    assert (trajectory.outcome, trajectory.reward) == ("error", None)
+    assert "exit code 7, twice" in trajectory.error
+
+
+def test_ctrl_c_does_not_reach_reward_processes():
+    with rubric_of(users("where", "at")) as rubric:
+        pid = int(score(rubric, a_prompt()).reward_parts["at/pid"])
+        assert os.getpgid(pid) != os.getpgid(0)
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+        assert score(rubric, a_prompt()).reward_parts["at/pid"] == pid
+
+
+def test_close_and_time_limits_kill_also_what_a_reward_started(tmp_path: Path):
+    with rubric_of(users("busy_with_a_child", timeout_s=0.5)) as rubric:
+        assert score(rubric, a_prompt(folder=str(tmp_path))).outcome == "timeout"
+        pids = pids_in(tmp_path, 2)
+    wait_for(lambda: not any(alive(pid) for pid in pids), 3, "the end of the reward and its child")
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {here!r})
+from rubrics import a_prompt, rubric_of, score, users
+with rubric_of(users({function!r}, timeout_s=3.0)) as rubric:
+    score(rubric, a_prompt(folder={folder!r}))
+    import time; time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("function", "count"), [("idle", 1), ("busy_with_a_child", 2), ("busy_holding_the_gil", 1)])
+def test_no_process_outlives_a_killed_parent(function: str, count: int, tmp_path: Path):
+    """Idle, busy in Python with a process of its own, and busy in C where no thread of the process gets to run."""
+    here = str(Path(__file__).parent)
+    script = PARENT.format(here=here, function=function, folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    pids = pids_in(tmp_path, count)
+    try:
+        assert all(alive(pid) for pid in pids)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        wait_for(lambda: not any(alive(pid) for pid in pids), 3.0 + 3.0, "the end of the orphans")
+    finally:
+        parent.kill()
+        parent.wait()
+        for pid in pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
