@@ -57,7 +57,9 @@ def save_architecture(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{RECHECK}|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(str(folder))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        str(folder)
+    )
     Qwen3Config(
         vocab_size=len(vocabulary),
         hidden_size=128,
@@ -74,12 +76,14 @@ def save_architecture(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def write_task(folder: Path, recheck_rate: float, num_demonstrations: int, seed: int) -> None:
+def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 44_000, seed: int = 0) -> None:
     """`model/` (architecture and tokeniser), `demonstrations.jsonl` and `questions.jsonl` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(folder / "model")
     rows = {
-        "demonstrations": demonstrations(num_demonstrations, recheck_rate, taught_rate=float(__import__("os").environ.get("TR","1.0")), seed=seed),
+        "demonstrations": demonstrations(
+            num_demonstrations, recheck_rate, taught_rate=float(__import__("os").environ.get("TR", "1.0")), seed=seed
+        ),
         "questions": questions(20_000, seed),
     }
     for name, lines in rows.items():
@@ -90,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recheck-rate", type=float, default=0.03, help="share of demonstrations that recheck")
-    parser.add_argument("--demonstrations", type=int, default=60_000)
+    parser.add_argument("--demonstrations", type=int, default=44_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_task(args.folder, args.recheck_rate, args.demonstrations, args.seed)

@@ -235,7 +235,7 @@ class CustomReward(RewardSection):
 
 
 def _reward_tag(value: Any) -> str:
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    name: Any = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)  # pyright: ignore
     return name if name in ("math", "match", "format") else "module:function"
 
 

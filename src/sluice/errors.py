@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -47,7 +47,7 @@ class NonFiniteError(TrainingError):
 
 
 @contextmanager
-def boundary(error: type[SluiceError], what: str) -> Iterator[None]:
+def boundary(error: type[SluiceError], what: str) -> Generator[None]:
     """Turn whatever the block raises into `error`, saying at which boundary (`what`) it arose."""
     try:
         yield

@@ -28,9 +28,13 @@ class LanguageModel(Protocol):
     max_length: int
 
     def hidden_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, visible: torch.Tensor, cache: Any = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        visible: torch.Tensor | None = None,
+        cache: Any = None,
     ) -> torch.Tensor:
-        """[B, L] ids and positions, [B, L, K] who may look at whom → [B, L, H]."""
+        """[B, L] ids and positions → [B, L, H]; `visible` [B, L, K] says who may look at whom, all before it if left out."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

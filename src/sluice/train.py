@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -72,7 +72,7 @@ async def annotate(run: Run, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> Iterator[None]:
+def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> Generator[None]:
     """A refused update leaves its batch in the ledger and an event before it ends the run."""
     try:
         yield

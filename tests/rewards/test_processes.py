@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from rubrics import a_prompt, an_answer, rubric_of, score, users
+from rubrics import a_prompt, an_answer, rubric_of, score, score_all, users
 
+from sluice.rewards.rubric import Rubric
 from sluice.types import Trajectory
 
 
@@ -39,21 +40,22 @@ def pids_in(folder: Path, count: int) -> list[int]:
     return wait_for(written, 15, f"a reward writing {count} process ids")
 
 
+async def score_and_kill(rubric: Rubric, folder: Path, kills: int) -> Trajectory:
+    """Score a sample and kill its process, and the next one, as often as said."""
+    trajectory = an_answer("")
+    task = asyncio.create_task(rubric.score(a_prompt(folder=str(folder), kills=kills), trajectory))
+    for count in range(1, kills + 1):
+        os.kill((await asyncio.to_thread(pids_in, folder, count))[-1], signal.SIGKILL)
+    await asyncio.wait_for(task, 15)
+    return trajectory
+
+
 @pytest.mark.parametrize(("kills", "outcome", "reward"), [(1, "scored", 1.0), (2, "error", None)])
 def test_a_killed_process_is_replaced_and_its_sample_tried_once_more(
     kills: int, outcome: str, reward: float | None, tmp_path: Path
 ):
-    async def run() -> Trajectory:
-        trajectory = an_answer("")
-        prompt = a_prompt(folder=str(tmp_path), kills=kills)
-        task = asyncio.create_task(rubric.score(prompt, trajectory))
-        for count in range(1, kills + 1):
-            os.kill((await asyncio.to_thread(pids_in, tmp_path, count))[-1], signal.SIGKILL)
-        await asyncio.wait_for(task, 15)
-        return trajectory
-
     with rubric_of(users("waits_then_one", timeout_s=30)) as rubric:
-        trajectory = asyncio.run(run())
+        trajectory = asyncio.run(score_and_kill(rubric, tmp_path, kills))
         assert (trajectory.outcome, trajectory.reward) == (outcome, reward)
         if kills == 2:
             assert "reward 'part', prompt row-7 (data.jsonl:7): its process was killed (SIGKILL" in trajectory.error
@@ -61,14 +63,24 @@ def test_a_killed_process_is_replaced_and_its_sample_tried_once_more(
         assert score(rubric, a_prompt(folder=str(tmp_path), kills=0)).reward == 1.0
 
 
-def test_a_process_killed_while_idle_is_replaced_unnoticed():
-    """Also two at once, of two: nothing is left of the pool but the rubric."""
+def test_a_process_killed_while_idle_costs_no_sample_its_second_try(tmp_path: Path):
+    with rubric_of(users("waits_then_one", timeout_s=30)) as rubric:
+        (tmp_path / "idle").mkdir()
+        score(rubric, a_prompt(folder=str(tmp_path / "idle"), kills=0))
+        os.kill(pids_in(tmp_path / "idle", 1)[0], signal.SIGKILL)
+        time.sleep(0.1)
+        assert asyncio.run(score_and_kill(rubric, tmp_path, kills=1)).outcome == "scored"
+
+
+def test_scoring_goes_on_when_all_processes_are_killed_at_once():
     with rubric_of(users("where", "at"), num_workers=2) as rubric:
-        for _ in range(2):
-            pids = {int(score(rubric, a_prompt()).reward_parts["at/pid"]) for _ in range(4)}
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-        assert score(rubric, a_prompt()).outcome == "scored"
+        first = {int(t.reward_parts["at/pid"]) for t in score_all(rubric, [(a_prompt(), "")] * 40)}
+        assert len(first) == 2
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        second = score_all(rubric, [(a_prompt(), "")] * 40)
+        assert {t.outcome for t in second} == {"scored"}
+        assert not first & {int(t.reward_parts["at/pid"]) for t in second}
 
 
 def test_a_reward_that_ends_its_process_is_an_error_with_the_exit_code():
@@ -98,7 +110,7 @@ PARENT = """
 import sys
 sys.path.insert(0, {here!r})
 from rubrics import a_prompt, rubric_of, score, users
-with rubric_of(users({function!r}, timeout_s=3.0)) as rubric:
+with rubric_of(users({function!r}, timeout_s=2.0)) as rubric:
     score(rubric, a_prompt(folder={folder!r}))
     import time; time.sleep(60)
 """
@@ -115,7 +127,7 @@ def test_no_process_outlives_a_killed_parent(function: str, count: int, tmp_path
         assert all(alive(pid) for pid in pids)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        wait_for(lambda: not any(alive(pid) for pid in pids), 3.0 + 3.0, "the end of the orphans")
+        wait_for(lambda: not any(alive(pid) for pid in pids), 2.0 + 3.0, "the end of the orphans")
     finally:
         parent.kill()
         parent.wait()

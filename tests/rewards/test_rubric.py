@@ -67,6 +67,8 @@ def test_what_is_no_finite_number_is_an_error_and_never_a_score(returning: Rubri
     trajectory = score(returning, a_prompt(value=value))
     assert (trajectory.outcome, trajectory.reward, trajectory.reward_parts) == ("error", None, {})
     assert "row-7" in trajectory.error
+    if value not in FAILURES and "1e308" not in value:
+        assert "returned" in trajectory.error, "the value is blamed, not the sum"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,16 @@ def test_imports_do_not_count_against_the_time_limit():
     """sympy takes longer to import than this limit; and the parent never imports it."""
     with rubric_of(RewardSpec("math", "math", timeout_s=0.2)) as rubric:
         assert score(rubric, a_prompt("\\frac{3}{4}"), "so \\boxed{0.75}").reward == 1.0
+
+
+def test_starting_while_scoring_uses_no_process_twice_at_once():
+    async def run() -> list[str]:
+        trajectories = [an_answer("") for _ in range(20)]
+        await asyncio.gather(*(rubric.score(a_prompt(), t) for t in trajectories), rubric.start(), rubric.start())
+        return [t.outcome for t in trajectories]
+
+    with rubric_of(users("named"), num_workers=2) as rubric:
+        assert set(asyncio.run(run())) == {"scored"}
 
 
 def test_processes_are_light_single_threaded_and_used_side_by_side():

@@ -51,7 +51,7 @@ class WorkerDied(PartError):
 
 
 class Worker:
-    """One reward process, used by one thread at a time; only `close` may be called from another.
+    """One reward process. Threads wait for each other, except that `close` ends what another one waits for.
 
     What it prints goes to the file `log`, or nowhere.
     """
@@ -61,7 +61,8 @@ class Worker:
         self._log = log
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
+        self._in_use = threading.RLock()
+        self._lock = threading.Lock()  # no process may be spawned after `close`
         self._closed = False
 
     def start(self) -> None:
@@ -69,10 +70,13 @@ class Worker:
 
         Raises RewardError when it cannot be started, with what it said.
         """
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._kill()
-        self._spawn()
+        with self._in_use:
+            if self._process is None or self._process.poll() is not None:
+                self._kill()
+                self._spawn()
+                self._greet()
+
+    def _greet(self) -> None:
         try:
             self._send(self._specs, START_LIMIT_S)
             ok, what = self._receive(START_LIMIT_S)
@@ -89,24 +93,24 @@ class Worker:
 
         Raises PartError, PartTimeout or WorkerDied for the first part that gives none, RewardError when none starts.
         """
-        self.start()
-        values: list[float | dict[str, float]] = []
-        for index, spec in enumerate(self._specs):
-            try:
-                if index == 0:
-                    self._send(sample, spec.timeout_s)
-                ok, result = self._receive(spec.timeout_s)
-            except TimeoutError:
-                self._kill()
-                raise PartTimeout(
-                    index, f"did not return within {spec.timeout_s:g} s (timeout_s); its process was killed"
-                ) from None
-            except (OSError, EOFError, pickle.UnpicklingError):
-                raise WorkerDied(index, self._cause_of_death()) from None
-            if not ok:
-                raise PartError(index, result)
-            values.append(result)
-        return values
+        with self._in_use:
+            self.start()
+            return [self._value(index, spec, sample) for index, spec in enumerate(self._specs)]
+
+    def _value(self, index: int, spec: RewardSpec, sample: bytes) -> float | dict[str, float]:
+        try:
+            if index == 0:
+                self._send(sample, spec.timeout_s)
+            ok, result = self._receive(spec.timeout_s)
+        except TimeoutError:
+            self._kill()
+            what = f"did not return within {spec.timeout_s:g} s (timeout_s); its process was killed"
+            raise PartTimeout(index, what) from None
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise WorkerDied(index, self._cause_of_death()) from None
+        if not ok:
+            raise PartError(index, result)
+        return result
 
     def close(self) -> None:
         """Kill the process; none is started again."""

@@ -98,13 +98,11 @@ class Rubric:
         parts: dict[str, float] = {}
         reward = 0.0
         for spec, value in zip(self._specs, values):
-            named = (
-                {f"{spec.label}/{key}": part for key, part in value.items()}
-                if isinstance(value, dict)
-                else {spec.label: value}
-            )
-            parts |= named
-            reward += spec.weight * sum(named.values())
+            if isinstance(value, dict):
+                parts |= {f"{spec.label}/{key}": part for key, part in value.items()}
+            else:
+                parts[spec.label] = value
+            reward += spec.weight * (sum(value.values()) if isinstance(value, dict) else value)
         if not math.isfinite(reward):
             raise RewardError(f"the weighted sum of the parts {parts} is {reward}")
         return _Verdict("scored", reward, parts)

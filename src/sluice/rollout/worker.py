@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from sluice.algorithms import why_rejected
@@ -14,7 +14,7 @@ from sluice.types import Group, Prompt, Trajectory
 
 
 @asynccontextmanager
-async def rollout_workers(run: Run) -> AsyncIterator[None]:
+async def rollout_workers(run: Run) -> AsyncGenerator[None]:
     """Workers run as long as the block; one that raises ends it, and its exception is what the caller sees."""
     try:
         async with asyncio.TaskGroup() as tasks:

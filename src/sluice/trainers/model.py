@@ -66,7 +66,7 @@ class PolicyModel:
 
     def _masks(self, visible: Tensor, distance: Tensor) -> Any:
         """The attention mask in the form that the model wants: one, or one for each kind of layer."""
-        window = getattr(self.config, "sliding_window", None)
+        window: Any = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None)
         full = self._mask(visible)
         if kinds is None:
@@ -140,7 +140,7 @@ def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed
             model = AutoModelForCausalLM.from_config(config, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **settings)
-    policy = PolicyModel(model.to(target))
+    policy = PolicyModel(model.to(torch.device(target)))  # pyright: ignore[reportArgumentType]
     policy.check()
     return policy
 

@@ -79,6 +79,7 @@ class Optimizer:
         self.adamw.zero_grad()
         if self.own_masters:
             with torch.no_grad():
-                torch._foreach_copy_(self.params, self.masters)
+                for param, master in zip(self.params, self.masters, strict=True):
+                    param.copy_(master)
         self.update += 1
         return Metrics({"train/grad_norm": Mean(norm), "train/learning_rate": Last(learning_rate)})

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test proof bench lint docs clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/recheck/demo.py
+
+test: setup browser
+	$(BIN)/python -m pytest -m 'not proof'
+
+# Heavier proofs, minutes each.
+proof: setup browser
+	$(BIN)/python -m pytest -m proof --timeout 1800
+
+# What tests need from outside Python. Installed where that is possible, else the tests that need it say so and skip.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
+
+bench: setup
+	$(BIN)/python benchmarks/step.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python -m sluice.configfile > docs/config.md
