@@ -116,8 +116,8 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
     chat = Chat(load_tokenizer(config.model.path))
     _set_threads(config.run)
     engine, trainer, packing, eos_ids = _engine_and_trainer(config, checked, chat)
-    rubric = Rubric(checked.rewards, config.reward_workers)
     rundir = _make_rundir(resolved, name)
+    rubric = Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log")
     parts = tuple(f"rollout/reward/{spec.label}" for spec in checked.rewards) if len(checked.rewards) > 1 else ()
     tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(config.run.num_steps, extra=parts)])
     run = Run(
@@ -157,6 +157,7 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
 
     async def whole() -> None:
         try:
+            await rubric.start()
             await loop(run)
         finally:
             await engine.close()
@@ -317,7 +318,7 @@ def _rows(data: FileData) -> Rows:
 
 def _reward_spec(reward: Any) -> RewardSpec:
     arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
-    return RewardSpec(label_of(reward), reward.weight, reward.timeout_s, reward.name, arguments)
+    return RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
 
 
 def _set_threads(run: RunSection) -> None:
