@@ -82,7 +82,7 @@ def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 44_0
     save_architecture(folder / "model")
     rows = {
         "demonstrations": demonstrations(
-            num_demonstrations, recheck_rate, taught_rate=float(__import__("os").environ.get("TR", "1.0")), seed=seed
+            num_demonstrations, recheck_rate, taught_rate=0.6, seed=seed
         ),
         "questions": questions(20_000, seed),
     }

@@ -55,7 +55,8 @@ def policy_loss(
         per_token, clipped = _surrogate(spec, log_ratio, ratio, advantages)
     else:
         weight, clipped = _weight(spec, ratio, advantages)
-        per_token = -(weight * advantages) * logprobs
+        # without a bound the weight may be inf, and inf · 0 is nan
+        per_token = -torch.where(advantages == 0, 0.0, weight * advantages) * logprobs
     per_token = torch.where(own, per_token, 0.0)
     clipped = clipped & own
 

@@ -36,7 +36,6 @@ class GroupBuffer:
         self._done: dict[int, Group] = {}
         self._rejected: list[Group] = []  # behind the head, not yet reported
         self._failed_in_a_row = 0
-        self._num_rejected = 0
         self._changed = asyncio.Condition()
 
     async def admit(self, next_prompt: Callable[[], Prompt]) -> tuple[int, Prompt]:
@@ -49,31 +48,36 @@ class GroupBuffer:
             return ticket, next_prompt()
 
     async def put(self, group: Group) -> None:
-        """Hand in the group of a ticket; a rejected one gives its slot back at once.
-
-        Raises RolloutError when more groups were rejected, or failed in a row, than the limits allow.
-        """
+        """Hand in the group of a ticket; a rejected one gives its slot back at once."""
         async with self._changed:
             if group.id in self._done or not self._head <= group.id < self.next_ticket:
                 raise ValueError(f"ticket {group.id} is not out")
             self._done[group.id] = group
             if group.rejected:
                 self._free += 1
-                self._count_rejected(group)
-            if group.scored:
-                self._failed_in_a_row = 0
             self._changed.notify_all()
 
     async def take(self, count: int) -> list[Group]:
-        """Wait for the `count` oldest groups that were not rejected. Their slots stay taken until `release`."""
+        """Wait for the `count` oldest groups that were not rejected. Their slots stay taken until `release`.
+
+        Raises RolloutError when it comes past more groups that were rejected, or that failed in a row, than the limits
+        allow: counted in the order of tickets, as everything here, and not in the order in which they were handed in.
+        """
         taken: list[Group] = []
+        num_rejected = 0
         async with self._changed:
             while len(taken) < count:
                 await self._changed.wait_for(lambda: self._head in self._done)
                 group = self._done.pop(self._head)
                 self._head += 1
-                (self._rejected if group.rejected else taken).append(group)
-            self._num_rejected = sum(1 for group in self._done.values() if group.rejected)
+                if group.scored:
+                    self._failed_in_a_row = 0
+                if group.rejected:
+                    self._rejected.append(group)
+                    num_rejected += 1
+                    self._check_limits(group, num_rejected)
+                else:
+                    taken.append(group)
         return taken
 
     async def release(self, count: int) -> None:
@@ -87,8 +91,7 @@ class GroupBuffer:
         rejected, self._rejected = self._rejected, []
         return rejected
 
-    def _count_rejected(self, group: Group) -> None:
-        self._num_rejected += 1
+    def _check_limits(self, group: Group, num_rejected: int) -> None:
         self._failed_in_a_row += bool(group.trajectories) and not group.scored
         errors = [t.error for t in group.trajectories if t.error]
         if self._failed_in_a_row >= self.limits.failed:
@@ -96,9 +99,9 @@ class GroupBuffer:
                 f"{self._failed_in_a_row} groups in a row without a single score; the last was prompt {group.prompt.id}: "
                 f"{errors[-1] if errors else group.rejected} (limit: rollout.max_failed_groups)"
             )
-        if self._num_rejected > self.limits.rejected:
+        if num_rejected > self.limits.rejected:
             raise RolloutError(
-                f"{self._num_rejected} groups were rejected while one step was filled (limit: rollout.max_rejected_groups); "
+                f"{num_rejected} groups were rejected while one step was filled (limit: rollout.max_rejected_groups); "
                 f"the last was prompt {group.prompt.id}: {group.rejected}"
                 + (f"; its last error: {errors[-1]}" if errors else "")
             )

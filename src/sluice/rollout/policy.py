@@ -12,7 +12,7 @@ from sluice.types import Message, Sampling, Turn
 
 
 class SamplingPolicy:
-    """One per trajectory. `seed` seeds its turns one after the other."""
+    """One per trajectory. `seed` seeds its calls one after the other."""
 
     def __init__(self, engine: Engine, chat: Any, sampling: Sampling, seed: str) -> None:
         self.turns: list[Turn] = []
@@ -20,10 +20,12 @@ class SamplingPolicy:
         self._chat = chat
         self._sampling = sampling
         self._seed = seed
+        self._num_calls = 0
 
     async def respond(self, messages: Sequence[Message]) -> Message:
         prompt_ids = self._chat.encode(messages)
-        sampling = replace(self._sampling, seed=seed_of(f"{self._seed}/{len(self.turns)}"))
+        sampling = replace(self._sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
+        self._num_calls += 1  # not the number of turns: calls may run side by side
         completion = await self._engine.generate(prompt_ids, sampling)
         completion.text = self._chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))

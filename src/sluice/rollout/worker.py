@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from sluice.algorithms import why_rejected
 from sluice.errors import EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.interfaces import Environment
 from sluice.rollout.policy import SamplingPolicy
 from sluice.run import Run
 from sluice.types import Group, Prompt, Trajectory
@@ -23,7 +24,8 @@ async def rollout_workers(run: Run) -> AsyncGenerator[None]:
             for worker in workers:
                 worker.cancel()
     except BaseExceptionGroup as errors:
-        raise first_error(errors) from None
+        error = first_error(errors)
+        raise error from error.__cause__
 
 
 async def _worker(run: Run) -> None:
@@ -43,7 +45,7 @@ async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
     except BaseExceptionGroup as errors:
         error = first_error(errors)
         if not isinstance(error, PromptTooLongError):
-            raise error from None
+            raise error from error.__cause__
         if run.long_prompts == "error":
             raise PromptTooLongError(
                 f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
@@ -63,12 +65,26 @@ async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Traject
     policy = SamplingPolicy(run.engine, run.chat, run.sampling, f"{run.seed}/{ticket}/{index}")
     try:
         with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
-            trajectory = await run.environment(prompt, policy)
-            if not isinstance(trajectory, Trajectory):
-                raise TypeError(f"returned {type(trajectory).__name__}, not a Trajectory")
+            trajectory = await _play(run.environment, prompt, policy)
     except EnvironmentError_ as error:
         return Trajectory(policy.turns, stop_reason="error", outcome="error", error=str(error))
-    await run.rubric.score(prompt, trajectory)
+    if trajectory.outcome not in ("error", "timeout"):  # an environment may say so itself; no reward makes it a score
+        await run.rubric.score(prompt, trajectory)
+    return trajectory
+
+
+async def _play(environment: Environment, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:
+    try:
+        trajectory = await environment(prompt, policy)
+    except (asyncio.CancelledError, SystemExit) as error:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        # Not the end of the run but the environment's doing; as it is, it would end a worker or the process in silence.
+        raise RuntimeError(repr(error)) from error
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"returned {type(trajectory).__name__}, not a Trajectory")
+    if not trajectory.num_response_tokens:
+        raise ValueError("returned a Trajectory without a token of the policy")
     return trajectory
 
 

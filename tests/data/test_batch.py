@@ -1,0 +1,189 @@
+"""A step's samples are cut into updates and micro-batches without losing, doubling or shifting a token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sluice.algorithms.aggregation import Totals
+from sluice.data.batch import Layout, MicroBatch, Packing, collate, make_minibatch, pack, under_budget
+from sluice.types import Sample
+
+modest = settings(max_examples=60, deadline=None, derandomize=True)
+each_layout = pytest.mark.parametrize("layout", ["rows", "packed"])
+
+
+def a_sample(length: int, seed: int = 0, weights: list[float] | None = None, **fields: Any) -> Sample:
+    """Every number tells where it stands, so that a shift by one shows."""
+    rng = np.random.default_rng([seed, length])
+    weights = weights or [0.0, *rng.choice([0.0, 1.0, 0.5], length - 1).tolist()]
+    ids = rng.integers(100, 1000, length).tolist()
+    columns = {k: rng.normal(size=length).astype(np.float32).tolist() for k in ("advantages", "old_logprobs")}
+    logprobs = rng.normal(size=length).astype(np.float32).tolist()
+    return Sample(ids, weights, logprobs, [0] * length, 0.5 + seed / 8, seed, length, **(columns | fields))
+
+
+some_samples = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(
+    lambda lengths: [a_sample(length, seed) for seed, length in enumerate(lengths)]
+)
+
+
+def own(sample: Sample) -> list[int]:
+    return [t for t, weight in enumerate(sample.loss_weights) if weight]
+
+
+# the tensors
+
+
+@each_layout
+@modest
+@given(samples=some_samples)
+def test_every_loss_token_keeps_its_columns_and_its_history(layout: Layout, samples: list[Sample]):
+    batch = collate(samples, layout)
+    expected = [(i, t, sample) for i, sample in enumerate(samples) for t in own(sample)]
+    assert batch.input_ids.shape == batch.position_ids.shape
+    assert batch.hidden_index.dtype == batch.target_ids.dtype == batch.sequence_ids.dtype == torch.int64
+    assert batch.sequence_ids.tolist() == [i for i, _, _ in expected]
+    assert batch.target_ids.tolist() == [sample.token_ids[t] for _, t, sample in expected]
+    for name in ("loss_weights", "advantages", "logprobs", "old_logprobs"):
+        assert getattr(batch, name).tolist() == [getattr(sample, name)[t] for _, t, sample in expected], name
+    assert batch.temperatures.tolist() == [sample.temperature for _, _, sample in expected]
+    # the hidden state that predicts a token stands at the token before it, in its own sample
+    width = batch.input_ids.shape[1]
+    for index, (i, t, sample) in zip(batch.hidden_index.tolist(), expected, strict=True):
+        row, column = divmod(index, width)
+        start = column - (t - 1)
+        assert batch.input_ids[row, start : column + 1].tolist() == sample.token_ids[:t]
+        assert batch.position_ids[row, start : column + 1].tolist() == list(range(t))
+        if layout == "rows":
+            assert (row, start) == (i, 0)
+        else:
+            assert batch.document_ids is not None
+            assert batch.document_ids[row, start : column + 1].tolist() == [i] * t
+
+
+@each_layout
+def test_shapes(layout: Layout):
+    batch = collate([a_sample(3), a_sample(5, 1), a_sample(2, 2)], layout)
+    assert tuple(batch.input_ids.shape) == ((3, 5) if layout == "rows" else (1, 10))
+    if layout == "rows":
+        assert batch.document_ids is None
+        assert batch.input_ids[0, 3:].tolist() == [0, 0]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+    else:
+        assert batch.document_ids is not None
+        assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1]]
+
+
+@each_layout
+def test_columns_that_are_not_filled_yet_are_empty(layout: Layout):
+    """Old log-probs are computed from a batch that has none."""
+    batch = collate([a_sample(4, weights=[0.0, 1.0, 1.0, 1.0], advantages=[], old_logprobs=[])], layout)
+    assert batch.advantages.tolist() == batch.old_logprobs.tolist() == []
+    assert len(batch.logprobs) == len(batch.target_ids) == 3
+
+
+@each_layout
+def test_samples_without_a_loss_token(layout: Layout):
+    batch = collate([a_sample(3, weights=[0.0, 0.0, 0.0]), a_sample(1)], layout)
+    assert batch.hidden_index.tolist() == batch.loss_weights.tolist() == batch.sequence_ids.tolist() == []
+
+
+@modest
+@given(samples=some_samples, seed=st.integers(0, 9))
+def test_spread_puts_every_value_back_at_its_token(samples: list[Sample], seed: int):
+    batch = collate(samples, "packed")
+    values = torch.rand(len(batch.target_ids), generator=torch.Generator().manual_seed(seed))
+    rows = batch.spread(values, -7.0)
+    assert [len(row) for row in rows] == [len(sample) for sample in samples]
+    assert [row[t] for row, sample in zip(rows, samples, strict=True) for t in own(sample)] == values.tolist()
+    rest = [v for row, s in zip(rows, samples, strict=True) for v, w in zip(row, s.loss_weights, strict=True) if not w]
+    assert rest == [-7.0] * len(rest)
+
+
+def test_record_fills_the_samples_over_all_of_their_tokens():
+    samples = [a_sample(3, weights=[0.0, 1.0, 0.0]), a_sample(2, 1, weights=[0.0, 0.5])]
+    batch = collate(samples, "rows")
+    batch.record(4, torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 1.5]), torch.tensor([True, False]))
+    assert [s.update for s in samples] == [4, 4]
+    assert [s.current_logprobs for s in samples] == [[0.0, -1.0, 0.0], [0.0, -2.0]]
+    assert [s.ratios for s in samples] == [[1.0, 0.5, 1.0], [1.0, 1.5]]
+    assert [s.clipped for s in samples] == [[False, True, False], [False, False]]
+
+
+def test_a_move_to_a_device_takes_the_tensors_and_keeps_the_samples():
+    samples = [a_sample(3), a_sample(5, 1)]
+    batch = collate(samples, "packed")
+    moved = batch.to(torch.device("meta"))
+    tensors = [k for k, v in vars(batch).items() if isinstance(v, torch.Tensor)]
+    assert all(getattr(moved, k).device.type == "meta" for k in tensors)
+    assert len(tensors) == len(vars(MicroBatch.to.__globals__["MicroBatch"])["__annotations__"]) - 1
+    assert all(a is b for a, b in zip(moved.samples, samples, strict=True))
+
+
+# the cut
+
+
+@each_layout
+@modest
+@given(samples=some_samples, budget=st.integers(1, 40))
+def test_micro_batches_keep_to_the_budget(layout: Layout, samples: list[Sample], budget: int):
+    """Padding counts; a sample that is longer than the budget goes alone; every sample goes once."""
+    parts = under_budget(samples, Packing(1, budget, layout))
+    assert Counter(s.name for part in parts for s in part) == Counter(s.name for s in samples)
+    for part in parts:
+        size = collate(part, layout).input_ids.numel()
+        assert size <= budget or len(part) == 1
+        if layout == "rows":
+            assert size < 2 * sum(map(len, part)) or len(part) == 1
+    assert [len(s) for part in parts for s in part] == sorted(map(len, samples), reverse=True)
+
+
+def test_the_longest_sample_comes_first():
+    """Z17: a sample that does not fit the memory fails in the first step's first micro-batch."""
+    parts = under_budget([a_sample(2), a_sample(9, 1), a_sample(3, 2)], Packing(1, 12, "packed"))
+    assert [[len(s) for s in part] for part in parts] == [[9, 3], [2]]
+
+
+def test_rows_of_very_different_lengths_do_not_share_a_micro_batch():
+    samples = [a_sample(8), a_sample(4, 1), a_sample(3, 2), a_sample(3, 3), a_sample(1, 4)]
+    parts = under_budget(samples, Packing(1, 1000, "rows"))
+    assert [[len(s) for s in part] for part in parts] == [[8, 4], [3, 3], [1]]
+    assert len(under_budget(samples, Packing(1, 1000, "packed"))) == 1
+
+
+@modest
+@given(samples=some_samples, updates=st.integers(1, 14))
+def test_updates_take_the_samples_in_order_in_even_shares(samples: list[Sample], updates: int):
+    minibatches = pack(samples, Packing(updates, 1000, "packed"))
+    shares = [{s.group for m in minibatch.micro_batches for s in m.samples} for minibatch in minibatches]
+    assert [minibatch.index for minibatch in minibatches] == list(range(min(updates, len(samples))))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [sorted(share) for share in shares] == [
+        list(range(min(share), max(share) + 1)) for share in shares
+    ]  # seeds number the samples in order
+    assert sorted(n for share in shares for n in share) == list(range(len(samples)))
+    assert [min(share) for share in shares] == sorted(min(share) for share in shares)
+
+
+def test_no_samples_no_updates():
+    assert pack([], Packing(4, 100, "rows")) == []
+
+
+@modest
+@given(samples=some_samples, budget=st.integers(1, 40))
+def test_totals_are_the_updates_own_whatever_the_cut(samples: list[Sample], budget: int):
+    """Known before the first backward, and equal to the counts over all micro-batches (Z3)."""
+    minibatch = make_minibatch(samples, Packing(1, budget, "rows"), 0)
+    assert minibatch.totals.loss_weight == sum(sum(s.loss_weights) for s in samples)
+    assert minibatch.totals.num_sequences == sum(1 for s in samples if any(s.loss_weights))
+    counted = [Totals.of(m.loss_weights, m.sequence_ids) for m in minibatch.micro_batches]
+    assert sum(t.loss_weight for t in counted) == pytest.approx(minibatch.totals.loss_weight)
+    assert sum(t.num_sequences for t in counted) == minibatch.totals.num_sequences
