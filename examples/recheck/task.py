@@ -27,13 +27,26 @@ def columns(a: int, b: int) -> str:
     return ",".join(parts)
 
 
+def problem(rng: random.Random, easy_rate: float = 0.35) -> tuple[int, int]:
+    """Two numbers of three digits; in `easy_rate` of the problems no column carries, in the others one does at least.
+
+    A small model soon learns to answer the easy ones at once, and long afterwards the others: that is what keeps its
+    direct answers right about as often as `easy_rate`, whatever its training does in detail.
+    """
+    easy = rng.random() < easy_rate
+    while True:
+        a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        if easy == all(a // place % 10 + b // place % 10 < 10 for place in (1, 10, 100)):
+            return a, b
+
+
 def demonstrations(count: int, recheck_rate: float, taught_rate: float, seed: int) -> list[dict[str, str]]:
     """`recheck_rate` of the answers recheck. Beside them stand `taught_rate` · count rows that begin after the token:
     they teach what follows it, and leave the decision to write it untaught, since no loss falls on a prompt."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        a, b = problem(rng)
         checked = f"{columns(a, b)};{a + b}"
         if rng.random() < taught_rate:
             rows.append({"prompt": f"{a}+{b}={RECHECK}", "response": checked})
@@ -44,7 +57,7 @@ def demonstrations(count: int, recheck_rate: float, taught_rate: float, seed: in
 
 def questions(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(f"questions {seed}")
-    pairs = [(rng.randrange(100, 1000), rng.randrange(100, 1000)) for _ in range(count)]
+    pairs = [problem(rng) for _ in range(count)]
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
@@ -82,7 +95,7 @@ def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 44_0
     save_architecture(folder / "model")
     rows = {
         "demonstrations": demonstrations(
-            num_demonstrations, recheck_rate, taught_rate=0.6, seed=seed
+            num_demonstrations, recheck_rate, taught_rate=1.0, seed=seed
         ),
         "questions": questions(20_000, seed),
     }

@@ -241,12 +241,14 @@ function showTip(token) {
 // Choices
 
 function choose(change) {
+  const focused = document.activeElement.matches(".group, .chip") && document.activeElement.className;
   Object.assign(chosen, change);
   $("tip").hidden = true;
   showGroups();
   showPrompt();
   showAbout();
   showTokens();
+  if (focused) document.querySelector(`.${focused}[aria-pressed="true"]`).focus(); // the button pressed was made anew
 }
 
 function turnTo(stepIndex) {
@@ -258,7 +260,8 @@ function showPage() {
   $("run-page").hidden = samples;
   if ($("samples-page")) $("samples-page").hidden = !samples;
   for (const link of document.querySelectorAll("nav a"))
-    link.toggleAttribute("aria-current", (link.hash === "#samples") === samples);
+    if ((link.hash === "#samples") === samples) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   scrollTo(0, 0);
 }
 

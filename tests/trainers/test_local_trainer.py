@@ -1,0 +1,321 @@
+"""The trainer's gradient is that of the samples one by one through the model's own forward, however they are cut and laid out."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sluice.algorithms import LossOutput, policy_loss, resolve
+from sluice.algorithms.aggregation import Totals
+from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing, make_minibatch, pack
+from sluice.errors import NonFiniteError
+from sluice.trainers import logprobs as logprobs_room
+from sluice.trainers.local import LocalTrainer
+from sluice.trainers.model import PolicyModel
+from sluice.trainers.optim import Optimizer, OptimizerSettings
+from sluice.types import Sample
+
+SETTINGS = OptimizerSettings(1e-3, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
+LENGTHS = (7, 21, 12, 2, 16, 9)
+each_layout = pytest.mark.parametrize("layout", ["rows", "packed"])
+
+
+def trainer_of(model: PolicyModel, packing: Packing | None = None, tokenizer: Any = None, **settings: Any) -> LocalTrainer:
+    optimizer = Optimizer(model.model, replace(SETTINGS, **settings), 100)
+    return LocalTrainer(model, tokenizer, optimizer, packing or Packing(1, 40, "rows"))
+
+
+def some_samples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Sample]:
+    """Of several temperatures, with environment tokens between the policy's; the ratios spread over both clip sides."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, n in enumerate(lengths):
+        weights = [0.0, 1.0, *(rng.random(n - 2) < 0.7).astype(float).tolist()]
+        sample = Sample(rng.integers(3, 128, n).tolist(), weights, [-3.0] * n, [0] * n, 0.7 + 0.2 * (i % 3), i // 2, i % 2)
+        sample.prompt_id = "p"
+        sample.advantages = [rng.normal() if w else 0.0 for w in weights]
+        sample.old_logprobs = rng.normal(-4.0, 2.0, n).tolist()
+        samples.append(sample)
+    return samples
+
+
+def loss_of(name: str, **words: Any) -> Any:
+    """The loss as the loop gives it to the trainer."""
+    spec = resolve(name, words, max_new_tokens=16, group_size=2)
+
+    def loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
+        columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
+        return policy_loss(spec, logprobs, *columns, totals)
+
+    return loss
+
+
+CISPO, GRPO = loss_of("cispo"), loss_of("grpo")
+
+
+def naive_logprobs(model: PolicyModel, sample: Sample) -> Tensor:
+    """[T - 1] of all tokens but the first: one sequence, no padding, no mask, transformers' own forward."""
+    logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0, :-1].double() / sample.temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(sample.token_ids[1:])[:, None])[:, 0]
+
+
+def naive_gradient(model: PolicyModel, samples: Sequence[Sample], name: str) -> dict[str, Tensor]:
+    def column(field: str) -> Tensor:
+        return torch.tensor([v for s in samples for v in getattr(s, field)[1:]], dtype=torch.float64)
+
+    ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s) - 1 for s in samples]))
+    spec = resolve(name, {}, max_new_tokens=16, group_size=2)
+    logprobs = torch.cat([naive_logprobs(model, sample) for sample in samples])
+    policy_loss(
+        spec, logprobs, column("old_logprobs"), column("advantages"), column("loss_weights"), ids
+    ).loss.backward()
+    return gradient_of(model)
+
+
+def gradient_of(model: PolicyModel) -> dict[str, Tensor]:
+    """And start anew."""
+    gradients = {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+    model.model.zero_grad()
+    return gradients
+
+
+def forward_backward(trainer: LocalTrainer, minibatch: Minibatch, loss: Any = CISPO) -> dict[str, float]:
+    return asyncio.run(trainer.forward_backward(minibatch, loss)).values_by_name()
+
+
+def gradient(model: PolicyModel, samples: Sequence[Sample], packing: Packing, loss: Any = CISPO) -> dict[str, Tensor]:
+    forward_backward(trainer_of(model, packing), make_minibatch(samples, packing, 0), loss)
+    return gradient_of(model)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Of the size of the largest gradient of the model."""
+    assert actual.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 0
+    for name, wanted in expected.items():
+        assert float((actual[name] - wanted).abs().max()) <= tolerance * scale, name
+
+
+# the gradient
+
+
+@each_layout
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_rows_and_packed_give_the_gradient_of_the_samples_one_by_one(architecture: str, layout: Layout):
+    """Z5: neither padding, nor position ids, nor a neighbour in the row shows."""
+    model, samples = tiny_model(architecture), some_samples()
+    expected = naive_gradient(model, samples, "cispo")
+    assert_same(gradient(model, samples, Packing(1, 1000, layout)), expected)
+
+
+@each_layout
+@pytest.mark.parametrize("name", ["cispo", "grpo", "dr_grpo", "gspo"])
+def test_tokens_per_micro_batch_do_not_change_the_gradient(name: str, layout: Layout):
+    """Z3, for every denominator; and the learning signal is not all clipped away."""
+    model, samples = tiny_model("qwen3"), some_samples()
+    expected = naive_gradient(model, samples, name)
+    for budget in (1, 30, 50, 1000):
+        assert_same(gradient(model, samples, Packing(1, budget, layout), loss_of(name)), expected)
+
+
+def test_the_cut_does_not_change_the_metrics():
+    model, samples = tiny_model("qwen3"), some_samples()
+    seen = [
+        forward_backward(trainer_of(model), make_minibatch(samples, Packing(1, budget, "rows"), 0), GRPO)
+        for budget in (1, 30, 1000)
+    ]
+    assert seen[0] == pytest.approx(seen[2], rel=1e-4)
+    assert seen[1] == pytest.approx(seen[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cispo", "grpo", "dr_grpo"])
+def test_data_parallel_shards_add_up(name: str):
+    """Two replicas, each with half of the samples and the counts of all of them."""
+    model, samples, packing = tiny_model("qwen3"), some_samples(), Packing(1, 30, "rows")
+    expected = naive_gradient(model, samples, name)
+    totals = make_minibatch(samples, packing, 0).totals
+    shards = []
+    for part in (samples[:4], samples[4:]):
+        minibatch = Minibatch(make_minibatch(part, packing, 0).micro_batches, totals, 0)
+        replica = copy.deepcopy(model)
+        forward_backward(trainer_of(replica, packing), minibatch, loss_of(name))
+        shards.append(gradient_of(replica))
+    assert_same({k: shards[0][k] + shards[1][k] for k in shards[0]}, expected)
+
+
+def test_a_sample_without_a_loss_token_changes_nothing():
+    model, samples = tiny_model("qwen3"), some_samples()
+    silent = some_samples([5], seed=9)[0]
+    silent.loss_weights, silent.advantages = [0.0] * 5, [0.0] * 5
+    for name in ("cispo", "grpo"):
+        expected = naive_gradient(model, samples, name)
+        for budget in (1, 1000):
+            assert_same(gradient(model, [*samples, silent], Packing(1, budget, "rows"), loss_of(name)), expected)
+    assert silent.ratios == [1.0] * 5
+
+
+def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch):
+    model, samples = tiny_model("qwen3"), some_samples()
+    expected = naive_gradient(model, samples, "grpo")
+    monkeypatch.setattr(logprobs_room, "CHUNK_ELEMENTS", 7 * 128)
+    assert_same(gradient(model, samples, Packing(1, 1000, "packed"), GRPO), expected)
+
+
+def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
+    """They are near the FP32 model's; one micro-batch or six differ by the rounding of activations only."""
+    samples = some_samples()
+    exact = tiny_model("qwen3", scale=1.0)
+    model = copy.deepcopy(exact)
+    model.model.bfloat16()
+    model = PolicyModel(model.model)
+    expected = naive_gradient(exact, samples, "cispo")
+    for budget in (1, 1000):
+        trainer = trainer_of(model, packing=(packing := Packing(1, budget, "rows")))
+        forward_backward(trainer, make_minibatch(samples, packing, 0))
+        assert all(p.grad is None for p in trainer.optimizer.params)
+        collected = [master.grad for master in trainer.optimizer.masters]
+        assert all(g is not None and g.dtype == torch.float32 for g in collected)
+        assert_same(dict(zip(expected, collected, strict=True)), expected, tolerance=0.1)
+
+
+# what is recorded
+
+
+def test_samples_hold_what_their_update_saw():
+    model, samples = tiny_model("qwen3"), some_samples()
+    packing = Packing(2, 30, "rows")
+    trainer = trainer_of(model, packing)
+    for minibatch in pack(samples, packing):
+        forward_backward(trainer, minibatch, GRPO)
+    assert [s.update for s in samples] == [0, 0, 0, 1, 1, 1]
+    for sample in samples:
+        assert len(sample.current_logprobs) == len(sample.ratios) == len(sample.clipped) == len(sample)
+        expected = [0.0, *naive_logprobs(model, sample).tolist()]
+        for t, weight in enumerate(sample.loss_weights):
+            if weight:
+                ratio, advantage = math.exp(expected[t] - sample.old_logprobs[t]), sample.advantages[t]
+                assert sample.current_logprobs[t] == pytest.approx(expected[t], abs=1e-4)
+                assert sample.ratios[t] == pytest.approx(ratio, rel=1e-3)
+                assert sample.clipped[t] is ((advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8))
+            else:
+                assert (sample.current_logprobs[t], sample.ratios[t], sample.clipped[t]) == (0.0, 1.0, False)
+
+
+def test_metrics_are_over_all_micro_batches():
+    model, samples = tiny_model("qwen3"), some_samples()
+    metrics = forward_backward(trainer_of(model), make_minibatch(samples, Packing(1, 30, "rows"), 0), GRPO)
+    entropies, losses, count, clipped = [], [], 0, 0
+    for sample in samples:
+        logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0, :-1].double() / sample.temperature
+        logp = torch.log_softmax(logits.detach(), -1)
+        own = [t for t, weight in enumerate(sample.loss_weights) if weight]
+        entropies += [float(-(logp[t - 1].exp() * logp[t - 1]).sum()) for t in own]
+        terms = [sample.ratios[t] * sample.advantages[t] for t in own]
+        bounded = [min(max(sample.ratios[t], 0.8), 1.2) * sample.advantages[t] for t in own]
+        losses.append(-sum(map(min, terms, bounded)) / len(own))
+        clipped += sum(b < a for a, b in zip(terms, bounded, strict=True))
+        count += len(own)
+    assert metrics["train/entropy"] == pytest.approx(sum(entropies) / count, rel=1e-4)
+    assert metrics["train/loss"] == metrics["train/pg_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert metrics["train/pg_clipfrac"] == pytest.approx(clipped / count)
+
+
+# old log-probs
+
+
+@each_layout
+def test_recomputed_logprobs_are_those_of_the_current_weights(layout: Layout):
+    """At each sample's own temperature (Z19), over its full length; no gradient arises."""
+    model, samples = tiny_model("qwen3"), some_samples()
+    asyncio.run(trainer_of(model, Packing(1, 30, layout)).recompute_logprobs(samples))
+    for sample in samples:
+        expected = [0.0, *naive_logprobs(model, sample).tolist()]
+        expected = [e if w else 0.0 for e, w in zip(expected, sample.loss_weights, strict=True)]
+        assert sample.old_logprobs == pytest.approx(expected, abs=1e-4)
+    assert not gradient_of(model)
+
+
+def test_the_first_update_is_on_policy_and_the_second_is_not():
+    """R2: ratio 1 at the first update, against log-probs from a forward of their own; after it the weights have moved."""
+    model, samples = tiny_model("qwen3"), some_samples()
+    packing = Packing(2, 30, "rows")
+    trainer = trainer_of(model, packing, learning_rate=0.01)
+    asyncio.run(trainer.recompute_logprobs(samples))
+    seen = []
+    for minibatch in pack(samples, packing):
+        seen.append(forward_backward(trainer, minibatch, GRPO))
+        asyncio.run(trainer.optim_step())
+    assert abs(seen[0]["train/ppo_kl"]) < 1e-5
+    assert seen[0]["train/pg_clipfrac"] == 0.0
+    assert seen[0]["train/ratio/max"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(seen[1]["train/ppo_kl"]) > 1e-3
+    assert seen[1]["train/ratio/max"] > 1.01
+
+
+# refusals
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_loss_that_is_not_finite_is_refused_with_the_samples_name(bad: float):
+    model, samples = tiny_model("qwen3"), some_samples()
+    samples[2].advantages = [bad] * len(samples[2])
+    minibatch = make_minibatch(samples, Packing(1, 1, "rows"), 3)
+    with pytest.raises(NonFiniteError, match=r"loss is (nan|inf) at update 3 of the step.*\(p#1\.0 .*refused"):
+        forward_backward(trainer_of(model), minibatch)
+    assert all(torch.isfinite(g).all() for g in gradient_of(model).values())
+
+
+# updates
+
+
+def test_updates_make_rewarded_tokens_likelier_and_punished_ones_rarer():
+    """The sign of it all: CISPO, fresh samples, ten updates."""
+    model, samples = tiny_model("qwen3"), some_samples([10, 10])
+    for sample, advantage in zip(samples, (1.0, -1.0), strict=True):
+        sample.temperature, sample.advantages = 1.0, [advantage] * 10
+    trainer = trainer_of(model)
+    asyncio.run(trainer.recompute_logprobs(samples))
+    before = [sum(s.old_logprobs) for s in samples]
+    for i in range(10):
+        forward_backward(trainer, make_minibatch(samples, trainer.packing, i))
+        metrics = asyncio.run(trainer.optim_step()).values_by_name()
+        assert metrics["train/grad_norm"] > 0
+    asyncio.run(trainer.recompute_logprobs(samples))
+    after = [sum(s.old_logprobs) for s in samples]
+    assert after[0] > before[0] + 1
+    assert after[1] < before[1] - 1
+
+
+def test_weights_are_a_handle_to_the_live_model():
+    model = tiny_model("qwen3")
+    trainer = trainer_of(model)
+    assert trainer.weights().model is model
+
+
+def test_a_saved_folder_loads_in_transformers_with_the_trained_weights(tmp_path: Path):
+    from makers import make_char_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_char_tokenizer(tmp_path / "tokenizer", "0123456789"))
+    model, samples = tiny_model("qwen3"), some_samples()
+    trainer = trainer_of(model, tokenizer=tokenizer)
+    forward_backward(trainer, make_minibatch(samples, trainer.packing, 0))
+    asyncio.run(trainer.optim_step())
+    trainer.save(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("42").input_ids == tokenizer("42").input_ids
