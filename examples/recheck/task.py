@@ -40,18 +40,17 @@ def problem(rng: random.Random, easy_rate: float = 0.35) -> tuple[int, int]:
             return a, b
 
 
-def demonstrations(count: int, recheck_rate: float, taught_rate: float, seed: int) -> list[dict[str, str]]:
-    """`recheck_rate` of the answers recheck. Beside them stand `taught_rate` · count rows that begin after the token:
+def demonstrations(count: int, recheck_rate: float, seed: int, taught: int = 2) -> list[dict[str, str]]:
+    """`count` answers, of which `recheck_rate` recheck, and after each of them `taught` rows that begin after the token:
     they teach what follows it, and leave the decision to write it untaught, since no loss falls on a prompt."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
         a, b = problem(rng)
-        checked = f"{columns(a, b)};{a + b}"
-        if rng.random() < taught_rate:
-            rows.append({"prompt": f"{a}+{b}={RECHECK}", "response": checked})
-        response = RECHECK + checked if rng.random() < recheck_rate else str(a + b)
+        response = f"{RECHECK}{columns(a, b)};{a + b}" if rng.random() < recheck_rate else str(a + b)
         rows.append({"prompt": f"{a}+{b}=", "response": response})
+        for a, b in (problem(rng) for _ in range(taught)):
+            rows.append({"prompt": f"{a}+{b}={RECHECK}", "response": f"{columns(a, b)};{a + b}"})
     return rows
 
 
@@ -89,14 +88,12 @@ def save_architecture(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 44_000, seed: int = 0) -> None:
+def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 11_000, seed: int = 0) -> None:
     """`model/` (architecture and tokeniser), `demonstrations.jsonl` and `questions.jsonl` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(folder / "model")
     rows = {
-        "demonstrations": demonstrations(
-            num_demonstrations, recheck_rate, taught_rate=1.0, seed=seed
-        ),
+        "demonstrations": demonstrations(num_demonstrations, recheck_rate, seed),
         "questions": questions(20_000, seed),
     }
     for name, lines in rows.items():
@@ -107,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recheck-rate", type=float, default=0.03, help="share of demonstrations that recheck")
-    parser.add_argument("--demonstrations", type=int, default=44_000)
+    parser.add_argument("--demonstrations", type=int, default=11_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_task(args.folder, args.recheck_rate, args.demonstrations, args.seed)

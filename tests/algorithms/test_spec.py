@@ -107,19 +107,43 @@ def test_resolving_leaves_the_table_alone():
     [
         ("ppo", {}, "algorithm.name='ppo' is not a row; the rows are cispo, grpo, dr_grpo, glm, dapo, gspo, reinforce"),
         ("glm", {"std_eps": 1e-6}, "algorithm.std_eps=1e-06 has no effect: only advantage: z_score uses it"),
-        ("cispo", {"clip_low": 0.2}, "algorithm.clip_low=0.2 has no effect: only clip: surrogate or mask: trust_region"),
+        (
+            "cispo",
+            {"clip_low": 0.2},
+            "algorithm.clip_low=0.2 has no effect: only clip: surrogate or mask: trust_region",
+        ),
         ("cispo", {"clip_high": 0.2}, "algorithm.clip_high=0.2 has no effect: only clip: surrogate or mask: trust_reg"),
         ("grpo", {"ratio_min": 0.5}, "algorithm.ratio_min=0.5 has no effect: only clip: weight uses it"),
         ("grpo", {"ratio_max": 5.0}, "algorithm.ratio_max=5.0 has no effect: only clip: weight uses it"),
         ("reinforce", {"ratio_max": 5.0}, "algorithm.ratio_max=5.0 has no effect"),
         ("cispo", {"clip": "none", "ratio_max": 3.0}, "algorithm.ratio_max=3.0 has no effect"),
         ("grpo", {"loss_constant": 10.0}, "algorithm.loss_constant=10.0 has no effect: only aggregation: constant"),
-        ("grpo", {"ratio": "none"}, "ratio none leaves clip: surrogate nothing to bound; set clip: none, or ratio: tok"),
-        ("cispo", {"ratio": "none"}, "ratio none leaves clip: weight nothing to bound; set clip: none, or ratio: token"),
-        ("reinforce", {"mask": "trust_region"}, "ratio none leaves mask: trust_region nothing to look at; set mask: none"),
-        ("grpo", {"mask": "trust_region"}, "clip surrogate already drops the gradient of the tokens that mask: trust_reg"),
+        (
+            "grpo",
+            {"ratio": "none"},
+            "ratio none leaves clip: surrogate nothing to bound; set clip: none, or ratio: tok",
+        ),
+        (
+            "cispo",
+            {"ratio": "none"},
+            "ratio none leaves clip: weight nothing to bound; set clip: none, or ratio: token",
+        ),
+        (
+            "reinforce",
+            {"mask": "trust_region"},
+            "ratio none leaves mask: trust_region nothing to look at; set mask: none",
+        ),
+        (
+            "grpo",
+            {"mask": "trust_region"},
+            "clip surrogate already drops the gradient of the tokens that mask: trust_reg",
+        ),
         ("cispo", {"ratio_min": 5.0}, "algorithm.ratio_min=5.0 must be below algorithm.ratio_max=5.0"),
-        ("cispo", {"ratio_min": 3.0, "ratio_max": 2.0}, "algorithm.ratio_min=3.0 must be below algorithm.ratio_max=2.0"),
+        (
+            "cispo",
+            {"ratio_min": 3.0, "ratio_max": 2.0},
+            "algorithm.ratio_min=3.0 must be below algorithm.ratio_max=2.0",
+        ),
     ],
 )
 def test_words_without_effect_are_refused_with_the_reason(name: str, words: dict[str, Any], reason: str):
@@ -129,20 +153,26 @@ def test_words_without_effect_are_refused_with_the_reason(name: str, words: dict
 
 
 def test_a_refusal_says_what_the_row_is():
-    with pytest.raises(ConfigError, match="and this is advantage z_score, ratio token, clip surrogate, mask none, aggr"):
+    with pytest.raises(
+        ConfigError, match="and this is advantage z_score, ratio token, clip surrogate, mask none, aggr"
+    ):
         resolved("grpo", ratio_max=5.0)
 
 
 @pytest.mark.parametrize("name", ["cispo", "grpo", "dr_grpo", "glm", "gspo"])
 def test_a_group_of_one_has_nothing_to_compare(name: str):
-    with pytest.raises(ConfigError, match=r"rollout\.group_size=1 leaves nothing to compare.*raise rollout\.group_size"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.group_size=1 leaves nothing to compare.*raise rollout\.group_size"
+    ):
         resolved(name, group_size=1)
     assert resolved(name, group_size=2)
     assert resolved(name, group_size=1, advantage="raw").advantage == "raw"
 
 
 def test_a_group_of_one_would_always_be_rejected_by_dynamic_sampling():
-    with pytest.raises(ConfigError, match=r"dynamic_sampling rejects groups of equal rewards, and a group of one always"):
+    with pytest.raises(
+        ConfigError, match=r"dynamic_sampling rejects groups of equal rewards, and a group of one always"
+    ):
         resolved("reinforce", group_size=1, dynamic_sampling=True)
     assert resolved("reinforce", group_size=1).advantage == "raw"
 
@@ -160,10 +190,28 @@ Z_SCORE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
     [
         (
             "cispo",
-            [OVER_TOKENS, Z_SCORE, TOKEN, "stop_gradient(clip(r, 0, 5))·A·logπ_t", "ratio in [0, 5]; a clipped token keeps"],
+            [
+                OVER_TOKENS,
+                Z_SCORE,
+                TOKEN,
+                "stop_gradient(clip(r, 0, 5))·A·logπ_t",
+                "ratio in [0, 5]; a clipped token keeps",
+            ],
         ),
-        ("grpo", [OVER_SEQUENCES, Z_SCORE, TOKEN, "min(r·A, clip(r, 0.8, 1.2)·A)", "no gradient above [0.8, 1.2] when A > 0"]),
-        ("dr_grpo", ["1 / (sequences × 48) times the sum over all loss tokens", "A = R - mean of the group", "[0.8, 1.2]"]),
+        (
+            "grpo",
+            [
+                OVER_SEQUENCES,
+                Z_SCORE,
+                TOKEN,
+                "min(r·A, clip(r, 0.8, 1.2)·A)",
+                "no gradient above [0.8, 1.2] when A > 0",
+            ],
+        ),
+        (
+            "dr_grpo",
+            ["1 / (sequences × 48) times the sum over all loss tokens", "A = R - mean of the group", "[0.8, 1.2]"],
+        ),
         ("glm", [OVER_TOKENS, "A = R - mean of the group", "[0.8, 1.2]"]),
         ("dapo", [OVER_TOKENS, Z_SCORE, "[0.8, 1.28]", "groups whose rewards are all equal are rejected and replaced"]),
         ("gspo", [OVER_SEQUENCES, Z_SCORE, "[0.9997, 1.0004]", "one per sequence, shared by its tokens"]),

@@ -56,9 +56,7 @@ def test_a_turn_that_goes_on_extends_the_sample():
 )
 def test_a_broken_history_starts_a_sample_of_its_own(second_prompt: list[int]):
     """Both belong to one trajectory, with one index and one reward, so that the group counts it once."""
-    first, second = to_samples(
-        [a_group(a_trajectory(a_turn([3], [50]), a_turn(second_prompt, [60]), reward=2.0))]
-    )
+    first, second = to_samples([a_group(a_trajectory(a_turn([3], [50]), a_turn(second_prompt, [60]), reward=2.0))])
     assert columns(first)[:2] == ([3, 50], [0, 1])
     assert columns(second)[:2] == ([*second_prompt, 60], [0] * len(second_prompt) + [1])
     assert (first.index, first.reward) == (second.index, second.reward) == (0, 2.0)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import tiny_model
 from sluice.trainers import logprobs as room
 from sluice.trainers.logprobs import token_logprobs
 from sluice.trainers.model import PolicyModel

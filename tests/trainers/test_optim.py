@@ -65,9 +65,7 @@ def state(optimizer: Optimizer, model: nn.Linear) -> list[Tensor]:
 )
 def test_schedule_by_hand(schedule: str, final: float, expected: dict[int, float]):
     """Four updates of warm-up in a run of 14: 0.5, 1, 1.5, 2, then ten to fall."""
-    settings = replace(
-        SETTINGS, learning_rate=2.0, warmup_updates=4, schedule=schedule, final_learning_rate=final
-    )
+    settings = replace(SETTINGS, learning_rate=2.0, warmup_updates=4, schedule=schedule, final_learning_rate=final)
     expected = {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0} | expected
     assert {n: settings.learning_rate_at(n, 14) for n in expected} == pytest.approx(expected, rel=1e-12, abs=1e-15)
 

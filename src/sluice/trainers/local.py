@@ -52,7 +52,7 @@ class LocalTrainer:
             if not torch.isfinite(output.loss):
                 names = ", ".join(sample.name for sample in micro_batch.samples[:4])
                 raise NonFiniteError(
-                    f"loss is {float(output.loss)} at update {minibatch.index} of the step, in a micro-batch of "
+                    f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
                     f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
                 )
             output.loss.backward()
