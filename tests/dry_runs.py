@@ -144,7 +144,7 @@ class Workshop:
             "packing": Packing(updates_per_batch=2, tokens_per_micro_batch=256, layout="rows"),
             "sampling": Sampling(max_new_tokens=16),
             "tracker": Notes(),
-            "rundir": SimpleNamespace(checkpoints=self.data.parent / "checkpoints" / str(id(timing))),
+            "rundir": SimpleNamespace(checkpoints=self.data.parent / "checkpoints"),
             "seed": seed,
             "num_steps": NUM_STEPS,
             "groups_per_step": GROUPS_PER_STEP,
@@ -168,8 +168,10 @@ def finish(work: Awaitable[T], limit_s: float = 20.0) -> T:
         try:
             async with asyncio.timeout(limit_s):
                 return await work
-        finally:
+        except BaseException:
             gc.collect()  # a task that nobody asked for its exception complains when it is collected
+            raise
+        finally:
             left = asyncio.all_tasks() - {asyncio.current_task()}
             assert not left, f"tasks left behind: {left}"
             assert not complaints, complaints

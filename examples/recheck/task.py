@@ -40,7 +40,7 @@ def problem(rng: random.Random, easy_rate: float = 0.35) -> tuple[int, int]:
             return a, b
 
 
-def demonstrations(count: int, recheck_rate: float, seed: int, taught: int = 2) -> list[dict[str, str]]:
+def demonstrations(count: int, recheck_rate: float, seed: int, taught: int = 1) -> list[dict[str, str]]:
     """`count` answers, of which `recheck_rate` recheck, and after each of them `taught` rows that begin after the token:
     they teach what follows it, and leave the decision to write it untaught, since no loss falls on a prompt."""
     rng = random.Random(seed)
@@ -88,7 +88,7 @@ def save_architecture(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 11_000, seed: int = 0) -> None:
+def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 20_000, seed: int = 0) -> None:
     """`model/` (architecture and tokeniser), `demonstrations.jsonl` and `questions.jsonl` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(folder / "model")
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recheck-rate", type=float, default=0.03, help="share of demonstrations that recheck")
-    parser.add_argument("--demonstrations", type=int, default=11_000)
+    parser.add_argument("--demonstrations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_task(args.folder, args.recheck_rate, args.demonstrations, args.seed)

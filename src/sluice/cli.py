@@ -82,7 +82,8 @@ def _name(args: argparse.Namespace) -> str:
 
 def _train(args: argparse.Namespace) -> None:
     resolved = _load(args, sft=False)
-    from sluice.launch import describe, train
+    from sluice.describe import describe
+    from sluice.launch import train
 
     print(describe(resolved.config), flush=True)
     _done(train(resolved, _name(args)))
@@ -121,7 +122,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     resolved = _load(args, sft=False)
-    from sluice.launch import describe
+    from sluice.describe import describe
 
     print(describe(resolved.config))
 

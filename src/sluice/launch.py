@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.algorithms import Algorithm, explain, resolve
+from sluice.algorithms import Algorithm
 from sluice.config import FileData, LocalTrainer, OptimizerSection, RunSection, ScriptedEngine, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
 from sluice.configfile import Resolved, dump
@@ -19,17 +19,18 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, PromptStream, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
 from sluice.environments.single_turn import single_turn
+from sluice.describe import algorithm_of
 from sluice.errors import ConfigError, DataError
 from sluice.hooks import resolve as resolve_hook
 from sluice.interfaces import Tracker
-from sluice.rewards.rubric import RewardSpec, Rubric
+from sluice.rewards.rubric import Rubric
+from sluice.rewards.spec import RewardSpec, build
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.rundir import RunDir, describe_environment
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
-from sluice.viewer.report import write_report
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -54,7 +55,7 @@ def check(config: TrainConfig) -> Checked:
     rollout, engine = config.rollout, config.engine
     return Checked(
         algorithm=algorithm_of(config),
-        rewards=[_reward_spec(reward) for reward in config.rewards],
+        rewards=[_checked_reward(reward) for reward in config.rewards],
         environment=single_turn
         if rollout.environment == "single_turn"
         else resolve_hook(rollout.environment, ("prompt", "policy")),
@@ -76,35 +77,6 @@ def check_sft(config: SftConfig) -> SftSet:
     """Read every row. Raises DataError."""
     data = config.data
     return load_sft_rows(_rows(data), prompt=data.prompt, response=data.response, system_prompt=data.system_prompt)
-
-
-def algorithm_of(config: TrainConfig) -> Algorithm:
-    return resolve(
-        config.algorithm.name,
-        config.algorithm.overrides(),
-        max_new_tokens=config.rollout.max_new_tokens,
-        group_size=config.rollout.group_size,
-    )
-
-
-def describe(config: TrainConfig) -> str:
-    """The batch arithmetic in plain words, and the loss with its bounds."""
-    rollout, trainer = config.rollout, config.trainer
-    samples, updates = rollout.groups_per_step * rollout.group_size, trainer.updates_per_batch
-    share = f"{samples // updates}" + (f" or {samples // updates + 1}" if samples % updates else "")
-    cut = ""
-    if isinstance(trainer, LocalTrainer):
-        cut = f", in micro-batches of at most {trainer.tokens_per_micro_batch} tokens"
-    age = f"at most {rollout.max_staleness} updates old" if rollout.max_staleness else "sampled by the newest weights"
-    steps = config.run.num_steps
-    return "\n".join(
-        [
-            f"a step     {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {age}",
-            f"           {updates} optimiser update{'s' * (updates > 1)}, each of {share} samples{cut}",
-            f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
-            explain(algorithm_of(config), config.algorithm.old_logprobs),
-        ]
-    )
 
 
 def train(resolved: Resolved[TrainConfig], name: str) -> Path:
@@ -209,6 +181,8 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
 
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:
     """Whatever ends the work, the record stays readable; an error goes to events.jsonl before it goes to the user."""
+    from sluice.viewer.report import write_report
+
     try:
         asyncio.run(work)
     except BaseException as error:
@@ -316,9 +290,11 @@ def _rows(data: FileData) -> Rows:
     return open_rows(data.path, data.format, data.split)
 
 
-def _reward_spec(reward: Any) -> RewardSpec:
+def _checked_reward(reward: Any) -> RewardSpec:
     arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
-    return RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
+    spec = RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
+    build(spec)
+    return spec
 
 
 def _set_threads(run: RunSection) -> None:

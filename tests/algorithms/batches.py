@@ -63,14 +63,16 @@ COLUMNS = ("logprobs", "old_logprobs", "advantages", "loss_weights", "sequence_i
 
 
 @st.composite
-def batches(draw: Any, weights: tuple[float, ...] = (1.0,), lengths: Any = st.integers(1, 6)) -> Batch:
+def batches(draw: Any, weights: tuple[float, ...] = (1.0,), longest: int = 6) -> Batch:
     """Lengths from 1, groups from one member, masked tokens with any junk in them, ratios up to 1e8 and down to 1e-8.
 
     All numbers are exact in float32. Advantages are random and one per sequence; the rewards are not theirs.
     """
     masks = st.sampled_from(["none", "none", "some", "all"])
     spreads = st.sampled_from([0.0, 2e-4, 0.3, 2.0, 18.0])
-    sequences = draw(st.lists(st.tuples(lengths, masks, spreads, st.integers(0, 3)), min_size=1, max_size=8))
+    sequences = draw(
+        st.lists(st.tuples(st.integers(1, longest), masks, spreads, st.integers(0, 3)), min_size=1, max_size=8)
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     parts = [_sequence(rng, length, mask, spread, weights) for length, mask, spread, _ in sequences]
     columns = [torch.tensor(np.concatenate(c), dtype=torch.float32).double() for c in zip(*parts, strict=True)]

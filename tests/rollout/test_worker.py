@@ -20,7 +20,7 @@ from sluice.errors import EnvironmentError_, PromptTooLongError
 from sluice.rollout.worker import rollout_group, rollout_workers
 from sluice.run import Run
 from sluice.train import train
-from sluice.types import Group, Prompt, Sample, Trajectory
+from sluice.types import Completion, Group, Prompt, Sample, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,29 @@ def test_a_skipped_prompt_is_told_and_replaced(workshop: Workshop, max_staleness
         assert any(f"prompt {row.id} ({row.where}): a prompt of" in message for message in skipped)
     rejected = [g for step in sorted(notes.groups) for g in notes.groups[step] if g.rejected]
     assert all(g.rejected.startswith("prompt too long: ") and g.trajectories == [] for g in rejected)
+
+
+def test_a_run_can_end_while_a_prompt_is_being_skipped(workshop: Workshop):
+    """Up to Python 3.12 a TaskGroup that is ending on an error swallows a cancellation; the worker would wait for ever."""
+
+    class SlowToStop(ScriptedEngine):
+        num_calls = 0
+
+        async def generate(self, prompt_ids: Any, sampling: Any) -> Completion:
+            self.num_calls += 1
+            if self.num_calls % 2:
+                raise PromptTooLongError("no room")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.02)
+            raise AssertionError
+
+    async def work(run: Run) -> None:
+        async with rollout_workers(run):
+            await asyncio.sleep(0.01)
+
+    finish(work(workshop.run(engine=SlowToStop(workshop.digits), long_prompts="skip")), limit_s=2)
 
 
 def test_a_filter_sees_scored_groups_that_carry_a_signal_and_rejects_by_name(workshop: Workshop):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from makers import make_char_tokenizer
 from models import CONFIGS, tiny_model
 from sluice.algorithms import LossOutput, policy_loss, resolve
 from sluice.algorithms.aggregation import Totals
@@ -310,9 +311,6 @@ def test_weights_are_a_handle_to_the_live_model():
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_trained_weights(tmp_path: Path):
-    from transformers import AutoTokenizer
-
-    from makers import make_char_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_char_tokenizer(tmp_path / "tokenizer", "0123456789"))
     model, samples = tiny_model("qwen3"), some_samples()

@@ -179,7 +179,9 @@ def fabricate_run(folder: Path, *, num_steps: int = 12, num_groups: int = 4, gro
             broken = groups[0].trajectories[-1]
             broken.outcome, broken.reward, broken.reward_parts = "timeout", None, {}
             broken.error = f"reward 'recheck', prompt {groups[0].prompt.id}: no score after 10 s"
-            make.tracker.event("no_score", f"prompt {groups[0].prompt.id}: 1 of 4 samples have no score: {broken.error}")
+            make.tracker.event(
+                "no_score", f"prompt {groups[0].prompt.id}: 1 of 4 samples have no score: {broken.error}"
+            )
         samples = [sample for group in groups if not group.rejected for sample in make.samples(group)]
         samples = [s for s in samples if groups[s.group % num_groups].trajectories[s.index].outcome == "scored"]
         make.tracker.log_groups(step, groups, samples)

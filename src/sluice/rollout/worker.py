@@ -44,15 +44,13 @@ async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
             attempts = [tasks.create_task(_attempt(run, ticket, prompt, i)) for i in range(run.group_size)]
     except BaseExceptionGroup as errors:
         error = first_error(errors)
-        if not isinstance(error, PromptTooLongError):
-            raise error from error.__cause__
-        if run.long_prompts == "error":
-            raise PromptTooLongError(
-                f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
-            ) from None
-        run.tracker.event("prompt_skipped", f"prompt {prompt.id} ({prompt.where}): {error}")
-        return Group(ticket, prompt, [], rejected=f"prompt too long: {error}")
-    group = Group(ticket, prompt, [attempt.result() for attempt in attempts])
+        raise error from error.__cause__
+    results = [attempt.result() for attempt in attempts]
+    for error in results:
+        if isinstance(error, PromptTooLongError):
+            run.tracker.event("prompt_skipped", f"prompt {prompt.id} ({prompt.where}): {error}")
+            return Group(ticket, prompt, [], rejected=f"prompt too long: {error}")
+    group = Group(ticket, prompt, [result for result in results if isinstance(result, Trajectory)])
     group.rejected = why_rejected(run.algorithm, group)
     if not group.rejected and run.group_filter is not None:
         with boundary(EnvironmentError_, f"rollout.filter, on the group of prompt {prompt.id}"):
@@ -61,13 +59,20 @@ async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
     return group
 
 
-async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Trajectory:
+async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Trajectory | PromptTooLongError:
+    """A prompt to be skipped is a value: while an exception is on its way up a TaskGroup, a cancellation gets lost."""
     policy = SamplingPolicy(run.engine, run.chat, run.sampling, f"{run.seed}/{ticket}/{index}")
     try:
         with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
             trajectory = await _play(run.environment, prompt, policy)
     except EnvironmentError_ as error:
         return Trajectory(policy.turns, stop_reason="error", outcome="error", error=str(error))
+    except PromptTooLongError as error:
+        if run.long_prompts == "skip":
+            return error
+        raise PromptTooLongError(
+            f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
+        ) from None
     if trajectory.outcome not in ("error", "timeout"):  # an environment may say so itself; no reward makes it a score
         await run.rubric.score(prompt, trajectory)
     return trajectory

@@ -63,9 +63,7 @@ _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()
 """Columns worth a dictionary; for the other floats it makes the file a third larger."""
 
 
-def write_step(
-    rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequence[Sample], pieces: Pieces
-) -> Path:
+def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequence[Sample], pieces: Pieces) -> Path:
     """Write one row per sample, and one per unbroken history of a trajectory that gave none (rejected, no score).
 
     The file appears whole or not at all. Raises ValueError for a sample of a group that is not given.

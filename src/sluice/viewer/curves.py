@@ -22,10 +22,10 @@ NUM_COLOURS = 8
 """The page defines the variables --curve-1 … --curve-8."""
 
 # matplotlib wants colours: these stand for variables of the page, which differ between light and dark
-_COLOURS = {"#010203": "--ink", "#010204": "--muted", "#010205": "--line"} | {
+_COLOURS = {"#010203": "--muted", "#010204": "--line"} | {
     f"#0102{16 + i:02x}": f"--curve-{i + 1}" for i in range(NUM_COLOURS)
 }
-_INK, _MUTED, _LINE, *_CURVES = _COLOURS
+_MUTED, _LINE, *_CURVES = _COLOURS
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Drawing:
 
 PANELS = (
     Panel("Rollout", "Reward", "reward", ("rollout/reward", "rollout/reward/*")),
-    Panel("Rollout", "Response length", "tokens", ("rollout/response_len/*",)),
-    Panel("Rollout", "Cut off, all equal", "share", ("rollout/finish/*", "rollout/equal_reward_groups")),
+    Panel("Rollout", "Response length", "tokens", ("rollout/response_len/mean", "rollout/response_len/*")),
+    Panel("Rollout", "Length limit, equal rewards", "share", ("rollout/finish/*", "rollout/equal_reward_groups")),
+    Panel("Rollout", "Tokens sampled", "tokens per step", ("rollout/num_tokens",)),
     Panel("Rollout", "Not trained on", "per step", ("rollout/rejected_groups", "rollout/outcome/*")),
     Panel("Rollout", "Staleness", "updates", ("rollout/staleness/*",)),
     Panel("Training", "KL from the old policy", "nats per token", ("train/ppo_kl",)),
@@ -66,10 +67,12 @@ PANELS = (
     Panel("Training", "Entropy", "nats per token", ("train/entropy",)),
     Panel("Training", "Gradient norm", "L2 norm", ("train/grad_norm",)),
     Panel("Training", "Loss", "nats per token", ("train/loss", "train/pg_loss")),
-    Panel("Training", "Trainer against engine", "nats", ("train/engine_logprob_diff/*",)),
+    Panel(
+        "Training", "Trainer against engine", "nats", ("train/engine_logprob_diff/mean", "train/engine_logprob_diff/*")
+    ),
     Panel("Training", "Learning rate", "per update", ("train/learning_rate",)),
     Panel("Speed", "Tokens per second", "tokens/s", ("perf/tokens_per_s",)),
-    Panel("Speed", "Time per step", "s", ("perf/*_s",)),
+    Panel("Speed", "Time per step", "s", ("perf/step_s", "perf/*_s")),
 )
 """Metrics that are in none of them get a panel of their own."""
 
@@ -115,6 +118,7 @@ def _svg(steps: np.ndarray, curves: Sequence[np.ndarray], x_label: str, y_label:
     axes = figure.add_subplot()
     for i, values in reversed(list(enumerate(curves))):  # the first is the panel's own, and lies on top
         _curve(axes, steps, values, _CURVES[i % NUM_COLOURS], 1.8 if i == 0 else 1.2)
+    _flat(axes, np.unique(np.concatenate(curves)))
     axes.patch.set_alpha(0)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -144,6 +148,14 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, width
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     dots = {"marker": "o", "markersize": 3.5} if len(steps) <= MAX_DOTS else {}
     axes.plot(steps, values, color=colour, linewidth=width, **dots)
+
+
+def _flat(axes: Axes, values: np.ndarray) -> None:
+    """Where nothing varies, matplotlib would show the rounding of a constant; show where it is between 0 and its double."""
+    known = values[~np.isnan(values)]
+    if len(known) == 1:
+        low, high = sorted((0.0, 2 * known[0] or 1.0))
+        axes.set_ylim(low - 0.04 * (high - low), high)
 
 
 def _inline(svg: str) -> str:

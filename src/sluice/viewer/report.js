@@ -36,7 +36,7 @@ const MODES = {
     colour: (r, scale) => signed(Math.log(r) / scale, "--up", "--down"),
     scale: (samples) => Math.min(Math.log(2), Math.max(1e-3, largest(samples, "ratios", (r) => Math.abs(Math.log(r))))),
     stops: (scale) => [-1, -0.5, 0, 0.5, 1].map((x) => Math.exp(x * scale)),
-    text: (r) => number(r),
+    text: (r) => number(r, 3),
     unit: "ratio to the old policy",
   },
   advantage: {
@@ -95,7 +95,7 @@ function showGroups() {
         "button",
         "group",
         node("span", "text", plain(g.messages.at(-1)?.content ?? "")),
-        node("span", "sub", node("span", "", g.prompt_id), node("span", "", scored.length ? `⌀ ${number(mean, 3)}` : "no score")),
+        node("span", "sub", node("span", "", g.prompt_id), node("span", "", scored.length ? `mean ${number(mean, 3)}` : "no score")),
         node("span", "bars", ...bars),
       );
       if (g.rejected) button.append(node("span", "sub", `not trained on: ${g.rejected}`));

@@ -99,6 +99,7 @@ def _page(rundir: RunDir, steps: Sequence[int], metrics: Series, samples: Mappin
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         name=rundir.path.resolve().name,
+        subject=[config[key] for key in ("algorithm.name", "model.path", "data.path") if config.get(key)],
         tiles=list(_tiles(steps, metrics, config)),
         settings=_settings(config),
         config=config_text,
@@ -178,8 +179,14 @@ def _tiles(steps: Sequence[int], metrics: Series, config: Mapping[str, Any]) -> 
     if tokens := sum(value or 0 for value in metrics.get("rollout/num_tokens", ())):
         yield "tokens sampled", f"{tokens:,.0f}", ""
     if seconds := sum(value or 0 for value in metrics.get("perf/step_s", ())):
-        minutes = f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-        yield "time", minutes if seconds >= 60 else f"{seconds:.1f} s", f"{seconds / len(steps):.2f} s per line of metrics"
+        minutes = (
+            f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+        )
+        yield (
+            "time",
+            minutes if seconds >= 60 else f"{seconds:.1f} s",
+            f"{seconds / len(steps):.2f} s per line of metrics",
+        )
 
 
 # The samples
