@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from makers import CHAT_TEMPLATE, make_bpe_tokenizer
-
 from sluice.algorithms import resolve
 from sluice.data.batch import Packing
 from sluice.data.chat import Chat, load_tokenizer
@@ -131,9 +130,7 @@ class Workshop:
         seed = changes.get("seed", 0)
         prompts = load_prompts(open_rows(str(self.data)), prompt="prompt", id="id")
         parts: dict[str, Any] = {
-            "engine": ScriptedEngine(
-                script, max_model_len=256, max_delay_s=timing.engine_s, delay_seed=timing.seed
-            ),
+            "engine": ScriptedEngine(script, max_model_len=256, max_delay_s=timing.engine_s, delay_seed=timing.seed),
             "trainer": TimedTrainer(timing.train_s, timing.seed),
             "environment": single_turn,
             "rubric": TimedRubric(reward, timing.score_s, timing.seed),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dry_runs import GROUP_SIZE, GROUPS_PER_STEP, NUM_STEPS, Notes, TimedTrainer, Timing, Workshop, finish
 
+from dry_runs import GROUP_SIZE, GROUPS_PER_STEP, NUM_STEPS, Notes, TimedTrainer, Timing, Workshop, finish
 from sluice.engines.scripted import ScriptedEngine
 from sluice.errors import DataError, EngineError, EnvironmentError_, NonFiniteError, RewardError, RolloutError
 from sluice.rollout.buffer import Limits
@@ -286,7 +286,7 @@ def test_what_ends_a_worker_is_what_the_caller_sees(
     """At once, whatever the trainer does; and what caused it is still attached, for the traceback."""
     changes: dict[str, Any] = {"trainer": Stuck(), "max_staleness": 3} if busy else {}
     start = time.monotonic()
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         finish(train(broken_run(workshop, what, error, **changes)))
     assert time.monotonic() - start < 5
     assert type(caught.value) is expected

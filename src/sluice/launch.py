@@ -18,8 +18,8 @@ from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, PromptStream, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
-from sluice.environments.single_turn import single_turn
 from sluice.describe import algorithm_of
+from sluice.environments.single_turn import single_turn
 from sluice.errors import ConfigError, DataError
 from sluice.hooks import resolve as resolve_hook
 from sluice.interfaces import Tracker

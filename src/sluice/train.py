@@ -13,7 +13,7 @@ from sluice.checkpoint import save_checkpoint
 from sluice.data.batch import MicroBatch, pack
 from sluice.data.samples import to_samples
 from sluice.errors import NonFiniteError, RolloutError
-from sluice.rollout.metrics import engine_mismatch, rollout_metrics
+from sluice.rollout.metrics import first_update_metrics, rollout_metrics
 from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
@@ -85,7 +85,7 @@ def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
     """Track, record, checkpoint."""
     everything = [*groups, *run.buffer.drain_rejected()]
-    metrics = rollout_metrics(everything, run.step - 1) + stats + engine_mismatch(samples)
+    metrics = rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples)
     with run.timer("record"):
         run.tracker.log_groups(run.step, everything, samples)
     if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dry_runs import Notes, Timing, Workshop, finish
 
+from dry_runs import Notes, Timing, Workshop, finish
 from sluice.algorithms import assign_advantages
 from sluice.data.samples import to_samples
 from sluice.engines.scripted import ScriptedEngine
@@ -203,9 +203,7 @@ def test_an_edited_history_gives_two_samples_with_one_advantage(workshop: Worksh
 
     forgotten: list[str] = []
     rewards = iter([1.0, 0.0, 0.0])
-    run = workshop.run(
-        environment=forgetful, group_size=3, algorithm="dr_grpo", reward=lambda *_: next(rewards)
-    )
+    run = workshop.run(environment=forgetful, group_size=3, algorithm="dr_grpo", reward=lambda *_: next(rewards))
     group = played(run)
     samples = samples_with_advantages(run, group)
     assert [len(t.turns) for t in group.trajectories] == [2, 1, 1]

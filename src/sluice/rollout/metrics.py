@@ -38,20 +38,28 @@ def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
     return metrics
 
 
-def engine_mismatch(samples: Sequence[Sample]) -> Metrics:
-    """|trainer's - engine's log-prob| over the tokens of the step's first update, when both held the same weights."""
-    first = [sample for sample in samples if sample.update == 0]
-    differences = [
-        abs(current - engine)
-        for sample in first
-        for current, engine, weight in zip(sample.current_logprobs, sample.logprobs, sample.loss_weights, strict=True)
+def first_update_metrics(samples: Sequence[Sample]) -> Metrics:
+    """Over the loss tokens of the step's first update, which engine and trainer see with the same weights.
+
+    |trainer's - engine's log-prob| is rounding; ppo_kl and pg_clipfrac against the old log-probs are 0 up to that.
+    """
+    columns = [
+        (current, engine, old, clipped)
+        for s in samples
+        if s.update == 0
+        for current, engine, old, clipped, weight in zip(
+            s.current_logprobs, s.logprobs, s.old_logprobs, s.clipped, s.loss_weights, strict=True
+        )
         if weight
     ]
-    if not differences:
+    if not columns:
         return Metrics()
+    differences = [abs(current - engine) for current, engine, _, _ in columns]
     return Metrics(
         {
             "train/engine_logprob_diff/mean": Mean.of(differences),
             "train/engine_logprob_diff/max": Max(max(differences)),
+            "train/first_update/ppo_kl": Mean.of(old - current for current, _, old, _ in columns),
+            "train/first_update/pg_clipfrac": Mean.of(clipped for _, _, _, clipped in columns),
         }
     )
