@@ -30,7 +30,7 @@ LEVELS = [
     ["engines", "trainers"],
     ["rollout"],
     ["checkpoint"],
-    ["train", "viewer"],
+    ["train", "viewer", "describe"],
     ["launch"],
     ["cli"],
 ]

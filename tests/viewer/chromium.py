@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -30,6 +31,15 @@ FLAGS = (
 TIMEOUT_S = 60
 
 
+def _pipe() -> tuple[int, int]:
+    """Ends that are not among the numbers that the browser wants for its own."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return high[0], high[1]
+
+
 def find_chromium() -> str:
     """The browser; skips the test where there is none, which CI must not."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
@@ -45,10 +55,11 @@ class Browser:
     """One page of a browser process of its own."""
 
     def __init__(self, profile: Path) -> None:
-        commands, self._write = os.pipe()
-        self._read, answers = os.pipe()
+        commands, self._write = _pipe()
+        self._read, answers = _pipe()
+        # The browser takes commands from descriptor 3 and answers to 4, which dash could not do for numbers above 9.
         shell = f'exec "$@" 3<&{commands} 4>&{answers}'
-        command = ["sh", "-c", shell, "sh", find_chromium(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        command = ["bash", "-c", shell, "bash", find_chromium(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             command, pass_fds=(commands, answers), start_new_session=True, stderr=subprocess.DEVNULL
         )
@@ -58,13 +69,19 @@ class Browser:
         self._number = 0
         self.events: list[dict[str, Any]] = []
         """What the page did since it was opened: requests, exceptions, log entries."""
+        self._session: dict[str, str] = {}
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
         target = next(t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         session = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = {"sessionId": session["sessionId"]}
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(f"{domain}.enable")
-
-    _session: dict[str, str] = {}  # noqa: RUF012
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -80,15 +97,19 @@ class Browser:
         self._call("Emulation.setEmulatedMedia", features=[scheme])
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self._call("Page.navigate", url=page.resolve().as_uri() + fragment)
-        end = time.monotonic() + TIMEOUT_S
-        while self.run("document.readyState") != "complete" or "about:blank" in self.run("location.href"):
-            assert time.monotonic() < end, "the page did not load"
+        self.wait_until("document.readyState == 'complete' && location.href != 'about:blank'")
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_until(self, condition: str) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + TIMEOUT_S
+        while not self.run(condition):
+            assert time.monotonic() < end, f"never came true: {condition}"
 
     def point_at(self, x: float, y: float) -> None:
         """Move the mouse there."""

@@ -158,7 +158,7 @@ def _environment(rundir: RunDir) -> dict[str, Any]:
             "machine": ", ".join(filter(None, [*machine, *about["cuda_devices"], about["platform"]])),
         }
         return {key: value for key, value in lines.items() if value}
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or written by something else
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # absent, or written by something else
         return {}
 
 
