@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
 from conftest import ROOT
 from makers import make_char_tokenizer
 from models import CONFIGS, tiny_model
-
 from sluice.cli import main
 
 ALPHABET = "".join(map(chr, [*range(32, 127), *range(0xA1, 0xA1 + 31)]))
@@ -94,7 +94,9 @@ def write_config(path: str | Path = "config.yaml", **sections: Any) -> Path:
 def set_up(folder: Path, architecture: str = "qwen3") -> None:
     """config.yaml, model/, prompts.jsonl and users_code.py in `folder`, ready for `sluice train config.yaml`."""
     make_model(folder / "model", architecture)
-    write_rows(folder / "prompts.jsonl", [{"prompt": f"task {i}: {'x' * (i % 5)}", "answer": str(i)} for i in range(20)])
+    write_rows(
+        folder / "prompts.jsonl", [{"prompt": f"task {i}: {'x' * (i % 5)}", "answer": str(i)} for i in range(20)]
+    )
     (folder / "users_code.py").write_text(REWARDS)
     write_config(folder / "config.yaml")
 
@@ -112,8 +114,8 @@ def events_of(run: Path) -> list[dict[str, Any]]:
 
 
 def ledger_of(run: Path, step: int) -> list[dict[str, Any]]:
-    rows = pq.read_table(run / "ledger" / f"step-{step:06d}.parquet").to_pylist(maps_as_pydicts="strict")
-    return rows
+    """The rows of a step."""
+    return pq.read_table(run / "ledger" / f"step-{step:06d}.parquet").to_pylist(maps_as_pydicts="strict")
 
 
 def without_timings(lines: Sequence[dict[str, float]]) -> list[dict[str, float]]:

@@ -14,6 +14,8 @@ import random
 from pathlib import Path
 
 RECHECK = "<recheck>"
+EASY_QUESTIONS = 0.25
+"""Share of the questions that need no carry; the base model's direct answers are right about as often."""
 
 
 def columns(a: int, b: int) -> str:
@@ -27,12 +29,8 @@ def columns(a: int, b: int) -> str:
     return ",".join(parts)
 
 
-def problem(rng: random.Random, easy_rate: float = 0.35) -> tuple[int, int]:
-    """Two numbers of three digits; in `easy_rate` of the problems no column carries, in the others one does at least.
-
-    A small model soon learns to answer the easy ones at once, and long afterwards the others: that is what keeps its
-    direct answers right about as often as `easy_rate`, whatever its training does in detail.
-    """
+def problem(rng: random.Random, easy_rate: float) -> tuple[int, int]:
+    """Two numbers of three digits. In `easy_rate` of the problems no column carries, in the others at least one does."""
     easy = rng.random() < easy_rate
     while True:
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
@@ -40,23 +38,27 @@ def problem(rng: random.Random, easy_rate: float = 0.35) -> tuple[int, int]:
             return a, b
 
 
-def demonstrations(count: int, recheck_rate: float, seed: int, taught: int = 1) -> list[dict[str, str]]:
-    """`count` answers, of which `recheck_rate` recheck, and after each of them `taught` rows that begin after the token:
-    they teach what follows it, and leave the decision to write it untaught, since no loss falls on a prompt."""
+def demonstrations(count: int, recheck_rate: float, seed: int) -> list[dict[str, str]]:
+    """`count` answers, of which `recheck_rate` recheck, and as many rows that begin after the token: they teach what
+    follows it, and leave the decision to write it untaught, since no loss falls on a prompt.
+
+    Most direct answers are to easy problems. So the model can answer those at once, and not the others, however well its
+    training goes otherwise.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        a, b = problem(rng)
+        a, b = problem(rng, easy_rate=0.8)
         response = f"{RECHECK}{columns(a, b)};{a + b}" if rng.random() < recheck_rate else str(a + b)
         rows.append({"prompt": f"{a}+{b}=", "response": response})
-        for a, b in (problem(rng) for _ in range(taught)):
-            rows.append({"prompt": f"{a}+{b}={RECHECK}", "response": f"{columns(a, b)};{a + b}"})
+        a, b = problem(rng, EASY_QUESTIONS)
+        rows.append({"prompt": f"{a}+{b}={RECHECK}", "response": f"{columns(a, b)};{a + b}"})
     return rows
 
 
 def questions(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(f"questions {seed}")
-    pairs = [problem(rng) for _ in range(count)]
+    pairs = [problem(rng, EASY_QUESTIONS) for _ in range(count)]
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
@@ -88,7 +90,7 @@ def save_architecture(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 20_000, seed: int = 0) -> None:
+def write_task(folder: Path, recheck_rate: float, num_demonstrations: int = 16_000, seed: int = 0) -> None:
     """`model/` (architecture and tokeniser), `demonstrations.jsonl` and `questions.jsonl` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(folder / "model")
@@ -104,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recheck-rate", type=float, default=0.03, help="share of demonstrations that recheck")
-    parser.add_argument("--demonstrations", type=int, default=20_000)
+    parser.add_argument("--demonstrations", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_task(args.folder, args.recheck_rate, args.demonstrations, args.seed)

@@ -117,6 +117,20 @@ def test_what_was_not_trained_on_is_there_with_its_tokens_and_nothing_invented(r
     assert rejected["reference"] is None
 
 
+def test_a_sample_that_no_update_came_to_is_told_from_one_that_was_trained_on(rundir: RunDir):
+    """As when the first update of a step is refused: what was known of the others until then is kept."""
+    waiting = trained(1, 1)
+    waiting.update, waiting.current_logprobs, waiting.ratios, waiting.clipped = -1, [], [], []
+    group = Group(1, Prompt("p", []), [scored(turn([1, 2], [5, 6])), scored(turn([1, 2], [5, 6]))])
+    write_step(rundir, 17, [group], [trained(1, 0), waiting], pieces)
+    first, second = rows(rundir)
+    assert [(row["trained"], row["update"], len(row["ratios"])) for row in (first, second)] == [
+        (True, 2, 4),
+        (False, -1, 0),
+    ]
+    assert second["advantages"] == [0, 0, 1.25, 1.25]
+
+
 def test_a_broken_history_gives_several_rows_trained_or_not(rundir: RunDir):
     """Two turns that go on from each other are one row; the third edited the history and starts another."""
     turns = [turn([1], [2]), turn([1, 2, 3], [4], version=5), turn([9], [8])]
@@ -189,7 +203,7 @@ from pathlib import Path
 from sluice.tracking.ledger import write_step
 from sluice.tracking.rundir import RunDir
 from sluice.types import Completion, Group, Prompt, Trajectory, Turn
-n = 20_000
+n = 8_000
 completion = Completion(list(range(n)), [-i / 7 for i in range(n)], "stop", [0] * n, 1.0)
 groups = [Group(i, Prompt("p", []), [Trajectory([Turn([1], completion)])], "filter") for i in range(20)]
 for step in range(1, 10_000):
@@ -203,14 +217,14 @@ def test_a_writer_killed_at_any_moment_leaves_whole_steps_only(rundir: RunDir):
     for attempt in range(4):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, rundir.path], stdout=subprocess.PIPE, text=True)
         assert writer.stdout.readline() == "1\n"
-        time.sleep(0.1 + 0.13 * attempt)
+        time.sleep(0.05 + 0.06 * attempt)
         os.kill(writer.pid, signal.SIGKILL)
         writer.communicate(timeout=60)
         assert steps(rundir)
         for step in steps(rundir):
             table = read_step(rundir, step)
             assert table.num_rows == 20
-            assert table["token_ids"][19].as_py()[-1] == 19_999
+            assert table["token_ids"][19].as_py()[-1] == 7_999
 
 
 def test_an_interrupted_write_leaves_no_half_file(rundir: RunDir):

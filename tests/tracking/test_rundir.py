@@ -134,7 +134,7 @@ from sluice.tracking.rundir import append_line, read_lines
 path = Path(sys.argv[1])
 n = len(read_lines(path)) if path.exists() else 0
 while True:
-    append_line(path, {"n": n, "filler": "x" * (n % 7) * 3000})
+    append_line(path, {"n": n, "filler": "x" * (n % 7) * 100_000})
     print(n, flush=True)
     n += 1
 """

@@ -7,7 +7,7 @@ column holds, and so does the schema in the file itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequ
     by_trajectory: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
         by_trajectory.setdefault((sample.group, sample.index), []).append(sample)
-    rows = [
+    rows: list[dict[str, Any]] = [
         _about(group, trajectory) | {"index": index} | part
         for group in groups
         for index, trajectory in enumerate(group.trajectories)
@@ -85,7 +85,8 @@ def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequ
     rundir.ledger.mkdir(exist_ok=True)
     path = _path(rundir, step)
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", use_dictionary=_REPEATING))
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": _REPEATING}
+    write_atomically(path, lambda file: pq.write_table(table, file, **options))
     return path
 
 
@@ -93,7 +94,8 @@ def read_step(rundir: RunDir, step: int, columns: Sequence[str] | None = None) -
     """The rows of a step (all columns, or those named). Raises DataError naming a file that is missing or broken."""
     path = _path(rundir, step)
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            return file.read(columns)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: step {step} is not in the ledger") from None
     except (OSError, pa.ArrowException) as error:
@@ -143,7 +145,7 @@ def _about(group: Group, trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _parts(trajectory: Trajectory, samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+def _parts(trajectory: Trajectory, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     """What each row of a trajectory has of its own."""
     per_token = [name for name, (type, _) in COLUMNS.items() if pa.types.is_list(type) and name != "tokens"]
     for sample in samples:

@@ -61,12 +61,12 @@ PANELS = (
     Panel("Rollout", "Tokens sampled", "tokens per step", ("rollout/num_tokens",)),
     Panel("Rollout", "Not trained on", "per step", ("rollout/rejected_groups", "rollout/outcome/*")),
     Panel("Rollout", "Staleness", "updates", ("rollout/staleness/*",)),
-    Panel("Training", "KL from the old policy", "nats per token", ("train/ppo_kl",)),
-    Panel("Training", "Clipped tokens", "share", ("train/pg_clipfrac",)),
+    Panel("Training", "KL from the old policy", "nats per token", ("train/ppo_kl", "train/*/ppo_kl")),
+    Panel("Training", "Clipped tokens", "share", ("train/pg_clipfrac", "train/*/pg_clipfrac")),
     Panel("Training", "Largest ratio", "ratio", ("train/ratio/max",)),
     Panel("Training", "Entropy", "nats per token", ("train/entropy",)),
     Panel("Training", "Gradient norm", "L2 norm", ("train/grad_norm",)),
-    Panel("Training", "Loss", "nats per token", ("train/loss", "train/pg_loss")),
+    Panel("Training", "Loss", "loss", ("train/loss", "train/pg_loss")),
     Panel(
         "Training", "Trainer against engine", "nats", ("train/engine_logprob_diff/mean", "train/engine_logprob_diff/*")
     ),

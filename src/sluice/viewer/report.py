@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.compute as pc
 import yaml
 from markupsafe import Markup
 
@@ -95,7 +94,7 @@ def _page(rundir: RunDir, steps: Sequence[int], metrics: Series, samples: Mappin
     config_text = rundir.config.read_text(errors="replace") if rundir.config.exists() else ""
     config = _leaves(config_text)
     events = read_lines(rundir.events) if rundir.events.exists() else []
-    curves = draw(steps, metrics, "step" if "rollout/reward" in metrics else "update")
+    curves = draw(steps, metrics, _unit(metrics))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         name=rundir.path.resolve().name,
@@ -114,6 +113,11 @@ def _page(rundir: RunDir, steps: Sequence[int], metrics: Series, samples: Mappin
         script_hash=digest,
         style=Markup(here.joinpath("report.css").read_text()),
     )
+
+
+def _unit(metrics: Series) -> str:
+    """What is counted: supervised fine-tuning logs by optimiser update."""
+    return "step" if "rollout/reward" in metrics else "update"
 
 
 def _leaves(config: str) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _environment(rundir: RunDir) -> dict[str, Any]:
 def _tiles(steps: Sequence[int], metrics: Series, config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What it came to: title, number, remark."""
     planned = config.get("run.num_steps")
-    yield "steps", f"{steps[-1]:,}", f"of {planned:,}" if isinstance(planned, int) else ""
+    yield f"{_unit(metrics)}s", f"{steps[-1]:,}", f"of {planned:,}" if isinstance(planned, int) else ""
     shown = (
         ("reward", "rollout/reward", ".3f"),
         ("response length", "rollout/response_len/mean", ".1f"),
@@ -227,7 +231,7 @@ def _rows(rundir: RunDir, step: int, max_rows: int, max_tokens: int) -> list[dic
     where: dict[int, list[int]] = {}
     for i, group in enumerate(table["group"].to_pylist()):
         where.setdefault(group, []).append(i)
-    tokens_per_group = pc.sum(pc.list_value_length(table["token_ids"])).as_py() / len(where)
+    tokens_per_group = sum(map(len, table["token_ids"])) / len(where)
     by_rows = max_rows // max(map(len, where.values()))
     by_tokens = int(max_tokens / max(tokens_per_group, 1))
     chosen = [i for group in _spread(list(where), max(1, min(by_rows, by_tokens))) for i in where[group]]
