@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -59,8 +60,10 @@ def check(config: TrainConfig) -> Checked:
         environment=single_turn
         if rollout.environment == "single_turn"
         else resolve_hook(rollout.environment, ("prompt", "policy")),
-        group_filter=resolve_hook(rollout.filter, ("group",)) if rollout.filter else None,
-        script=resolve_hook(engine.script, ("prompt_ids", "sampling")) if isinstance(engine, ScriptedEngine) else None,
+        group_filter=_plain_hook("rollout.filter", rollout.filter, "group") if rollout.filter else None,
+        script=_plain_hook("engine.script", engine.script, "prompt_ids", "sampling")
+        if isinstance(engine, ScriptedEngine)
+        else None,
         prompts=load_prompts(
             _rows(config.data),
             prompt=config.data.prompt,
@@ -86,6 +89,7 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
     config, rollout = resolved.config, resolved.config.rollout
     checked = check(config)
     chat = Chat(load_tokenizer(config.model.path))
+    chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
     _set_threads(config.run)
     engine, trainer, packing, eos_ids = _engine_and_trainer(config, checked, chat)
     rundir = _make_rundir(resolved, name)
@@ -284,6 +288,14 @@ def _refuse_too_long(where: str, length: int, trainer: Local) -> None:
             f"{where}: prompt and response have {length} tokens, and the model {trainer.model.max_length} positions; "
             "shorten or remove the row"
         )
+
+
+def _plain_hook(key: str, dotted: str, *arguments: str) -> Callable[..., Any]:
+    """A function of the user's that is called and not awaited: the coroutine of an `async def` would pass for true."""
+    function = resolve_hook(dotted, arguments)
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"{key}={dotted} is an `async def`; write a plain `def`: nothing awaits it")
+    return function
 
 
 def _rows(data: FileData) -> Rows:
