@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from makers import make_char_tokenizer
 from small_runs import (
@@ -111,7 +112,6 @@ SETTINGS = {
     "rollout.max_staleness=1": "cannot work with engine.name=embedded: it generates with the trainer's own weights",
     "engine.max_model_len=1000": "is longer than the 256 positions of the model; lower it, or leave it out",
     "trainer.updates_per_batch=17": "is more than the 16 samples of a step (4 groups × 4)",
-    "model.device=cuda": "torch sees no CUDA device; set model.device=auto or cpu",
     "model.path=modell": "the model folder modell does not exist",
     "data.path=prompt.jsonl": "prompt.jsonl does not exist; did you mean 'prompts.jsonl'?",
     "data.prompt=question": "prompts.jsonl:1: lacks the column 'question'",
@@ -131,6 +131,13 @@ def test_a_wrong_setting(failure, setting: str):
     assert code == 2
     assert SETTINGS[setting] in error
     assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(failure):
+    code, error = failure("train", "config.yaml", "model.device=cuda")
+    assert (code, Path("runs").exists()) == (2, False)
+    assert "model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu" in error
 
 
 def test_a_wrong_key_in_a_file_is_named_with_its_line(failure):

@@ -195,3 +195,22 @@ def test_a_score_between_failures_starts_the_count_anew(between: Group):
 def test_a_skipped_prompt_is_no_failure():
     skipped = [group(i, "prompt too long", outcomes=[]) for i in range(4)]
     assert hand_in(*skipped, group(4), take=1, limits=Limits(9, 3)) == [4]
+
+
+@pytest.mark.parametrize(("max_staleness", "comes_back"), [(0, "together"), (1, "at once")])
+def test_when_the_slots_of_rejected_groups_come_back(max_staleness: int, comes_back: str) -> None:
+    """Synchronous runs refill in waves, so that what is decoded side by side does not depend on who is scored first."""
+
+    async def scenario() -> None:
+        buffer = GroupBuffer(3 // (max_staleness + 1) + max_staleness, max_staleness, NO_LIMITS)
+        for _ in range(buffer.num_slots):
+            await buffer.admit(lambda: Prompt("p", []))
+        await buffer.put(group(1, "rejected"))
+        admission = asyncio.create_task(buffer.admit(lambda: Prompt("p", [])))
+        await asyncio.sleep(0.01)
+        assert admission.done() == (comes_back == "at once")
+        for ticket in (0, *range(2, buffer.num_slots)):
+            await buffer.put(group(ticket))
+        await asyncio.wait_for(admission, 1)
+
+    asyncio.run(scenario())

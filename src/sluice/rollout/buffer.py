@@ -2,8 +2,10 @@
 
 It has (max_staleness + 1) · groups_per_step slots. A slot is taken when a prompt is admitted and given back when the
 engine holds weights that were trained on its group, or when the group is rejected. Groups are taken in the order of
-their tickets. So no group is older than max_staleness updates when it is trained, whatever the timing, and with
-max_staleness 0 the sequence of trained groups does not depend on timing at all.
+their tickets. So no group is older than max_staleness updates when it is trained, whatever the timing.
+
+With max_staleness 0 nothing at all depends on timing: the slots of rejected groups come back together, when no ticket is
+out, so that even which sequences the engine decodes side by side, and with it the last bit of their log-probs, is fixed.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ class Limits:
 class GroupBuffer:
     def __init__(self, groups_per_step: int, max_staleness: int, limits: Limits) -> None:
         self.num_slots = (max_staleness + 1) * groups_per_step
+        self.synchronous = max_staleness == 0
         self.limits = limits
         self.next_ticket = 0
         self._free = self.num_slots
+        self._rejected_slots = 0  # of rejected groups, not given back yet
         self._head = 0  # the oldest ticket that has not been taken
         self._done: dict[int, Group] = {}
         self._rejected: list[Group] = []  # behind the head, not yet reported

@@ -1,0 +1,120 @@
+"""Ctrl-C and kill -9 in the middle of a run: real processes, real signals, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from small_runs import events_of, ledger_of, metrics_of, set_up
+
+STARTED_WITHIN_S = 90
+RUN = Path("runs/test")
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`sluice train` of a run without end, as a process, when two of its steps are done."""
+    words = ["run.name=test", "run.num_steps=100000", "checkpoint.every_steps=1", "reward_workers=2"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("sluice"), "train", "config.yaml", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: process.poll() is not None or num_lines(folder) >= 2, STARTED_WITHIN_S)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def num_lines(folder: Path) -> int:
+    path = folder / RUN / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_until(true: Callable[[], bool], limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end, f"not within {limit_s} s"
+        time.sleep(0.02)
+
+
+def reward_processes_of(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for task in Path(f"/proc/{process.pid}/task").iterdir():  # started by threads
+        with suppress(FileNotFoundError):
+            children += (task / "children").read_text().split()
+    return sorted({int(child) for child in children})
+
+
+def is_alive(pid: int) -> bool:
+    """Not gone, and no zombie either."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def check_record(run: Path) -> int:
+    """Every metric line and ledger file is whole, and every checkpoint loads; gives the number of steps."""
+    steps = [line["step"] for line in metrics_of(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    ledgers = sorted(path.name for path in (run / "ledger").glob("*.parquet"))
+    assert len(ledgers) - len(steps) in (0, 1)  # a step's ledger comes before its line
+    for step in range(1, len(ledgers) + 1):
+        assert len(ledger_of(run, step)) == 4 * 4
+    whole = sorted(path for path in (run / "checkpoints").iterdir() if not path.name.endswith(".partial"))
+    assert len(whole) - len(steps) in (0, 1)
+    for folder in (whole[0], whole[-1]):
+        AutoModelForCausalLM.from_pretrained(folder)
+    unknown = {path.name for path in (run / "checkpoints").iterdir()} - {path.name for path in whole}
+    assert all(name.startswith(".step-") for name in unknown)
+    return len(steps)
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    set_up(tmp_path)
+    return tmp_path
+
+
+def test_ctrl_c_ends_a_run_in_order(ready: Path):
+    with running(ready) as process:
+        rewards = reward_processes_of(process)
+        assert len([pid for pid in rewards if is_alive(pid)]) == 2
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error == "interrupted; what was written until now is whole\n"
+    assert "Traceback" not in output
+    steps = check_record(ready / RUN)
+    assert not list((ready / RUN).rglob("*.partial"))
+    assert steps >= 2
+    assert events_of(ready / RUN)[-1]["kind"] == "stopped"
+    assert "KeyboardInterrupt" in events_of(ready / RUN)[-1]["message"]
+    assert (ready / RUN / "report.html").stat().st_size > 10_000
+    assert not [pid for pid in rewards if is_alive(pid)]
+
+
+def test_kill_9_leaves_whole_files_and_no_orphans(ready: Path):
+    with running(ready) as process:
+        rewards = reward_processes_of(process)
+        assert len([pid for pid in rewards if is_alive(pid)]) == 2
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+    wait_until(lambda: not any(map(is_alive, rewards)), 5)
+    assert process.returncode == -signal.SIGKILL
+    assert check_record(ready / RUN) >= 2
