@@ -187,6 +187,14 @@ def test_loss_weights_give_the_weighted_mean(aggregation: str, expected: float):
     assert float(output.loss) == pytest.approx(-expected, rel=1e-15)
 
 
+def test_a_sequence_ratio_is_the_plain_mean_over_loss_tokens():
+    """Loss weights weigh the loss and not the ratio: (2 · 8) to the power 1/2, whatever the weights."""
+    batch = ragged([(3, 1.0), (1, 1.0)], 0.0, [3.0, 0.0, 0.25, 1.0])
+    ratios = torch.tensor([2.0, 50.0, 8.0, 0.1], dtype=torch.float64)
+    output, _ = loss_of(row("gspo"), replace(batch, old_logprobs=batch.logprobs - ratios.log()))
+    assert output.ratios.tolist() == pytest.approx([4.0, 1.0, 4.0, 0.1])
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_a_common_factor_of_the_loss_weights_changes_nothing(aggregation: str):
     first = ragged([(3, 6.0), (2, 2.0)], 0.1, [1.0, 0.0, 0.5, 2.0, 0.0])
@@ -213,13 +221,33 @@ def test_metrics_by_hand():
     assert metrics["train/pg_loss"] == pytest.approx(-(1.1 + (-8.0 - 0.8) / 2) / 2)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+def test_the_largest_ratio_is_that_of_a_loss_token():
+    """The 1 that stands at a masked token is not one of the policy's."""
+    batch = ragged([(3, 1.0)], math.log(0.5), [1.0, 0.0, 1.0])
+    assert loss_of(row("grpo"), batch)[0].metrics["train/ratio/max"].value() == pytest.approx(0.5)
+
+
+def test_a_masked_token_is_not_clipped_by_a_bound_below_1():
+    batch = ragged([(3, 1.0)], 0.0, [1.0, 0.0, 1.0])
+    output, _ = loss_of(row("cispo", ratio_max=0.9), batch)
+    assert output.clipped.tolist() == [True, False, True]
+    assert output.metrics["train/pg_clipfrac"].value() == 1.0
+
+
+BOUNDED = {
+    "grpo": (row("grpo"), {"clip_low": 1.0, "clip_high": 1e30}),
+    "gspo": (row("gspo"), {"clip_low": 1.0, "clip_high": 1e30}),
+    "cispo": (row("cispo"), {"ratio_max": 1e30}),
+    "unified": (row("cispo", mask="trust_region"), {"ratio_max": 1e30, "mask": "none"}),
+    "mask_only": (row("cispo", mask="trust_region", clip="none"), {"mask": "none"}),
+}
+
+
+@pytest.mark.parametrize(("spec", "unbounded"), BOUNDED.values(), ids=BOUNDED)
 @modest
 @given(batch=batches())
-def test_clipped_says_where_the_bound_changed_the_gradient(name: str, batch: Batch):
+def test_clipped_says_where_a_bound_changed_the_gradient(spec: Algorithm, unbounded: dict[str, Any], batch: Batch):
     """Against the same loss with bounds that nothing reaches."""
-    unbounded = {"grpo": {"clip_low": 1.0, "clip_high": 1e30}, "cispo": {"ratio_max": 1e30}}
-    spec = row(name)
     output, gradient = loss_of(spec, batch)
-    _, free = loss_of(replace(spec, **unbounded.get(name, unbounded["grpo"])), batch)
+    _, free = loss_of(replace(spec, **unbounded), batch)
     assert output.clipped.tolist() == (gradient != free).tolist()

@@ -21,9 +21,9 @@ RUN = Path("runs/test")
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """`sluice train` of a run without end, as a process, when two of its steps are done."""
-    words = ["run.name=test", "run.num_steps=100000", "checkpoint.every_steps=1", "reward_workers=2"]
+def running(folder: Path, begun: Callable[[], bool], *settings: str) -> Iterator[subprocess.Popen[str]]:
+    """`sluice train` of a run without end, as a process, once it has `begun`."""
+    words = ["run.name=test", "run.num_steps=100000", "checkpoint.every_steps=1", "reward_workers=2", *settings]
     process = subprocess.Popen(
         [Path(sys.executable).with_name("sluice"), "train", "config.yaml", *words],
         cwd=folder,
@@ -32,7 +32,7 @@ def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     try:
-        wait_until(lambda: process.poll() is not None or num_lines(folder) >= 2, STARTED_WITHIN_S)
+        wait_until(lambda: process.poll() is not None or begun(), STARTED_WITHIN_S)
         assert process.poll() is None, process.communicate()
         yield process
     finally:
@@ -40,9 +40,9 @@ def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def num_lines(folder: Path) -> int:
+def two_steps(folder: Path) -> Callable[[], bool]:
     path = folder / RUN / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return lambda: path.exists() and path.read_text().count("\n") >= 2
 
 
 def wait_until(true: Callable[[], bool], limit_s: float) -> None:
@@ -92,7 +92,7 @@ def ready(tmp_path: Path) -> Path:
 
 
 def test_ctrl_c_ends_a_run_in_order(ready: Path):
-    with running(ready) as process:
+    with running(ready, two_steps(ready)) as process:
         rewards = reward_processes_of(process)
         assert len([pid for pid in rewards if is_alive(pid)]) == 2
         process.send_signal(signal.SIGINT)
@@ -109,8 +109,22 @@ def test_ctrl_c_ends_a_run_in_order(ready: Path):
     assert not [pid for pid in rewards if is_alive(pid)]
 
 
+def test_ctrl_c_does_not_wait_for_a_reward(ready: Path):
+    (ready / "stuck.py").write_text(
+        "import time\ndef f(prompt, trajectory):\n    open('begun', 'w')\n    time.sleep(600)\n"
+    )
+    rewards = "rewards=[{name: stuck:f, timeout_s: 600}]"
+    with running(ready, (ready / "begun").exists, rewards) as process:
+        children = reward_processes_of(process)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error == "interrupted; what was written until now is whole\n"
+    assert not any(map(is_alive, children))
+
+
 def test_kill_9_leaves_whole_files_and_no_orphans(ready: Path):
-    with running(ready) as process:
+    with running(ready, two_steps(ready)) as process:
         rewards = reward_processes_of(process)
         assert len([pid for pid in rewards if is_alive(pid)]) == 2
         os.kill(process.pid, signal.SIGKILL)

@@ -52,13 +52,16 @@ class GroupBuffer:
             return ticket, next_prompt()
 
     async def put(self, group: Group) -> None:
-        """Hand in the group of a ticket; a rejected one gives its slot back at once."""
+        """Hand in the group of a ticket; a rejected one gives its slot back."""
         async with self._changed:
             if group.id in self._done or not self._head <= group.id < self.next_ticket:
                 raise ValueError(f"ticket {group.id} is not out")
             self._done[group.id] = group
-            if group.rejected:
-                self._free += 1
+            self._rejected_slots += bool(group.rejected)
+            num_out = self.next_ticket - self._head - len(self._done)
+            if not self.synchronous or num_out == 0:
+                self._free += self._rejected_slots
+                self._rejected_slots = 0
             self._changed.notify_all()
 
     async def take(self, count: int) -> list[Group]:
