@@ -39,7 +39,9 @@ CONFIGS = {
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "gpt2": lambda: GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=2),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=2
+    ),
 }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import CONFIGS, tiny_model
 
+from models import CONFIGS, tiny_model
 from sluice.data.batch import Packing
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, PromptTooLongError

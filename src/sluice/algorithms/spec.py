@@ -43,17 +43,15 @@ def _table(*rows: Algorithm) -> Mapping[str, Algorithm]:
     return MappingProxyType({row.name: row for row in rows})
 
 
-_PPO = {"clip_low": 0.2, "clip_high": 0.2}
-
 ALGORITHMS = _table(
     # MiniMax-M1 (arXiv 2506.13585), eq. 4-5
     Algorithm("cispo", "z_score", "token", "weight", "token_mean", std_eps=1e-6, ratio_max=5.0),
     # DeepSeekMath (arXiv 2402.03300), eq. 3, without its KL term
-    Algorithm("grpo", "z_score", "token", "surrogate", "sequence_mean", std_eps=1e-6, **_PPO),
+    Algorithm("grpo", "z_score", "token", "surrogate", "sequence_mean", std_eps=1e-6, clip_low=0.2, clip_high=0.2),
     # Understanding R1-Zero-Like Training (arXiv 2503.20783), section 3.2
-    Algorithm("dr_grpo", "centred", "token", "surrogate", "constant", **_PPO),
+    Algorithm("dr_grpo", "centred", "token", "surrogate", "constant", clip_low=0.2, clip_high=0.2),
     # GLM-4.5 (arXiv 2508.06471), section 3: group-centred advantages, no KL, token-mean loss
-    Algorithm("glm", "centred", "token", "surrogate", "token_mean", **_PPO),
+    Algorithm("glm", "centred", "token", "surrogate", "token_mean", clip_low=0.2, clip_high=0.2),
     # DAPO (arXiv 2503.14476), eq. 8-12
     Algorithm(
         "dapo",

@@ -17,9 +17,9 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
-from sluice.engines.sampling import sample_tokens
+from sluice.engines.sampling import check_room, sample_tokens
 from sluice.engines.slots import Prefix, SlotCache, SlotState
-from sluice.errors import EngineError, PromptTooLongError
+from sluice.errors import EngineError
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
 
@@ -65,16 +65,11 @@ class EmbeddedEngine:
         self._cancelled = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Raises PromptTooLongError when prompt and completion do not fit the window, EngineError when decoding fails."""
-        room = self.max_model_len - len(prompt_ids)
-        if room < sampling.max_new_tokens:
-            raise PromptTooLongError(
-                f"a prompt of {len(prompt_ids)} tokens leaves {max(room, 0)} of the window of {self.max_model_len} tokens, and "
-                f"{sampling.max_new_tokens} new ones were asked for; shorten the prompt, lower rollout.max_new_tokens, or "
-                "raise engine.max_model_len"
-            )
-        if not prompt_ids:
-            raise EngineError("an empty prompt: there is nothing to predict the first token from")
+        """Raises PromptTooLongError when prompt and completion do not fit the window, EngineError when decoding fails.
+
+        Cancelling the call gives its slot back.
+        """
+        check_room(prompt_ids, sampling, self.max_model_len)
         key = array("q", prompt_ids).tobytes()
         self._wanted[key] += 1
         request = _Request(key, prompt_ids, sampling, asyncio.get_running_loop().create_future())

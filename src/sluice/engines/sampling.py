@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sluice.errors import EngineError, PromptTooLongError
+from sluice.types import Sampling
+
+
+def check_room(prompt_ids: Sequence[int], sampling: Sampling, max_model_len: int) -> None:
+    """Raises PromptTooLongError when prompt and completion do not fit the window, EngineError for an empty prompt."""
+    if not prompt_ids:
+        raise EngineError("an empty prompt: there is nothing to predict the first token from")
+    room = max_model_len - len(prompt_ids)
+    if room < sampling.max_new_tokens:
+        raise PromptTooLongError(
+            f"a prompt of {len(prompt_ids)} tokens leaves {max(room, 0)} of the window of {max_model_len} tokens, and "
+            f"{sampling.max_new_tokens} new ones were asked for; shorten the prompt, lower rollout.max_new_tokens, or "
+            "raise engine.max_model_len"
+        )
 
 
 def sample_tokens(

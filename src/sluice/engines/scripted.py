@@ -6,7 +6,8 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from sluice.errors import EngineError, PromptTooLongError, boundary
+from sluice.engines.sampling import check_room
+from sluice.errors import EngineError, boundary
 from sluice.interfaces import Weights
 from sluice.types import Completion, Sampling
 
@@ -31,12 +32,7 @@ class ScriptedEngine:
         self._random = random.Random(delay_seed)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        room = self.max_model_len - len(prompt_ids)
-        if room < sampling.max_new_tokens:
-            raise PromptTooLongError(
-                f"a prompt of {len(prompt_ids)} tokens leaves {max(room, 0)} of the window of {self.max_model_len}, and "
-                f"{sampling.max_new_tokens} new ones were asked for"
-            )
+        check_room(prompt_ids, sampling, self.max_model_len)
         version = self.version
         if self.max_delay_s:
             await asyncio.sleep(self._random.uniform(0, self.max_delay_s))
