@@ -22,6 +22,9 @@ from sluice.cli import main
 ALPHABET = "".join(map(chr, [*range(32, 127), *range(0xA1, 0xA1 + 31)]))
 """126 characters: with <pad> and <eos> as many tokens as the tiny models have."""
 
+DRY_ONLY = "train/loss_tokens"
+"""The one metric of the dry trainer, which no other has."""
+
 REWARDS = """\
 def share_of_a(prompt, trajectory):
     return trajectory.response.count("a") / max(1, trajectory.num_response_tokens)

@@ -34,7 +34,8 @@ def base_model(recheck_rate: float, seed: int) -> tuple[Path, Path]:
         raise SystemExit(f"{run} is there but unfinished; remove it, and this makes it again")
     print("base model: a million parameters learn 3-digit additions from scratch, which takes a minute or two")
     write_task(task, recheck_rate, seed=seed)
-    paths = [f"model.path={task}/model", f"data.path={task}/demonstrations.jsonl", f"run.seed={seed}"]
+    here = task.relative_to(ROOT)
+    paths = [f"model.path={here}/model", f"data.path={here}/demonstrations.jsonl", f"run.seed={seed}"]
     sluice("sft", "recipes/recheck_base.yaml", f"run.name={run.name}", *paths)
     return sorted(run.glob("checkpoints/step-*"))[-1], task
 
@@ -53,7 +54,8 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 def train(name: str, recheck_rate: float, seed: int, settings: list[str]) -> Path:
     """One run of the recipe from the base model; gives its folder."""
     model, task = base_model(recheck_rate, seed=0)
-    paths = [f"model.path={model}", f"data.path={task}/questions.jsonl", f"run.name={name}", f"run.seed={seed}"]
+    paths = [f"model.path={model.relative_to(ROOT)}", f"data.path={task.relative_to(ROOT)}/questions.jsonl"]
+    paths += [f"run.name={name}", f"run.seed={seed}"]
     sluice("train", "recipes/recheck.yaml", *paths, *settings)
     return ROOT / "runs" / name
 

@@ -243,14 +243,21 @@ def test_metrics_are_over_all_micro_batches():
 
 @each_layout
 def test_recomputed_logprobs_are_those_of_the_current_weights(layout: Layout):
-    """At each sample's own temperature (Z19), over its full length; no gradient arises."""
+    """At each sample's own temperature (Z19), over its full length."""
     model, samples = tiny_model("qwen3"), some_samples()
     asyncio.run(trainer_of(model, Packing(1, 30, layout)).recompute_logprobs(samples))
     for sample in samples:
         expected = [0.0, *naive_logprobs(model, sample).tolist()]
         expected = [e if w else 0.0 for e, w in zip(expected, sample.loss_weights, strict=True)]
         assert sample.old_logprobs == pytest.approx(expected, abs=1e-4)
-    assert not gradient_of(model)
+
+
+def test_recomputing_keeps_nothing_for_a_backward():
+    """It would cost the memory of a training step."""
+    trainer, kept = trainer_of(tiny_model("qwen3")), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: nothing):
+        asyncio.run(trainer.recompute_logprobs(some_samples()))
+    assert kept == []
 
 
 def test_the_first_update_is_on_policy_and_the_second_is_not():

@@ -29,12 +29,12 @@ class LocalTrainer:
         self.optimizer = optimizer
         self.packing = packing
 
-    @torch.no_grad()
     async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
         """Fill `old_logprobs` with the log-probs under the weights as they are now."""
         for part in under_budget(samples, self.packing):
             micro_batch = collate(part, self.packing.layout)
-            logprobs, _ = self._logprobs(micro_batch.to(self.model.device))
+            with torch.no_grad():  # as a decorator it would end before an async function's body begins
+                logprobs, _ = self._logprobs(micro_batch.to(self.model.device))
             for sample, values in zip(part, micro_batch.spread(logprobs, 0.0), strict=True):
                 sample.old_logprobs = values
 

@@ -1,0 +1,335 @@
+"""What README and docs say is true: every command runs, every config and every code block works, every name and link exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from makers import CHAT_TEMPLATE, make_bpe_tokenizer
+from models import CONFIGS
+from sluice.algorithms.spec import ALGORITHMS
+from sluice.config import SftConfig, TrainConfig
+from sluice.configfile import _key_paths
+from sluice.viewer import report
+from small_runs import (
+    DRY_ONLY,
+    documented_metrics,
+    finished,
+    metrics_of,
+    sluice,
+    workplace,
+    write_config,
+    write_rows,
+)
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SMALL = ["rollout.groups_per_step=2", "rollout.group_size=4", "rollout.max_new_tokens=8", "trainer.updates_per_batch=2"]
+SMALL += ["run.num_steps=2", "run.num_threads=1", "run.name=test"]
+SMALL_SFT = ["run.num_threads=1", "run.name=test", "trainer.samples_per_update=32"]
+HELP_LIMIT_S = 60
+
+EXCEPTIONS: dict[str, str] = {}
+"""Commands that no test runs, and why."""
+
+
+class Found(NamedTuple):
+    page: str
+    text: str
+
+
+def named(found: Found) -> str:
+    return f"{found.page}: {found.text.splitlines()[0]}"
+
+
+def blocks(language: str) -> list[Found]:
+    """Fenced code blocks of all pages."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [Found(page.name, text) for page in PAGES for text in fence.findall(page.read_text())]
+
+
+def commands() -> list[Found]:
+    """Lines of shell blocks, `sluice …` with arguments inside a sentence, and those in the comments of recipes."""
+    in_blocks = [
+        Found(block.page, line.strip())
+        for language in ("bash", "sh")
+        for block in blocks(language)
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    inline = re.compile(r"`(sluice (?:train|sft|report|config \w+) [^`\n]+)`")
+    in_text = [Found(page.name, text) for page in PAGES for text in inline.findall(page.read_text())]
+    comment = re.compile(r"^# .*?((?:sluice|python) .+)$", re.MULTILINE)
+    in_recipes = [Found(path.name, text) for path in RECIPES for text in comment.findall(path.read_text())]
+    return list(dict.fromkeys(in_blocks + in_text + in_recipes))
+
+
+# A folder in which everything that the pages speak of is there, and small
+
+BASE = {
+    "data": {"path": "train.jsonl", "prompt": "question", "reference": "answer", "reference_pattern": "#### (.+)"},
+    "rewards": [{"name": "match"}],
+    "rollout": {"max_new_tokens": 8},
+    "trainer": {},
+    "run": {},
+}
+
+
+def write_users_code(folder: Path) -> None:
+    """The functions of the pages in the modules by whose names the pages call them; those without code are written here."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    modules = {
+        "my_filter": ["def keep(group):\n    return len(group.trajectories) == 4\n"],
+        "my_script": ["def answer(prompt_ids, sampling):\n    return [10 + sampling.seed % 5, 1]\n"],
+    }
+    for block in blocks("python"):
+        for name in re.findall(r"^(?:async )?def (\w+)", block.text, re.MULTILINE):
+            called = set(re.findall(rf"(\w+):{name}\b", text))
+            assert len(called) == 1, (
+                f"{named(block)}: no dotted path in the pages names {name}, or several do: {called}"
+            )
+            modules.setdefault(called.pop(), []).append(block.text)
+    for module, codes in modules.items():
+        (folder / f"{module}.py").write_text("\n\n".join(codes))
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    rows = [
+        {"question": f"{a} + {b}?", "answer": f"It is {a + b}.\n#### {a + b}", "level": a, "subject": "sums"}
+        for a in range(4)
+        for b in range(4)
+    ]
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "pairs.jsonl", [{"prompt": row["question"], "response": row["answer"]} for row in rows])
+    model = make_bpe_tokenizer(folder / "model", [row["answer"] for row in rows], 300, CHAT_TEMPLATE)
+    config = CONFIGS["qwen3"]()
+    config.update({"vocab_size": 320, "max_position_embeddings": 512})
+    config.save_pretrained(model)
+    (folder / "sft.yaml").write_text("model: {path: model, random_weights: true}\ndata: {path: pairs.jsonl}\n")
+    (folder / "longer.yaml").write_text("rollout: {max_new_tokens: 12}\n")
+    write_users_code(folder)
+    for link in ("recipes", "examples"):
+        (folder / link).symlink_to(ROOT / link)
+    task = [sys.executable, "examples/recheck/task.py", "runs/recheck/task", "--demonstrations", "32"]
+    subprocess.run(task, cwd=folder, check=True, timeout=HELP_LIMIT_S)
+    with pytest.MonkeyPatch.context() as patch, workplace(folder, patch):
+        base = finished("sft", "sft.yaml", name="base")
+        checkpoint = next((base / "checkpoints").iterdir())
+        write_config("base.yaml", **BASE, model={"path": str(checkpoint)})
+        finished("train", "base.yaml", *SMALL, name="NAME")
+    return folder
+
+
+@pytest.fixture
+def here(furnished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The furnished folder as the current one; runs go elsewhere, and only runs/NAME has a report, which takes time."""
+    write = report.write_report
+    monkeypatch.setattr(report, "write_report", lambda run: write(run) if str(run) == "runs/NAME" else None)
+    with workplace(furnished, monkeypatch):
+        yield furnished
+
+
+def checkpoint_of(run: str) -> str:
+    return str(max(Path(run, "checkpoints").iterdir()))
+
+
+# Commands
+
+
+def test_every_kind_of_command_is_found():
+    """The pages have not changed their form under this file."""
+    said = " ".join(found.text for found in commands())
+    for word in ("make demo", "pip install", "sluice train", "sluice sft", "sluice report", "sluice config check"):
+        assert word in said
+    assert not EXCEPTIONS.keys() - {found.text for found in commands()}, "exceptions of commands that are gone"
+
+
+@pytest.mark.parametrize("command", commands(), ids=named)
+def test_the_command_works(here: Path, tmp_path: Path, command: Found):
+    if command.text in EXCEPTIONS:
+        pytest.skip(EXCEPTIONS[command.text])
+    program, *words = shlex.split(command.text, comments=True)
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words
+        assert set(words) <= set(targets)
+    elif program == "pip":
+        check_pip(words)
+    elif program.rpartition("/")[2] in ("python", "python3"):
+        check_script(words)
+    else:
+        assert program == "sluice", f"nothing here runs {program}: give it a home, or name it in EXCEPTIONS"
+        assert sluice(*filled_in(words, tmp_path)) == 0
+
+
+def check_pip(words: list[str]) -> None:
+    """An editable install of this project, with extras that it has."""
+    assert words[:2] == ["install", "-e"]
+    (target,) = words[2:]
+    found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)
+    assert found
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set((found[1] or "").split(",")) - {""} <= extras.keys()
+
+
+def check_script(words: list[str]) -> None:
+    """A script of the repository that knows the options; the scripts themselves have tests of their own."""
+    script, *options = words
+    if script == "-m":
+        assert (ROOT / "src" / f"{options[0].replace('.', '/')}.py").exists()
+        return
+    assert (ROOT / script).is_file()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=HELP_LIMIT_S, check=True
+    )
+    for option in options:
+        if option.startswith("--"):
+            assert option.partition("=")[0] in done.stdout
+
+
+def filled_in(words: list[str], elsewhere: Path) -> list[str]:
+    """The words with real things for the placeholders, and settings behind them that make the run small."""
+    is_sft = words[0] == "sft" or "recipes/recheck_base.yaml" in words
+    places = {
+        "CONFIG": "sft.yaml" if is_sft else "base.yaml",
+        "model.path=MODEL_FOLDER": f"model.path={checkpoint_of('runs/base')}",
+        "model.path=FOLDER_OF_THE_BASE_MODEL": f"model.path={checkpoint_of('runs/base')}",
+    }
+    words = [places.get(word, word) for word in words]
+    if words[0] in ("train", "sft"):
+        words += [*(SMALL_SFT if is_sft else SMALL), f"run.folder={elsewhere}"]
+    return words
+
+
+# Code
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=named)
+def test_the_config_block_runs(here: Path, tmp_path: Path, block: Found):
+    """Each over the base config, with the functions that it names."""
+    fragment = tmp_path / "fragment.yaml"
+    fragment.write_text(block.text)
+    files = ["base.yaml", str(fragment)]
+    assert sluice("config", "check", *files) == 0
+    assert sluice("train", *files, *SMALL, f"run.folder={tmp_path}") == 0
+    logged = metrics_of(tmp_path / "test")[0].keys()
+    for reward in yaml.safe_load(block.text).get("rewards", []):
+        name = reward["name"].rpartition(":")[2]
+        assert any(f"{metric}/".startswith(f"rollout/reward/{name}/") for metric in logged)
+
+
+@pytest.mark.parametrize(
+    "setting", ["rollout.environment=my_env:play", "rollout.filter=my_filter:keep", "algorithm.dynamic_sampling=true"]
+)
+def test_what_the_pages_say_to_set_runs(here: Path, tmp_path: Path, setting: str):
+    key, _, value = setting.partition("=")
+    assert f"`{key}: {value}`" in (ROOT / "docs/howto.md").read_text()
+    rewards = "rewards=[{name: my_rewards:shorter_is_better}]"
+    assert sluice("train", "base.yaml", setting, rewards, *SMALL, f"run.folder={tmp_path}") == 0
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("python") if "def " not in b.text], ids=named)
+def test_the_code_block_runs(here: Path, block: Found):
+    step = checkpoint_of("runs/NAME").rpartition("/")[2]
+    names: dict[str, object] = {}
+    exec(re.sub(r"step-(?!000001)\d+", step, block.text), names)
+    if "rows" in names:
+        assert len(names["rows"]) == 8  # type: ignore[arg-type]
+    if "model" in names:
+        assert names["model"].num_parameters() > 0  # type: ignore[attr-defined]
+
+
+# Names and links
+
+
+def test_the_metrics_of_the_table_are_those_that_are_logged(here: Path, tmp_path: Path):
+    settings = ["engine={name: scripted, script: my_script:answer}", "trainer={name: dry}"]
+    write_config(tmp_path / "dry.yaml", **BASE, model={"path": "model"})
+    assert sluice("train", tmp_path / "dry.yaml", *settings, *SMALL, f"run.folder={tmp_path}") == 0
+    trained, tuned, dry = (
+        set(metrics_of(run)[0]) - {"step"} for run in (Path("runs/NAME"), Path("runs/base"), tmp_path / "test")
+    )
+    table = documented_metrics()
+    assert table - trained == {"rollout/reward/LABEL", DRY_ONLY}
+    assert DRY_ONLY in dry
+    free = re.compile(r"rollout/reward/|rollout/finish/|perf/")
+    assert {name for name in trained | tuned | dry if not free.match(name)} <= table
+
+
+def test_metrics_that_pages_name_are_logged(here: Path):
+    known = documented_metrics() | metrics_of(Path("runs/NAME"))[0].keys()
+    for page in PAGES:
+        for name in re.findall(r"`((?:rollout|train|perf)/[\w/]+)`", page.read_text()):
+            assert name in known, f"{page.name}: {name}"
+
+
+def test_settings_that_pages_name_exist():
+    keys = {*_key_paths(TrainConfig), *_key_paths(SftConfig)}
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    setting = re.compile(rf"`((?:{'|'.join(sections)})\.\w[\w.]*)(?:[:=][^`]*)?`")
+    files = (".yaml", ".py", ".md", ".json", ".jsonl", ".log")
+    for page in PAGES:
+        for name in setting.findall(page.read_text()):
+            known = re.sub(r"\.\d+\.", ".0.", name)
+            assert known in keys or name.endswith(files), f"{page.name}: {name}"
+
+
+def test_the_table_of_algorithms_is_that_of_the_code():
+    rows = re.findall(
+        r"^\| `(\w+)`(?: \(default\))? \| (.*) \|$", (ROOT / "docs/concepts.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in rows} == ALGORITHMS.keys()
+    words = {
+        "z_score": "z-score", "centred": "centred", "raw": "the reward",
+        "token_mean": "token mean", "sequence_mean": "sequence mean", "constant": "sum / constant",
+    }  # fmt: skip
+    for name, row in rows:
+        advantage, ratio, clip, aggregation = row.split(" | ")
+        algorithm = ALGORITHMS[name]
+        assert advantage.startswith(words[algorithm.advantage])
+        assert ratio == algorithm.ratio
+        assert aggregation == words[algorithm.aggregation]
+        assert clip.startswith(algorithm.clip)
+        if algorithm.clip == "surrogate":
+            low, high = re.findall(r"(\S+) / ([^\s,]+)", clip)[0]
+            assert (float(low), float(high)) == (algorithm.clip_low, algorithm.clip_high)
+        if algorithm.clip == "weight":
+            assert f"`ratio_max` {algorithm.ratio_max:g}" in clip
+        assert ("dynamic sampling" in clip) == algorithm.dynamic_sampling
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page.name}: {target}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"](docs/{page.name})" in readme
