@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from sluice.algorithms import Algorithm, explain, resolve
 from sluice.config import LocalTrainer, TrainConfig
+from sluice.errors import ConfigError
 
 
 def algorithm_of(config: TrainConfig) -> Algorithm:
-    return resolve(
+    row = resolve(
         config.algorithm.name,
         config.algorithm.overrides(),
         max_new_tokens=config.rollout.max_new_tokens,
         group_size=config.rollout.group_size,
     )
+    if row.ratio == "none" and config.algorithm.old_logprobs == "recomputed":
+        raise ConfigError(
+            "algorithm.old_logprobs=recomputed has no effect: only a ratio divides by old log-probs, and "
+            f"algorithm {row.name} has none; leave it out, or set algorithm.ratio=token"
+        )
+    return row
 
 
 def describe(config: TrainConfig) -> str:

@@ -129,7 +129,7 @@ def a_group(*rewards: float | None) -> Group:
     return Group(3, Prompt("p", []), trajectories)
 
 
-DAPO, RAW_DYNAMIC = row("dapo"), row("reinforce", dynamic_sampling=True)
+DAPO = row("dapo")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ DAPO, RAW_DYNAMIC = row("dapo"), row("reinforce", dynamic_sampling=True)
         (CENTRED, a_group(0.5, None, None), "1 of 3 samples scored, 2 needed"),
         (RAW, a_group(0.5, None, None), ""),
         (RAW, a_group(None), "0 of 1 samples scored, 1 needed"),
-        (RAW_DYNAMIC, a_group(1.0, 1.0), "all rewards equal (1)"),
+        (RAW, a_group(1.0, 1.0), ""),
     ],
 )
 def test_why_rejected(spec: Algorithm, group: Group, reason: str):

@@ -169,14 +169,6 @@ def test_a_group_of_one_has_nothing_to_compare(name: str):
     assert resolved(name, group_size=1, advantage="raw").advantage == "raw"
 
 
-def test_a_group_of_one_would_always_be_rejected_by_dynamic_sampling():
-    with pytest.raises(
-        ConfigError, match=r"dynamic_sampling rejects groups of equal rewards, and a group of one always"
-    ):
-        resolved("reinforce", group_size=1, dynamic_sampling=True)
-    assert resolved("reinforce", group_size=1).advantage == "raw"
-
-
 # the explanation
 
 TOKEN = "r_t = exp(logπ_t - logπ_old_t), one per token"
@@ -255,3 +247,15 @@ def test_public_names():
     assert all(getattr(room, name) is not None for name in room.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = room.nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("cispo", {"ratio_max": 0.28}, "bounds the ratio itself.* set ratio_max=1.28"),
+        ("reinforce", {"dynamic_sampling": True}, "with advantage raw they are not"),
+    ],
+)
+def test_words_that_would_clip_everything_or_reject_for_nothing(name: str, words: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(name, words, max_new_tokens=8, group_size=4)

@@ -109,18 +109,21 @@ def test_ctrl_c_ends_a_run_in_order(ready: Path):
     assert not [pid for pid in rewards if is_alive(pid)]
 
 
-def test_ctrl_c_does_not_wait_for_a_reward(ready: Path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_reward_that_hangs_holds_nothing_up(ready: Path, sent: signal.Signals):
     (ready / "stuck.py").write_text(
         "import time\ndef f(prompt, trajectory):\n    open('begun', 'w')\n    time.sleep(600)\n"
     )
     rewards = "rewards=[{name: stuck:f, timeout_s: 600}]"
     with running(ready, (ready / "begun").exists, rewards) as process:
         children = reward_processes_of(process)
-        process.send_signal(signal.SIGINT)
+        assert any(map(is_alive, children))
+        process.send_signal(sent)
         _, error = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert error == "interrupted; what was written until now is whole\n"
-    assert not any(map(is_alive, children))
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert error == "interrupted; what was written until now is whole\n"
+    wait_until(lambda: not any(map(is_alive, children)), 5)
 
 
 def test_kill_9_leaves_whole_files_and_no_orphans(ready: Path):

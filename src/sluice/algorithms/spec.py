@@ -135,16 +135,22 @@ def _check(row: Algorithm, group_size: int) -> None:
         raise ConfigError(
             "algorithm: clip surrogate already drops the gradient of the tokens that mask: trust_region drops; set mask: none, or clip: weight"
         )
+    if row.ratio_max is not None and row.ratio_max <= 1:
+        raise ConfigError(
+            f"algorithm.ratio_max={row.ratio_max} bounds the ratio itself, which is 1 on fresh samples, so it would clip "
+            f"every token; if it is a distance from 1, set ratio_max={1 + row.ratio_max:g}"
+        )
+    if row.dynamic_sampling and row.advantage == "raw":
+        raise ConfigError(
+            "algorithm.dynamic_sampling rejects groups of equal rewards because their advantages are 0, and with "
+            "advantage raw they are not; set algorithm.advantage=centred, or dynamic_sampling=false"
+        )
     if row.ratio_min is not None and row.ratio_max is not None and row.ratio_min >= row.ratio_max:
         raise ConfigError(f"algorithm.ratio_min={row.ratio_min} must be below algorithm.ratio_max={row.ratio_max}")
     if group_size == 1 and row.advantage != "raw":
         raise ConfigError(
             f"algorithm.advantage={row.advantage} compares the samples of a group, and rollout.group_size=1 leaves nothing to "
             "compare: every advantage would be 0; raise rollout.group_size, or set algorithm.advantage=raw"
-        )
-    if group_size == 1 and row.dynamic_sampling:
-        raise ConfigError(
-            "algorithm.dynamic_sampling rejects groups of equal rewards, and a group of one always is; raise rollout.group_size"
         )
 
 

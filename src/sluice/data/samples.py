@@ -29,7 +29,7 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
     for turn in trajectory.turns:
         if not turn.completion.token_ids:
             continue
-        if samples and turn.prompt_ids[: len(samples[-1])] == samples[-1].token_ids:
+        if samples and _goes_on(samples[-1], turn):
             samples[-1] = _extended(samples[-1], turn)
         else:
             assert trajectory.reward is not None
@@ -38,6 +38,12 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
             )
             samples.append(_extended(start, turn))
     return samples
+
+
+def _goes_on(sample: Sample, turn: Turn) -> bool:
+    """A sample has one temperature, since its log-probs are of the tempered policy."""
+    history = turn.prompt_ids[: len(sample)]
+    return history == sample.token_ids and turn.completion.temperature == sample.temperature
 
 
 def _extended(sample: Sample, turn: Turn) -> Sample:
