@@ -227,9 +227,9 @@ def test_the_largest_ratio_is_that_of_a_loss_token():
     assert loss_of(row("grpo"), batch)[0].metrics["train/ratio/max"].value() == pytest.approx(0.5)
 
 
-def test_a_masked_token_is_not_clipped_by_a_bound_below_1():
+def test_a_masked_token_is_not_clipped_by_a_floor_above_1():
     batch = ragged([(3, 1.0)], 0.0, [1.0, 0.0, 1.0])
-    output, _ = loss_of(row("cispo", ratio_max=0.9), batch)
+    output, _ = loss_of(row("cispo", ratio_min=1.5), batch)
     assert output.clipped.tolist() == [True, False, True]
     assert output.metrics["train/pg_clipfrac"].value() == 1.0
 
