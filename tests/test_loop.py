@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +324,15 @@ def test_a_refused_update_ends_the_run_and_leaves_its_batch_on_record(workshop: 
     assert len(notes.samples[2]) == GROUPS_PER_STEP * GROUP_SIZE
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """A process that a shell started in the background ignores the signal, and asyncio then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_ctrl_c_leaves_nothing_behind(workshop: Workshop, max_staleness: int):
     """A real signal, while workers and trainer are all in the middle of something."""
