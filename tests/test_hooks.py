@@ -74,3 +74,13 @@ def test_says_what_is_wrong_and_what_to_do(dotted: str, said: str, folder: Path)
     (folder / "hook_exits.py").write_text("raise SystemExit(2)\n")
     with pytest.raises(ConfigError, match=said):
         resolve(dotted, ARGUMENTS)
+
+
+def test_async_where_it_is_awaited_and_only_there(folder: Path):
+    """A coroutine that nothing awaits is true, and a plain function that is awaited fails at the first sample."""
+    (folder / "hook_async.py").write_text("async def waits(a, b): pass\ndef plain(a, b): pass\n")
+    assert resolve("hook_async:waits", ("a", "b"), awaited=True)
+    with pytest.raises(ConfigError, match="is an `async def`; write a plain `def`"):
+        resolve("hook_async:waits", ("a", "b"))
+    with pytest.raises(ConfigError, match="is a plain `def`; write `async def`"):
+        resolve("hook_async:plain", ("a", "b"), awaited=True)

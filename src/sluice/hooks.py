@@ -17,11 +17,11 @@ from typing import Any
 from sluice.errors import ConfigError
 
 
-def resolve(dotted: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+def resolve(dotted: str, arguments: tuple[str, ...], *, awaited: bool = False) -> Callable[..., Any]:
     """The callable at `module:function`, looked for in the current folder first.
 
-    `arguments` names the positional arguments it will be called with. Raises ConfigError saying what is wrong
-    with the path, the module or the signature.
+    `arguments` names the positional arguments it will be called with, and `awaited` says whether it must be an
+    `async def`. Raises ConfigError saying what is wrong with the path, the module or the signature.
     """
     module_name, _, name = dotted.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
@@ -38,6 +38,12 @@ def resolve(dotted: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
             f"name a function that takes ({', '.join(arguments)})"
         )
     _check_signature(dotted, function, arguments)
+    call = getattr(function, "__call__", None)  # noqa: B004  # an object may have an async __call__
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    if is_async and not awaited:  # its coroutine would pass for true, or for a score
+        raise ConfigError(f"{dotted} is an `async def`; write a plain `def`: nothing awaits it")
+    if awaited and not is_async:
+        raise ConfigError(f"{dotted} is a plain `def`; write `async def`: it is awaited")
     return function
 
 

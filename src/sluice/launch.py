@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -59,9 +58,9 @@ def check(config: TrainConfig) -> Checked:
         rewards=[_checked_reward(reward) for reward in config.rewards],
         environment=single_turn
         if rollout.environment == "single_turn"
-        else resolve_hook(rollout.environment, ("prompt", "policy")),
-        group_filter=_plain_hook("rollout.filter", rollout.filter, "group") if rollout.filter else None,
-        script=_plain_hook("engine.script", engine.script, "prompt_ids", "sampling")
+        else _hook("rollout.environment", rollout.environment, "prompt", "policy", awaited=True),
+        group_filter=_hook("rollout.filter", rollout.filter, "group") if rollout.filter else None,
+        script=_hook("engine.script", engine.script, "prompt_ids", "sampling")
         if isinstance(engine, ScriptedEngine)
         else None,
         prompts=load_prompts(
@@ -239,6 +238,12 @@ def _engine_and_trainer(
             f"engine.max_model_len={config.engine.max_model_len} is longer than the {model.max_length} positions of the "
             "model; lower it, or leave it out"
         )
+    window = config.engine.max_model_len or model.max_length
+    if config.rollout.max_new_tokens >= window:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
+            "tokens (engine.max_model_len, or else the model's positions); lower it"
+        )
     embedded = EmbeddedEngine(
         model,
         chat.decode,
@@ -290,12 +295,11 @@ def _refuse_too_long(where: str, length: int, trainer: Local) -> None:
         )
 
 
-def _plain_hook(key: str, dotted: str, *arguments: str) -> Callable[..., Any]:
-    """A function of the user's that is called and not awaited: the coroutine of an `async def` would pass for true."""
-    function = resolve_hook(dotted, arguments)
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"{key}={dotted} is an `async def`; write a plain `def`: nothing awaits it")
-    return function
+def _hook(key: str, dotted: str, *arguments: str, awaited: bool = False) -> Callable[..., Any]:
+    try:
+        return resolve_hook(dotted, arguments, awaited=awaited)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _rows(data: FileData) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,16 +40,6 @@ def build(spec: RewardSpec) -> Reward:
             case "format":
                 return format_reward(**spec.arguments)
             case _:
-                return _users_function(spec.kind)
+                return resolve(spec.kind, ("prompt", "trajectory"))
     except ConfigError as error:
         raise ConfigError(f"reward {spec.label!r}: {error}") from error
-
-
-def _users_function(dotted: str) -> Reward:
-    function = resolve(dotted, ("prompt", "trajectory"))
-    call = getattr(function, "__call__", None)  # noqa: B004  # an object with an async __call__
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
-        raise ConfigError(
-            f"{dotted} is an `async def`; write a plain `def`: it runs in a process of its own, where nothing awaits it"
-        )
-    return function

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from sluice.algorithms import why_rejected
 from sluice.errors import EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.hooks import raised_at
 from sluice.interfaces import Environment
 from sluice.rollout.policy import SamplingPolicy
 from sluice.run import Run
@@ -66,7 +67,8 @@ async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Traject
         with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
             trajectory = await _play(run.environment, prompt, policy)
     except EnvironmentError_ as error:
-        return Trajectory(policy.turns, stop_reason="error", outcome="error", error=str(error))
+        where = raised_at(error.__cause__) if error.__cause__ else ""
+        return Trajectory(policy.turns, stop_reason="error", outcome="error", error=f"{error}{where}")
     except PromptTooLongError as error:
         if run.long_prompts == "skip":
             return error
