@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test proof bench lint docs clean
+.PHONY: setup demo test proof bench lint docs
 
 setup: .venv/.ready
 
@@ -25,7 +25,8 @@ proof: setup browser
 .PHONY: browser
 browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null \
+	    || echo 'headless Chromium could not be installed; the tests that need it are skipped'; \
 	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
 
 bench: setup

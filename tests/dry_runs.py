@@ -150,7 +150,8 @@ class Workshop:
             "old_logprobs": "engine",
             "long_prompts": "error",
             "group_filter": None,
-            "checkpoint_every": None,
+            "attempt_timeout_s": 60.0,
+            "checkpoint_at": lambda step: False,
         }
         return Run(**(parts | changes))
 

@@ -170,7 +170,7 @@ def test_unknown_key_that_another_section_has() -> None:
     assert refusal("", "path=x") == (
         "command line: unknown key 'path': 'path' is set under model and data: model.path, data.path"
     )
-    assert "'timeout_s' is set under rewards.0: rewards.0.timeout_s" in refusal("run:\n  timeout_s: 1\n")
+    assert "'against' is set under rewards.0: rewards.0.against" in refusal("run:\n  against: nothing\n")
     assert "'num_steps' is set under run: run.num_steps" in refusal("checkpoint:\n  num_step: 1\n")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from statistics import mean
 
@@ -61,8 +62,7 @@ def train(name: str, recheck_rate: float, seed: int, settings: list[str]) -> Pat
 
 
 def free_name(stem: str) -> str:
-    taken = sum(1 for _ in (ROOT / "runs").glob(f"{stem}-*")) if (ROOT / "runs").exists() else 0
-    return f"{stem}-{taken + 1}"
+    return next(name for i in count(1) if not (ROOT / "runs" / (name := f"{stem}-{i}")).exists())
 
 
 def tell(run: Path) -> None:

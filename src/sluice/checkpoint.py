@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from sluice.errors import TrainingError, boundary
 from sluice.interfaces import Trainer
 from sluice.tracking.rundir import RunDir
 
@@ -15,6 +16,11 @@ def save_checkpoint(trainer: Trainer, rundir: RunDir, step: int) -> Path:
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    trainer.save(str(partial))
-    partial.rename(final)
+    try:
+        with boundary(TrainingError, f"checkpoint {final} could not be written"):
+            trainer.save(str(partial))
+            partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk has better uses
+        raise
     return final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from sluice.errors import ConfigError, SluiceError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when all went well, 2 when the input was wrong, 1 when the run failed, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show × or π does not end a run
     args = _parser().parse_args(argv)
     try:
         args.command(args)
@@ -22,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError) else 1
+    except OSError as error:  # a full disk, a folder without permission: not the program's fault
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was written until now is whole", file=sys.stderr)
         return 130
@@ -71,8 +78,8 @@ def _load(args: argparse.Namespace, sft: bool) -> Any:
     from sluice.config import SftConfig, TrainConfig
     from sluice.configfile import load
 
-    files = [word for word in args.config if "=" not in word or Path(word).exists()]
-    settings = [word for word in args.config if word not in files]
+    files = [word for word in args.config if "=" not in word]
+    settings = [word for word in args.config if "=" in word]
     return load(SftConfig if sft else TrainConfig, files, settings)
 
 

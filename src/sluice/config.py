@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -109,13 +110,13 @@ class RolloutSection(Section):
     """Samples per group."""
     max_new_tokens: PositiveInt = 256
     """Longest completion."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same one."""
     top_p: Fraction = 1.0
     """Nucleus sampling; the log-probs stay those of the whole tempered distribution."""
-    top_k: NonNegativeInt = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Sample among the k most likely tokens only; 0 is off."""
-    stop: tuple[str, ...] = Field(default=(), strict=False)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
     """Texts that end a completion."""
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
     """Token ids that end a completion, besides the model's own end-of-sequence ids."""
@@ -123,6 +124,8 @@ class RolloutSection(Section):
     """How many updates of the weights may lie between the sampling of a group and its training; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"
     """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
+    timeout_s: PositiveFloat = 3600.0
+    """Longest attempt at a prompt, generation included; one that takes longer has no score."""
     filter: DottedPath | None = None
     """`module:function` with `(group) -> bool`: false rejects the group, and another prompt takes its place."""
     max_rejected_groups: PositiveInt | None = None
@@ -194,7 +197,7 @@ class AlgorithmSection(Section):
 class RewardSection(Section):
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor in the sum; 0 logs the part without rewarding it."""
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] = 10.0
     """After this the process that computes it is killed and the sample has no score."""
 
 
@@ -249,7 +252,7 @@ AnyReward = Annotated[
 
 
 class OptimizerSection(Section):
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: FinitePositive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_updates: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
@@ -286,7 +289,7 @@ class DryTrainer(Section):
 
 
 class SftTrainer(OptimizerSection):
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: FinitePositive = 1e-5
     """Peak learning rate of AdamW."""
     samples_per_update: PositiveInt = 64
     """Samples per optimiser update."""
@@ -333,6 +336,15 @@ class TrainConfig(Section):
         if self.trainer.name == "dry" and self.algorithm.old_logprobs == "recomputed":
             raise ValueError(
                 "algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine"
+            )
+        if self.engine.name == "scripted" and self.trainer.name == "local" and self.algorithm.old_logprobs == "engine":
+            raise ValueError(
+                "engine.name=scripted says log-prob 0 for every token, so ratios against it mean nothing; set "
+                "algorithm.old_logprobs=recomputed, or trainer.name=dry"
+            )
+        if self.trainer.name == "dry" and self.checkpoint.every_steps is not None:
+            raise ValueError(
+                "checkpoint.every_steps has no effect with trainer.name=dry, which has no weights; leave it out"
             )
         _check_schedule(self.trainer)
         return self

@@ -53,7 +53,7 @@ def boundary(error: type[SluiceError], what: str) -> Generator[None]:
         yield
     except SluiceError:
         raise
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:  # sys.exit() in user code is not the end of the run
         raise error(f"{what}: {type(cause).__name__}: {cause}") from cause
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -127,7 +128,8 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         old_logprobs=config.algorithm.old_logprobs,
         long_prompts=config.data.long_prompts,
         group_filter=checked.group_filter,
-        checkpoint_every=config.checkpoint.every_steps,
+        attempt_timeout_s=rollout.timeout_s,
+        checkpoint_at=_checkpoint_at(config),
     )
 
     async def whole() -> None:
@@ -182,6 +184,13 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     return rundir.path
 
 
+def _checkpoint_at(config: TrainConfig) -> Callable[[int], bool]:
+    every = config.checkpoint.every_steps
+    if not isinstance(config.trainer, LocalTrainer):
+        return lambda step: False
+    return lambda step: step == config.run.num_steps or (every is not None and step % every == 0)
+
+
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:
     """Whatever ends the work, the record stays readable; an error goes to events.jsonl before it goes to the user."""
     from sluice.viewer.report import write_report
@@ -189,12 +198,17 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
     try:
         asyncio.run(work)
     except BaseException as error:
-        tracker.event("stopped", f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # on a full disk; the error itself is what the user must see
+            tracker.event("stopped", f"{type(error).__name__}: {error}")
         raise
     finally:
         tracker.close()
-        with suppress(DataError):  # no step was finished, so there is nothing to show
+        try:
             write_report(rundir.path)
+        except DataError:
+            pass  # no step was finished, so there is nothing to show
+        except Exception as error:  # what ended the work is the news, not that its page could not be written
+            print(f"no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _make_rundir(resolved: Resolved[Any], name: str) -> RunDir:
@@ -237,6 +251,10 @@ def _engine_and_trainer(
         raise ConfigError(
             f"engine.max_model_len={config.engine.max_model_len} is longer than the {model.max_length} positions of the "
             "model; lower it, or leave it out"
+        )
+    if unknown := [i for i in config.rollout.stop_token_ids if i >= model.config.vocab_size]:
+        raise ConfigError(
+            f"rollout.stop_token_ids: {unknown[0]} is not among the {model.config.vocab_size} ids of the model"
         )
     window = config.engine.max_model_len or model.max_length
     if config.rollout.max_new_tokens >= window:

@@ -61,7 +61,9 @@ class Run:
     old_logprobs: Literal["engine", "recomputed"]
     long_prompts: Literal["error", "skip"]
     group_filter: Callable[[Group], bool] | None
-    checkpoint_every: int | None
+    attempt_timeout_s: float
+    checkpoint_at: Callable[[int], bool]
+    """Whether the weights are saved after a step."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
@@ -33,7 +34,7 @@ async def train(run: Run) -> None:
     await run.engine.update_weights(run.trainer.weights(), run.step)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
-            with run.timer("rollout"):
+            with run.timer("rollout"), rejected_on_record(run):
                 groups = await run.buffer.take(run.groups_per_step)  # oldest first
                 check_staleness(run, groups)
             samples = to_samples(groups)
@@ -44,6 +45,7 @@ async def train(run: Run) -> None:
                 for minibatch in pack(samples, run.packing):
                     stats += await run.trainer.forward_backward(minibatch, loss)
                     stats += await run.trainer.optim_step()
+                    await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
             run.step += 1
             with run.timer("publish"):
                 await run.engine.update_weights(run.trainer.weights(), run.step)
@@ -72,6 +74,16 @@ async def annotate(run: Run, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
+def rejected_on_record(run: Run) -> Generator[None]:
+    """When too many groups are rejected, those that were go to the ledger, so that one can see why."""
+    try:
+        yield
+    except RolloutError:
+        run.tracker.log_groups(run.step + 1, run.buffer.drain_rejected(), [])
+        raise
+
+
+@contextmanager
 def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> Generator[None]:
     """A refused update leaves its batch in the ledger and an event before it ends the run."""
     try:
@@ -83,16 +95,16 @@ def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Track, record, checkpoint."""
+    """Record and track the step, then save the weights if it is their turn; that time counts in the next step."""
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples)
     with run.timer("record"):
         run.tracker.log_groups(run.step, everything, samples)
-    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
-        with run.timer("checkpoint"):
-            save_checkpoint(run.trainer, run.rundir, run.step)
     metrics += run.timer.drain()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
     run.tracker.log(run.step, metrics.values_by_name())
+    if run.checkpoint_at(run.step):
+        with run.timer("checkpoint"):
+            save_checkpoint(run.trainer, run.rundir, run.step)

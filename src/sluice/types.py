@@ -42,7 +42,7 @@ class Sampling:
     stop_token_ids: frozenset[int] = frozenset()
     """Token ids that end the completion; the id is kept as the last token."""
     seed: int = 0
-    """Seeds this completion alone, so that what is sampled does not depend on what is sampled beside it."""
+    """Seeds this completion alone: which draws it gets does not depend on what is sampled beside it."""
 
 
 @dataclass

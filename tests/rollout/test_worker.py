@@ -216,6 +216,25 @@ def test_an_edited_history_gives_two_samples_with_one_advantage(workshop: Worksh
         assert sample.advantages[-1] == pytest.approx(rewards_of[sample.index] - mean)
 
 
+@pytest.mark.parametrize("edited", [0, 1], ids=["the task", "the answer"])
+def test_a_message_edited_in_place_is_an_edited_history(workshop: Workshop, edited: int):
+    """As when an environment strips the thinking from an answer: the policy must see what the environment says."""
+
+    async def edits(prompt: Prompt, policy: Any) -> Trajectory:
+        messages = [dict(message) for message in prompt.messages]
+        messages += [await policy.respond(messages), {"role": "user", "content": "go on"}]
+        messages[edited]["content"] = "edited"
+        await policy.respond(messages)
+        seen.append(messages)
+        return Trajectory(policy.turns)
+
+    seen: list[Any] = []
+    group = played(workshop.run(environment=edits))
+    for trajectory, messages in zip(group.trajectories, seen, strict=True):
+        assert trajectory.turns[1].prompt_ids == workshop.chat.encode(messages)
+    assert [s.index for s in to_samples([group])] == [0, 0, 1, 1]
+
+
 def test_seeds_are_distinct_over_ticket_attempt_and_call(workshop: Workshop):
     """Also when an environment asks several times at once; and they depend on nothing else."""
 
@@ -235,6 +254,37 @@ def test_seeds_are_distinct_over_ticket_attempt_and_call(workshop: Workshop):
     one, again, other = seeds(1, Timing()), seeds(1, Timing(engine_s=0.002)), seeds(2, Timing())
     assert one == again
     assert not one & other
+
+
+def test_an_attempt_without_end_is_a_timeout_of_its_own(workshop: Workshop):
+    """Z18: the others of its group are trained, the event names the setting, and the run goes on."""
+
+    async def hangs(policy: Any) -> Trajectory:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    run = workshop.run(environment=sometimes(hangs, 1), attempt_timeout_s=0.1, group_size=3)
+    group = played(run)
+    assert [t.outcome for t in group.trajectories] == ["timeout", "scored", "scored"]
+    assert [s.index for s in to_samples([group])] == [1, 2]
+    ((kind, message),) = run.tracker.events  # type: ignore[attr-defined]
+    assert kind == "no_score"
+    for part in (group.prompt.id, "after 0.1 s", "rollout.timeout_s"):
+        assert part in message
+
+
+@pytest.mark.parametrize("long_prompts", ["error", "skip"])
+def test_a_conversation_that_outgrows_the_window_fails_alone(workshop: Workshop, long_prompts: str):
+    """Its prompt had room, so neither is the prompt skipped nor does the run end."""
+
+    async def talks_on(policy: Any) -> Trajectory:
+        await policy.respond([{"role": "user", "content": "more " * 60}])
+        raise AssertionError
+
+    group = played(workshop.run(environment=sometimes(talks_on, 1), group_size=3, long_prompts=long_prompts))
+    assert [t.outcome for t in group.trajectories] == ["error", "scored", "scored"]
+    assert "window of 256" in group.trajectories[0].error
+    assert group.prompt.id in group.trajectories[0].error
 
 
 @dataclass

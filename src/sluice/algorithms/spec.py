@@ -84,11 +84,11 @@ _USERS: dict[str, tuple[str, Callable[[Algorithm], bool]]] = {
     "std_eps": ("advantage: z_score", lambda a: a.advantage == "z_score"),
     "clip_low": (
         "clip: surrogate or mask: trust_region",
-        lambda a: "surrogate" in a.clip or a.mask != "none",
+        lambda a: a.clip == "surrogate" or a.mask != "none",
     ),
     "clip_high": (
         "clip: surrogate or mask: trust_region",
-        lambda a: "surrogate" in a.clip or a.mask != "none",
+        lambda a: a.clip == "surrogate" or a.mask != "none",
     ),
     "ratio_min": ("clip: weight", lambda a: a.clip == "weight"),
     "ratio_max": ("clip: weight", lambda a: a.clip == "weight"),

@@ -72,6 +72,34 @@ class Chat:
             raise DataError("the prompt has no tokens")
         return list(ids)
 
+    def encode_next(
+        self, ids: Sequence[int], before: Sequence[Message], reply: Message, messages: Sequence[Message]
+    ) -> list[int] | None:
+        """`messages` as what comes after `ids`, the exact ids of the messages `before` and of the policy's `reply`.
+
+        Only what is new is tokenised: a response never is. None when the messages do not go on from the reply, or when
+        the template shows it otherwise than it was written.
+        """
+        n = len(before)
+        if list(messages[:n]) != list(before) or len(messages) <= n or messages[n] != reply:
+            return None
+        if not self.tokenizer.chat_template:
+            tail = "".join(f"\n{message['content']}" for message in messages[n + 1 :])
+        else:
+            shown = self._rendered(before) + reply["content"]
+            whole = self._rendered(messages)
+            if not whole.startswith(shown):
+                return None
+            end = self.tokenizer.decode([ids[-1]], skip_special_tokens=False)
+            ended = ids[-1] in self.tokenizer.all_special_ids  # the policy wrote the template's end of turn itself
+            tail = whole[len(shown) :].removeprefix(end if ended else "")
+        with boundary(DataError, f"the tokeniser cannot encode {_short(tail)}"):
+            return [*ids, *self.tokenizer(tail, add_special_tokens=False).input_ids]
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        with boundary(DataError, "the chat template does not take the messages"):
+            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
     def encode_response(self, text: str) -> list[int]:
         """A response to learn: its own tokens and the end-of-sequence token, no others."""
         if self.tokenizer.eos_token_id is None:

@@ -92,6 +92,7 @@ class EmbeddedEngine:
             )
         self.version = version
         self._prefixes.clear()
+        self._cache = SlotCache()  # training needs the memory
 
     async def close(self) -> None:
         if self._driver is not None:

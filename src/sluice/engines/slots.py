@@ -32,8 +32,9 @@ class SlotCache:
         slots, _, capacity, _ = self.keys[0].shape
         if num_slots > slots or length > capacity:
             slots, capacity = max(num_slots, slots), max(-(-length // 64) * 64, capacity)
-            self.keys = [_grown(k, slots, capacity) for k in self.keys]
-            self.values = [_grown(v, slots, capacity) for v in self.values]
+            for caches in (self.keys, self.values):
+                for layer, cache in enumerate(caches):  # one at a time, so that only one stands twice
+                    caches[layer] = _grown(cache, slots, capacity)
 
     def fill(self, slots: slice, prefix: Prefix) -> None:
         """Copy a prompt's keys and values into several slots."""

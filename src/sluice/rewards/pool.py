@@ -126,7 +126,7 @@ class Worker:
             if self._closed:
                 raise RewardError("the rubric was closed")
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", entry, json.dumps(self._path)],
+                [sys.executable, "-P", "-u", "-c", entry, json.dumps(self._path)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -65,7 +65,12 @@ def _score(
     for spec, reward in zip(specs, rewards):
         # Ends this process even where the parent is gone and the reward, in C code, lets no thread of ours run.
         signal.setitimer(signal.ITIMER_REAL, spec.timeout_s + _ORPHAN_GRACE_S)
+        process = os.getpid()
         ok, result = _attempt(reward, sample)
+        if (
+            os.getpid() != process
+        ):  # a child that the reward forked came back; its answer would pass for the next sample's
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(ok, result)
         if not ok:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +22,20 @@ class SamplingPolicy:
         self._sampling = sampling
         self._seed = seed
         self._num_calls = 0
+        self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
 
     async def respond(self, messages: Sequence[Message]) -> Message:
-        prompt_ids = self._chat.encode(messages)
+        messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
+        prompt_ids = self._chat.encode_next(*self._last, messages) if self._last else None
+        prompt_ids = prompt_ids or self._chat.encode(messages)
         sampling = replace(self._sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
         self._num_calls += 1  # not the number of turns: calls may run side by side
         completion = await self._engine.generate(prompt_ids, sampling)
         completion.text = self._chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))
-        return {"role": "assistant", "content": completion.text}
+        reply = {"role": "assistant", "content": completion.text}
+        self._last = prompt_ids + completion.token_ids, messages, dict(reply)
+        return reply
 
 
 def seed_of(name: str) -> int:

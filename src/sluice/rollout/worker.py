@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from sluice.algorithms import why_rejected
-from sluice.errors import EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.errors import DataError, EnvironmentError_, PromptTooLongError, boundary, first_error
 from sluice.hooks import raised_at
 from sluice.interfaces import Environment
 from sluice.rollout.policy import SamplingPolicy
@@ -64,12 +64,22 @@ async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Traject
     """A prompt to be skipped is a value: while an exception is on its way up a TaskGroup, a cancellation gets lost."""
     policy = SamplingPolicy(run.engine, run.chat, run.sampling, f"{run.seed}/{ticket}/{index}")
     try:
-        with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
-            trajectory = await _play(run.environment, prompt, policy)
+        async with asyncio.timeout(run.attempt_timeout_s):
+            with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
+                trajectory = await _play(run.environment, prompt, policy)
+    except TimeoutError:
+        error = f"prompt {prompt.id}: no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(policy.turns)} turns"
+        return Trajectory(policy.turns, stop_reason="timeout", outcome="timeout", error=error)
     except EnvironmentError_ as error:
         where = raised_at(error.__cause__) if error.__cause__ else ""
         return Trajectory(policy.turns, stop_reason="error", outcome="error", error=f"{error}{where}")
+    except DataError as error:
+        if policy.turns:
+            return Trajectory(policy.turns, stop_reason="error", outcome="error", error=f"prompt {prompt.id}: {error}")
+        raise DataError(f"prompt {prompt.id} ({prompt.where}): {error}") from error
     except PromptTooLongError as error:
+        if policy.turns:  # the prompt had room, and the conversation has outgrown it
+            return Trajectory(policy.turns, stop_reason="window", outcome="error", error=f"prompt {prompt.id}: {error}")
         if run.long_prompts == "skip":
             return error
         raise PromptTooLongError(

@@ -71,7 +71,10 @@ class LocalTrainer:
         return InProcessWeights(self.model)
 
     def save(self, folder: str) -> None:
-        """Model and tokeniser as `transformers` loads them."""
+        """Model and tokeniser as `transformers` loads them. Raises NonFiniteError for weights that are no numbers."""
+        for name, parameter in self.model.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
         self.model.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -18,11 +18,12 @@ def token_logprobs(model: Any, hidden: Tensor, target_ids: Tensor, temperatures:
     No [T, V] tensor of more than one chunk ever exists: the backward computes a chunk's logits again.
     """
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    weight = model.head.weight.float()
     if len(hidden) <= size or not torch.is_grad_enabled():
-        parts = [_chunk(model, *part) for part in _chunks(size, hidden, target_ids, temperatures)]
+        parts = [_chunk(model, weight, *part) for part in _chunks(size, hidden, target_ids, temperatures)]
     else:
         parts = [
-            checkpoint(_chunk, model, *part, use_reentrant=False)
+            checkpoint(_chunk, model, weight, *part, use_reentrant=False)
             for part in _chunks(size, hidden, target_ids, temperatures)
         ]
     logprobs, entropies = zip(*parts, strict=True)
@@ -33,8 +34,10 @@ def _chunks(size: int, *columns: Tensor) -> Any:
     return zip(*(column.split(size) for column in columns), strict=True)
 
 
-def _chunk(model: Any, hidden: Tensor, target_ids: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    logp = torch.log_softmax(model.logits(hidden) / temperatures[:, None], dim=-1)
+def _chunk(
+    model: Any, weight: Tensor, hidden: Tensor, target_ids: Tensor, temperatures: Tensor
+) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(model.logits(hidden, weight) / temperatures[:, None], dim=-1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(1, target_ids[:, None])[:, 0], entropy

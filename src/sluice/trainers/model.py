@@ -42,7 +42,7 @@ class PolicyModel:
         mask: Any = None
         if visible is not None:
             keys = position_ids if cache is None else torch.arange(visible.shape[-1], device=self.device)[None]
-            mask = self._masks(visible, position_ids[:, :, None] - keys[:, None, :])
+            mask = self._masks(visible, position_ids, keys)
         output = self.body(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -52,10 +52,15 @@ class PolicyModel:
         )
         return output.last_hidden_state
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head."""
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head.
+
+        `weight` is the head's in FP32: given by who calls often, so that it is cast once and, for a BF16 model, its
+        gradient is summed in FP32 before it is rounded.
+        """
+        weight = self.head.weight.float() if weight is None else weight
         bias = None if self.head.bias is None else self.head.bias.float()
-        logits = nn.functional.linear(hidden.float(), self.head.weight.float(), bias)
+        logits = nn.functional.linear(hidden.float(), weight, bias)
         if scale := getattr(self.config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if scaling := getattr(self.config, "logits_scaling", None):  # Granite
@@ -64,16 +69,16 @@ class PolicyModel:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def _masks(self, visible: Tensor, distance: Tensor) -> Any:
+    def _masks(self, visible: Tensor, queries: Tensor, keys: Tensor) -> Any:
         """The attention mask in the form that the model wants: one, or one for each kind of layer."""
         window: Any = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None)
         full = self._mask(visible)
-        if kinds is None:
-            return full if window is None else self._mask(visible & (distance < window))
-        if set(kinds) == {"full_attention"}:
-            return {"full_attention": full}
-        return {"full_attention": full, "sliding_attention": self._mask(visible & (distance < window))}
+        slides = window is not None if kinds is None else "sliding_attention" in kinds
+        if not slides:
+            return full if kinds is None else {"full_attention": full}
+        sliding = self._mask(visible & (queries[:, :, None] - keys[:, None, :] < window))
+        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
 
     def _mask(self, visible: Tensor) -> Tensor:
         mask = visible[:, None]  # for all heads
@@ -125,23 +130,32 @@ def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    path = str(Path(path).expanduser())
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path={path}: no model folder there (config.json is missing)")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu")
     target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     with boundary(ConfigError, f"model.path={path}: transformers cannot load it"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         _refuse_unknown_layers(path, config.get_text_config())
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        settings = {"dtype": _DTYPES[dtype], "attn_implementation": "eager" if capped else "sdpa"}
+        settings = {"dtype": _DTYPES[dtype]} | ({"attn_implementation": "eager"} if capped else {})
         if random_weights:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **settings)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **settings)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
+            )  # pyright: ignore[reportGeneralTypeIssues]
+            if missing := sorted(info["missing_keys"]):
+                raise ConfigError(
+                    f"model.path={path}: {len(missing)} weights are not in the checkpoint, among them {missing[0]}; they "
+                    "would be random. Set model.random_weights=true if all of them should be"
+                )
     policy = PolicyModel(model.to(torch.device(target)))  # pyright: ignore[reportArgumentType]
-    policy.check()
+    with boundary(ConfigError, f"model.path={path}: this architecture is not supported"):
+        policy.check()
     return policy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -59,6 +60,7 @@ async def train_sft(
             minibatch = make_minibatch([samples[i] for i in share], packing, update)
             stats += await trainer.forward_backward(minibatch, sft_loss)
             stats += await trainer.optim_step()
+            await asyncio.sleep(0)  # lets Ctrl-C in
             tokens += minibatch.totals.loss_weight
             update += 1
             if update % log_every == 0 or update == num_updates(len(samples), samples_per_update, num_epochs):
