@@ -186,3 +186,42 @@ def test_the_room_starts_without_heavy_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# conversations: what the policy wrote is never tokenised again
+
+
+@pytest.mark.parametrize("name", ["bpe", "template"])
+def test_the_next_turn_keeps_the_exact_ids_of_what_was_written(chats, name):
+    """R1, Z9: the policy may write ids that no tokeniser would give for the text; they stand in every later prompt."""
+    chat = chats[name]
+    prompt = chat.encode(USER)
+    odd = [i for c in "The answer" for i in chat.tokenizer(c, add_special_tokens=False).input_ids]
+    assert odd != chat.tokenizer("The answer", add_special_tokens=False).input_ids
+    for ending in ([], [chat.tokenizer.eos_token_id]):
+        reply = {"role": "assistant", "content": chat.decode(odd)}
+        messages = [*USER, reply, {"role": "user", "content": "Sure?"}]
+        ids = chat.encode_next([*prompt, *odd, *ending], USER, reply, messages)
+        assert ids[: len(prompt) + len(odd)] == [*prompt, *odd]
+        if name == "template":
+            assert chat.tokenizer.decode(ids) == chat.tokenizer.decode(chat.encode(messages)), (
+                "one <eos> after the reply"
+            )
+
+
+def test_an_edited_history_is_encoded_anew(chats):
+    reply = {"role": "assistant", "content": "2"}
+    go_on = {"role": "user", "content": "Sure?"}
+    chat = chats["template"]
+    ids = [*chat.encode(USER), 5]
+    assert chat.encode_next(ids, USER, reply, [*USER, {"role": "assistant", "content": "3"}, go_on]) is None
+    assert chat.encode_next(ids, USER, reply, [go_on]) is None
+    assert chat.encode_next(ids, USER, reply, USER) is None
+
+
+def test_a_template_that_shows_replies_otherwise_is_encoded_anew(folders, tmp_path):
+    chat = Chat(load_tokenizer(str(folders["template"])))
+    chat.tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    reply = {"role": "assistant", "content": " 2 "}
+    messages = [*USER, reply, {"role": "user", "content": "Sure?"}]
+    assert chat.encode_next([*chat.encode(USER), 5], USER, reply, messages) is None

@@ -135,3 +135,25 @@ def test_kill_9_leaves_whole_files_and_no_orphans(ready: Path):
     wait_until(lambda: not any(map(is_alive, rewards)), 5)
     assert process.returncode == -signal.SIGKILL
     assert check_record(ready / RUN) >= 2
+
+
+def test_ctrl_c_ends_supervised_fine_tuning_too(tmp_path: Path) -> None:
+    """None of its awaits would otherwise ever let the cancellation in."""
+    set_up(tmp_path)
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "ab"}\n' * 64)
+    words = ["model.path=model", "data.path=sft.jsonl", "run.num_epochs=100000", "run.name=test", "run.num_threads=1"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("sluice"), "sft", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: process.poll() is not None or two_steps(tmp_path)(), STARTED_WITHIN_S)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said

@@ -134,3 +134,10 @@ def test_no_process_outlives_a_killed_parent(function: str, count: int, tmp_path
         for pid in pids:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_child_that_a_reward_forks_answers_for_no_sample():
+    """Its answer would be taken for that of the next sample, and every later score would belong to another."""
+    with rubric_of(users("forks")) as rubric:
+        scored = score_all(rubric, [(a_prompt(), "x" * n) for n in range(12)])
+    assert [t.reward for t in scored] == list(range(12))

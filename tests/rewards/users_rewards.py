@@ -107,3 +107,8 @@ class Length:
 
 
 limit = 3
+
+
+def forks(prompt, trajectory):
+    """The child of a careless sandbox comes back too."""
+    return float(len(trajectory.response)) if os.fork() else -1.0

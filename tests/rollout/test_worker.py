@@ -391,3 +391,38 @@ def test_attempts_share_nothing(workshop: Workshop):
     assert all(len(turns) == 2 for turns in texts)
     for one, other in product(range(12), repeat=2):
         assert one == other or texts[one] != texts[other]
+
+
+async def talkative(prompt: Prompt, policy: Any) -> Trajectory:
+    messages = list(prompt.messages)
+    for _ in range(100):
+        messages += [await policy.respond(messages), {"role": "user", "content": "go on"}]
+    raise AssertionError
+
+
+def test_a_conversation_that_outgrows_the_window_is_one_attempt_without_a_score(workshop: Workshop):
+    """The prompt had room: neither is its row at fault, nor does the run end."""
+    group = played(workshop.run(environment=talkative))
+    assert {t.outcome for t in group.trajectories} == {"error"}
+    assert all(t.stop_reason == "window" and len(t.turns) > 1 for t in group.trajectories)
+    assert "leaves" in group.trajectories[0].error
+
+
+async def waiting_for_ever(prompt: Prompt, policy: Any) -> Trajectory:
+    await policy.respond(prompt.messages)
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_an_attempt_has_a_time_limit(workshop: Workshop):
+    """Z18: a tool that never answers costs its attempt and says so; it does not hold the run."""
+    group = played(workshop.run(environment=waiting_for_ever, attempt_timeout_s=0.2))
+    assert {t.outcome for t in group.trajectories} == {"timeout"}
+    assert "no end after 0.2 s (rollout.timeout_s), 1 turns" in group.trajectories[0].error
+
+
+def test_an_error_of_an_environment_names_the_users_line(workshop: Workshop):
+    async def broken(prompt: Prompt, policy: Any) -> Trajectory:
+        raise ValueError("bad state")
+
+    assert "test_worker.py:" in played(workshop.run(environment=broken)).trajectories[0].error

@@ -1,0 +1,73 @@
+"""What is loaded is the whole model, or an error says what is wrong with the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models import CONFIGS, tiny_model
+from sluice.errors import ConfigError, NonFiniteError
+from sluice.trainers.local import LocalTrainer
+from sluice.trainers.model import PolicyModel, load_model
+
+
+def load(folder: Path, **changes: object) -> PolicyModel:
+    settings = {"dtype": "float32", "device": "cpu", "random_weights": False, "seed": 0}
+    return load_model(str(folder), **(settings | changes))  # type: ignore[arg-type]
+
+
+def without(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill in random ones, and the run would train a model with a broken layer."""
+    tiny_model("qwen3").model.save_pretrained(tmp_path)
+    without(tmp_path, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(
+        ConfigError, match=r"1 weights are not in the checkpoint, among them model.layers.1.mlp.up_proj"
+    ):
+        load(tmp_path)
+    assert load(tmp_path, random_weights=True)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]().to_dict() | {"tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig.from_dict(config)).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    assert model.head.weight is model.body.get_input_embeddings().weight
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("inf")
+    trainer = LocalTrainer(model, None, None, None)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match=r"lm_head.weight holds weights that are not finite"):
+        trainer.save(str(tmp_path / "out"))
+
+
+def test_the_bf16_head_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T3: chunk after chunk rounded to BF16 would lose what many chunks add."""
+    from sluice.trainers import logprobs
+
+    model = tiny_model("qwen3", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 32, generator=generator).bfloat16()
+    targets = torch.randint(128, (512,), generator=generator)
+
+    def head_gradient(chunk_elements: int) -> torch.Tensor:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+        model.head.weight.grad = None
+        logprobs.token_logprobs(model, hidden.requires_grad_(), targets, torch.ones(512))[0].sum().backward()
+        return model.head.weight.grad.float()
+
+    whole, chunked = head_gradient(2**24), head_gradient(128 * 2)
+    assert (whole - chunked).norm() / whole.norm() < 3e-3
