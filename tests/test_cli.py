@@ -14,7 +14,7 @@ from conftest import ROOT
 from sluice import __version__
 from sluice.config import TrainConfig
 from sluice.configfile import load
-from small_runs import finished, set_up, sluice, workplace, write_config, write_rows
+from small_runs import finished, set_up, sluice, workplace, write_rows
 
 LIMIT_S = 60
 RECIPE = ROOT / "recipes/gsm8k.yaml"
@@ -84,7 +84,7 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
         (["algorithm.mask=trust_region"], "stop_gradient(clip(r, 0, 5))·A·logπ_t·M_t"),
         (["algorithm.old_logprobs=recomputed"], "the trainer's own log-probs before the step's first update"),
         (
-            ["engine={name: scripted, script: a:b}", "rollout.max_staleness=2"],
+            ["engine={name: scripted, script: a:b}", "rollout.max_staleness=2", "algorithm.old_logprobs=recomputed"],
             "64 groups × 8 samples = 512 samples, at most 2 updates old",
         ),
     ],
@@ -132,9 +132,10 @@ def test_later_files_and_settings_override_earlier_ones(ready: Path, output):
     assert "a step     5 groups × 2 samples = 10 samples" in said
 
 
-def test_a_file_whose_name_holds_an_equals_sign_is_a_file(ready: Path, output):
-    write_config("lr=1.yaml")
-    assert "4 groups × 4 samples" in output("config", "explain", "lr=1.yaml")
+def test_a_word_with_an_equals_sign_is_a_setting_whatever_its_length(ready: Path, capsys: pytest.CaptureFixture[str]):
+    """A file system has no name of 300 letters, and asking for one raises."""
+    assert sluice("config", "show", "config.yaml", f"data.systm_prompt={'x' * 300}") == 2
+    assert "did you mean 'data.system_prompt'?" in capsys.readouterr().err
 
 
 def test_train_says_what_it_will_do_and_where_it_did_it(ready: Path, output):

@@ -254,7 +254,7 @@ def test_wrong_items_of_lists_are_the_only_fault_of_their_list() -> None:
     """pydantic also calls a list of wrong items too short."""
     assert refusal("rewards:\n  - math\n") == "extra.yaml:2: rewards.0: should be a section with keys, not 'math'"
     assert refusal("rollout:\n  stop:\n    - ok\n    - 5\n") == (
-        "extra.yaml:4: rollout.stop.1: should be text, not 5; put it in quotes"
+        "extra.yaml:4: rollout.stop.1: should be non-empty text, not 5; put it in quotes"
     )
     assert refusal("trainer:\n  betas: [0.9, 1.0]\n") == (
         "extra.yaml:2: trainer.betas.1: should be a number of at least 0 and below 1, not 1.0"

@@ -50,12 +50,14 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         case {"type": "integer"}:
             return st.integers(1, 10**9)
         case {"type": "number"}:
-            bounded = "maximum" in schema or "exclusiveMaximum" in schema
-            return st.floats(0, 1 if bounded else None, exclude_min=True, exclude_max=bounded)
+            low, high = schema.get("minimum", 0), schema.get("maximum", schema.get("exclusiveMaximum"))
+            ends = {"exclude_min": "minimum" not in schema, "exclude_max": high is not None}
+            return st.floats(low, high, allow_infinity=False, **ends)
         case {"type": "string", "pattern": pattern}:
             return st.from_regex("[a-z]+:[a-z]+" if ":" in pattern else r"\w[\w.-]*", fullmatch=True, alphabet=ASCII)
         case {"type": "string"}:
-            return st.text() | st.sampled_from(SPECIAL_TEXTS)
+            texts = st.text() | st.sampled_from(SPECIAL_TEXTS)
+            return texts.filter(lambda text: len(text) >= schema.get("minLength", 0))
         case {"type": kind}:
             return {"null": st.none(), "boolean": st.booleans()}[kind]
     raise AssertionError(schema)

@@ -152,7 +152,8 @@ def _alternatives(schema: dict[str, Any]) -> list[str]:
             item = schema["items"] if "items" in schema else schema["prefixItems"][0]
             return [f"a list{size}, each {_any_of(_alternatives(item))}"]
         case {"type": "string"}:
-            return [_PATTERNS[schema["pattern"]] if "pattern" in schema else "text"]
+            plain = "non-empty text" if schema.get("minLength") else "text"
+            return [_PATTERNS[schema["pattern"]] if "pattern" in schema else plain]
         case {"type": kind}:
             return {"boolean": ["true", "false"], "null": ["null"]}[kind]
     return ["a section with keys"]

@@ -77,7 +77,7 @@ def check_record(run: Path) -> int:
     for step in range(1, len(ledgers) + 1):
         assert len(ledger_of(run, step)) == 4 * 4
     whole = sorted(path for path in (run / "checkpoints").iterdir() if not path.name.endswith(".partial"))
-    assert len(whole) - len(steps) in (0, 1)
+    assert len(steps) - len(whole) in (0, 1)  # and its checkpoint after
     for folder in (whole[0], whole[-1]):
         AutoModelForCausalLM.from_pretrained(folder)
     unknown = {path.name for path in (run / "checkpoints").iterdir()} - {path.name for path in whole}
