@@ -190,7 +190,7 @@ def _wrong(root: Section, tree: Node, place: _Place) -> list[str]:
     hint = ""
     if isinstance(value, str) and (near := difflib.get_close_matches(value.lower(), wanted, 1)):
         hint = f"; did you mean {near[0]!r}?"
-    elif isinstance(value, (int, float)) and any(words.startswith("text") for words in wanted):
+    elif isinstance(value, (int, float)) and any("text" in words for words in wanted):
         hint = "; put it in quotes"
     return [f"{dotted(place.path)}: should be {_any_of(wanted)}, not {shown(value)}{hint}"]
 
