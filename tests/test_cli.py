@@ -141,7 +141,9 @@ def test_a_word_with_an_equals_sign_is_a_setting_whatever_its_length(ready: Path
 def test_train_says_what_it_will_do_and_where_it_did_it(ready: Path, output):
     said = output("train", "config.yaml", "run.num_steps=1", "run.name=here")
     assert said.startswith("a step     4 groups × 4 samples = 16 samples, sampled by the newest weights\n")
-    assert said.endswith("run folder: runs/here\nreport:     runs/here/report.html\n")
+    assert said.endswith(
+        "run folder: runs/here\nreport:     runs/here/report.html\ncheckpoint: runs/here/checkpoints/step-000001\n"
+    )
     assert Path("runs/here/report.html").exists()
 
 

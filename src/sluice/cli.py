@@ -105,6 +105,8 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _done(run: Path) -> None:
     print(f"run folder: {run}\nreport:     {run / 'report.html'}")
+    if checkpoints := sorted((run / "checkpoints").glob("step-*")):
+        print(f"checkpoint: {checkpoints[-1]}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -148,3 +148,12 @@ def _read(file: int) -> str:
             break
     os.close(file)
     return b"".join(chunks).decode()
+
+
+def test_a_reward_of_several_parts_shows_their_sum():
+    """Its metrics are rollout/reward/near/digits and …/right; there is none of its own name."""
+    out = io.StringIO()
+    tracker = ConsoleTracker(1, extra=("rollout/reward/near",), console=Console(file=out, width=200))
+    tracker.log(1, {"rollout/reward": 0.75, "rollout/reward/near/digits": 0.25, "rollout/reward/near/right": 0.5})
+    tracker.close()
+    assert out.getvalue().splitlines()[-1].count("0.750") == 2

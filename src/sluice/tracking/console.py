@@ -30,7 +30,11 @@ class _Column:
         return max(len(self.title), self.min_width)
 
     def cell(self, metrics: dict[str, float]) -> str:
-        text = format(metrics[self.metric], self.format) if self.metric in metrics else NO_VALUE
+        value = metrics.get(self.metric)
+        if value is None:  # a reward of several named parts is their sum
+            parts = [part for name, part in metrics.items() if name.startswith(f"{self.metric}/")]
+            value = sum(parts) if parts else None
+        text = NO_VALUE if value is None else format(value, self.format)
         return text.rjust(self.width)
 
 
