@@ -56,10 +56,12 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = []
+    every_step: list[dict[str, float]] = []
     for algorithm in args.algorithms:
         runs = [finished_run(algorithm, seed, args) for seed in args.seeds]
         reached = [first_reaching(run, args.threshold) for run in runs]
         metrics = [metrics_of(run) for run in runs]
+        every_step += [step for steps in metrics for step in steps]
         last = mean(step["rollout/reward"] for steps in metrics for step in steps[-4:])
         rate = mean(step["rollout/reward/recheck"] for steps in metrics for step in steps[-4:])
         rechecks, others = clipped_shares(runs, num_steps=10)
@@ -71,6 +73,10 @@ def main() -> None:
     )
     print("| recheck rate, last 4 | clipped of recheck tokens, first 10 | of other tokens |\n|---|---|---|---|---|---|")
     print("\n".join(rows))
+    difference = max(step["train/engine_logprob_diff/max"] for step in every_step)
+    log_ratio = max(abs(step["train/first_update/ppo_kl"]) for step in every_step)
+    print(f"\nfirst updates, engine against trainer: a token's log-prob differs by {difference:.1e} at most, ", end="")
+    print(f"the mean log-ratio by {log_ratio:.1e}")
 
 
 if __name__ == "__main__":
