@@ -151,7 +151,8 @@ class Workshop:
             "long_prompts": "error",
             "group_filter": None,
             "attempt_timeout_s": 60.0,
-            "checkpoint_at": lambda step: False,
+            "stop_at_reward": None,
+            "checkpoint_every": None,
         }
         return Run(**(parts | changes))
 

@@ -358,7 +358,7 @@ def test_a_cancelled_run_is_cancelled_and_not_failed(workshop: Workshop, max_sta
 
 
 def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(workshop: Workshop, tmp_path: Path):
-    run = workshop.run(checkpoint_at=lambda step: step % 3 == 0 or step == 7, num_steps=7)
+    run = workshop.run(checkpoint_every=3, num_steps=7)
     run.rundir.checkpoints = tmp_path  # type: ignore[misc]
     played(run)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-000003", "step-000006", "step-000007"]

@@ -50,6 +50,8 @@ class RunSection(Section):
 class TrainRun(RunSection):
     num_steps: PositiveInt = 100
     """Steps; each samples groups, updates the policy and publishes its weights."""
+    stop_at_reward: float | None = Field(default=None, allow_inf_nan=False)
+    """End the run after the first step whose `rollout/reward` reaches this; left out, all steps are made."""
 
 
 class SftRun(RunSection):

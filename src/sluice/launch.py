@@ -129,7 +129,8 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         long_prompts=config.data.long_prompts,
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
-        checkpoint_at=_checkpoint_at(config),
+        stop_at_reward=config.run.stop_at_reward,
+        checkpoint_every=_checkpoint_every(config),
     )
 
     async def whole() -> None:
@@ -184,11 +185,10 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     return rundir.path
 
 
-def _checkpoint_at(config: TrainConfig) -> Callable[[int], bool]:
-    every = config.checkpoint.every_steps
+def _checkpoint_every(config: TrainConfig) -> int | None:
     if not isinstance(config.trainer, LocalTrainer):
-        return lambda step: False
-    return lambda step: step == config.run.num_steps or (every is not None and step % every == 0)
+        return None
+    return config.checkpoint.every_steps or config.run.num_steps
 
 
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:

@@ -62,8 +62,9 @@ class Run:
     long_prompts: Literal["error", "skip"]
     group_filter: Callable[[Group], bool] | None
     attempt_timeout_s: float
-    checkpoint_at: Callable[[int], bool]
-    """Whether the weights are saved after a step."""
+    stop_at_reward: float | None
+    checkpoint_every: int | None
+    """Steps between checkpoints, besides the one at the end; None for a trainer without weights."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

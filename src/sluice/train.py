@@ -95,7 +95,10 @@ def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then save the weights if it is their turn; that time counts in the next step."""
+    """Record and track the step, then save the weights if it is their turn; that time counts in the next step.
+
+    The step that reaches the reward to stop at is made the last one.
+    """
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples)
     with run.timer("record"):
@@ -105,6 +108,9 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
     run.tracker.log(run.step, metrics.values_by_name())
-    if run.checkpoint_at(run.step):
+    if run.stop_at_reward is not None and metrics["rollout/reward"].value() >= run.stop_at_reward:
+        run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
+        run.num_steps = run.step
+    if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
         with run.timer("checkpoint"):
             save_checkpoint(run.trainer, run.rundir, run.step)
