@@ -151,6 +151,8 @@ class Workshop:
             "long_prompts": "error",
             "group_filter": None,
             "attempt_timeout_s": 60.0,
+            "pretrain_steps": 0,
+            "update_reference_every": None,
             "stop_at_reward": None,
             "checkpoint_every": None,
         }

@@ -71,7 +71,52 @@ def _parser() -> argparse.ArgumentParser:
         takes_config(sub)
         if name != "explain":
             sub.add_argument("--sft", action="store_true", help="the config is for `sluice sft`")
+
+    analyze = commands.add_parser("analyze", help="figures about algorithms and finished runs")
+    analyses = analyze.add_subparsers(required=True, metavar="ANALYSIS")
+    rates = command("binary-reward", _binary_reward, "z-score against centred advantages under 0/1 rewards", analyses)
+    rates.add_argument("--group-size", type=int, default=32, metavar="G", help="samples per prompt (default: 32)")
+    rates.add_argument(
+        "--rates", type=float, nargs="+", metavar="P", help="success rates (default: 1/G, the eighths, 1 - 1/G)"
+    )
+    clipped = command(
+        "clipped-tokens", _clipped_tokens, "rank tokens by how often and how hard they were clipped", analyses
+    )
+    clipped.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those of one algorithm are pooled")
+    clipped.add_argument("--top", type=_count, default=20, metavar="N", help="tokens to show (default: 20)")
+    clipped.add_argument(
+        "--min-count", type=_count, default=10, metavar="N", help="rank tokens that occur as often (default: 10)"
+    )
+    clipped.add_argument("--steps", type=_steps, default=(None, None), metavar="A:B", help="from A to B, both included")
+    for sub in (rates, clipped):
+        sub.add_argument("--json", type=_output, metavar="FILE", help="write all figures there too")
+        sub.add_argument("--plot", type=_image, metavar="FILE", help="draw them there: .png or .svg")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _steps(text: str) -> tuple[int | None, int | None]:
+    first, colon, last = text.partition(":")
+    if not colon or not all(part.isdecimal() or not part for part in (first, last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps; write A:B, A: or :B, both ends included")
+    return int(first) if first else None, int(last) if last else None
+
+
+def _output(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r} to write {text!r} to")
+    return Path(text)
+
+
+def _image(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no image that can be drawn; end it in .png or .svg")
+    return _output(text)
 
 
 def _load(args: argparse.Namespace, sft: bool) -> Any:
@@ -134,6 +179,32 @@ def _explain(args: argparse.Namespace) -> None:
     from sluice.describe import describe
 
     print(describe(resolved.config))
+
+
+def _binary_reward(args: argparse.Namespace) -> None:
+    from sluice.analysis import binary_reward, output
+
+    result = binary_reward.analyse(args.group_size, args.rates)
+    output.show(binary_reward.show(result))
+    if args.json:
+        output.write_json(args.json, result)
+    if args.plot:
+        from sluice.analysis.plots import draw_binary_reward
+
+        draw_binary_reward(result, args.plot)
+
+
+def _clipped_tokens(args: argparse.Namespace) -> None:
+    from sluice.analysis import clipped_tokens, output
+
+    pools = clipped_tokens.analyse(args.runs, args.steps, args.min_count)
+    output.show(clipped_tokens.show(pools, args.top))
+    if args.json:
+        output.write_json(args.json, pools)
+    if args.plot:
+        from sluice.analysis.plots import draw_clipped_tokens
+
+        draw_clipped_tokens(pools, args.top, args.plot)
 
 
 if __name__ == "__main__":

@@ -8,32 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""`module:function`, importable from the current folder."""
+from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from sluice.configtraining import (
+    AlgorithmSection,
+    CriticSection,
+    DryTrainer,
+    LocalTrainer,
+    ReferenceSection,
+    SftTrainer,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
-Layout = Literal["rows", "packed"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
@@ -158,44 +146,6 @@ class ScriptedEngine(Section):
     """Longest prompt + completion."""
 
 
-AlgorithmName = Literal["cispo", "grpo", "dr_grpo", "glm", "dapo", "gspo", "reinforce"]
-
-
-class AlgorithmSection(Section):
-    name: AlgorithmName = "cispo"
-    """A row of the algorithm table; the settings below change single words of it, and left out are as in the row."""
-    advantage: Literal["z_score", "centred", "raw"] | None = None
-    """(R - mean) / (std + eps) in the group, R - mean, or R."""
-    std_eps: PositiveFloat | None = None
-    """Added to the group's standard deviation (ddof 1) by `z_score`."""
-    ratio: Literal["token", "sequence", "none"] | None = None
-    """Importance ratio per token, one per sequence (length-normalised), or none (on-policy)."""
-    clip: Literal["surrogate", "weight", "none"] | None = None
-    """PPO's clipped surrogate, CISPO's clipped weight, or no bound."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Trust region below: ratio >= 1 - clip_low (clip: surrogate, mask: trust_region)."""
-    clip_high: PositiveFloat | None = None
-    """Trust region above: ratio <= 1 + clip_high (clip: surrogate, mask: trust_region)."""
-    ratio_max: PositiveFloat | None = None
-    """Upper bound of the ratio itself, not of its distance from 1 (clip: weight)."""
-    ratio_min: PositiveFloat | None = None
-    """Lower bound of the ratio itself (clip: weight); no row sets one."""
-    mask: Literal["none", "trust_region"] | None = None
-    """trust_region drops the tokens that PPO would clip (clip: weight or none)."""
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
-    """What divides the sum of token losses: loss tokens; each sequence's tokens, then sequences; sequences × loss_constant."""
-    loss_constant: PositiveFloat | None = None
-    """Divisor of `aggregation: constant`; left out, rollout.max_new_tokens."""
-    dynamic_sampling: bool | None = None
-    """Reject groups whose rewards are all equal, and sample others."""
-    old_logprobs: Literal["engine", "recomputed"] = "engine"
-    """What the ratio divides by: the engine's log-probs, or the trainer's own before the first update of the step."""
-
-    def overrides(self) -> dict[str, Any]:
-        """The words that differ from the row."""
-        return self.model_dump(exclude={"name", "old_logprobs"}, exclude_none=True)
-
-
 class RewardSection(Section):
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor in the sum; 0 logs the part without rewarding it."""
@@ -253,50 +203,6 @@ AnyReward = Annotated[
 ]
 
 
-class OptimizerSection(Section):
-    learning_rate: FinitePositive = 1e-6
-    """Peak learning rate of AdamW."""
-    warmup_updates: NonNegativeInt = 0
-    """Updates over which the learning rate rises from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How it falls afterwards, over the rest of the run."""
-    final_learning_rate: NonNegativeFloat = 0.0
-    """Where linear and cosine end."""
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
-    """Of AdamW."""
-    eps: PositiveFloat = 1e-15
-    """Of AdamW; RL gradients lie between 1e-18 and 1e-5 (MiniMax-M1, section 3), so a larger one freezes weights."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Of AdamW; not applied to vectors (norms, biases)."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
-    tokens_per_micro_batch: PositiveInt = 16384
-    """Tokens (padding included) in one forward and backward; the loss does not depend on it. A longer sample goes alone."""
-    layout: Layout = "rows"
-    """rows: padded to the longest of the micro-batch; packed: one row, block-diagonal attention."""
-
-
-class LocalTrainer(OptimizerSection):
-    name: Literal["local"] = "local"
-    """One process, one device."""
-    updates_per_batch: PositiveInt = 1
-    """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
-
-
-class DryTrainer(Section):
-    name: Literal["dry"] = "dry"
-    """Changes no weights and loads none: to try data, rewards and the loop with the scripted engine."""
-    updates_per_batch: PositiveInt = 1
-    """Minibatches per step."""
-
-
-class SftTrainer(OptimizerSection):
-    learning_rate: FinitePositive = 1e-5
-    """Peak learning rate of AdamW."""
-    samples_per_update: PositiveInt = 64
-    """Samples per optimiser update."""
-
-
 class CheckpointSection(Section):
     every_steps: PositiveInt | None = None
     """Steps between checkpoints; one is always written at the end."""
@@ -311,6 +217,8 @@ class TrainConfig(Section):
     rollout: RolloutSection = RolloutSection()
     engine: Annotated[EmbeddedEngine | ScriptedEngine, Field(discriminator="name")] = EmbeddedEngine()
     algorithm: AlgorithmSection = AlgorithmSection()
+    reference: ReferenceSection = ReferenceSection()
+    critic: CriticSection = CriticSection()
     rewards: tuple[AnyReward, ...] = Field(strict=False, min_length=1)
     """What a response is worth: the weighted sum of these."""
     reward_workers: PositiveInt = 1
@@ -348,7 +256,18 @@ class TrainConfig(Section):
             raise ValueError(
                 "checkpoint.every_steps has no effect with trainer.name=dry, which has no weights; leave it out"
             )
-        _check_schedule(self.trainer)
+        if isinstance(self.trainer, LocalTrainer):
+            self.trainer.check_schedule("trainer")
+        self.critic.check_schedule("critic")
+        if self.critic.model == "head" and self.critic.path is not None:
+            raise ValueError(
+                "critic.path has no effect with critic.model=head, which has no model of its own; leave it out"
+            )
+        if self.critic.pretrain_steps >= self.run.num_steps:
+            raise ValueError(
+                f"critic.pretrain_steps={self.critic.pretrain_steps} leaves the policy none of the {self.run.num_steps} steps "
+                "of run.num_steps to learn in"
+            )
         return self
 
     @model_validator(mode="after")
@@ -385,20 +304,9 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SftConfig:
-        _check_schedule(self.trainer)
+        self.trainer.check_schedule("trainer")
         return self
 
 
 def reward_label(reward: AnyReward) -> str:
     return reward.label or reward.name.rpartition(":")[2]
-
-
-def _check_schedule(trainer: LocalTrainer | DryTrainer | SftTrainer) -> None:
-    if isinstance(trainer, DryTrainer):
-        return
-    if trainer.schedule == "constant" and trainer.final_learning_rate > 0:
-        raise ValueError(
-            "trainer.final_learning_rate has no effect with trainer.schedule=constant; set schedule to linear or cosine, or leave it out"
-        )
-    if trainer.final_learning_rate > trainer.learning_rate:
-        raise ValueError("trainer.final_learning_rate is above trainer.learning_rate; schedules only fall")

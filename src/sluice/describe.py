@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sluice.algorithms import Algorithm, explain, resolve
-from sluice.config import LocalTrainer, TrainConfig
+from sluice.config import CriticSection, LocalTrainer, ReferenceSection, TrainConfig
 from sluice.errors import ConfigError
 
 
@@ -14,17 +14,52 @@ def algorithm_of(config: TrainConfig) -> Algorithm:
         max_new_tokens=config.rollout.max_new_tokens,
         group_size=config.rollout.group_size,
     )
-    if row.ratio == "none" and config.algorithm.old_logprobs == "recomputed":
-        raise ConfigError(
-            "algorithm.old_logprobs=recomputed has no effect: only a ratio divides by old log-probs, and "
-            f"algorithm {row.name} has none; leave it out, or set algorithm.ratio=token"
-        )
+    for wrong, why in _misfits(config, row):
+        if wrong:
+            raise ConfigError(why)
     return row
+
+
+def _misfits(config: TrainConfig, row: Algorithm) -> list[tuple[bool, str]]:
+    """What a row and the rest of the config cannot do together, or what one of them says for nothing."""
+    recomputed, dry = config.algorithm.old_logprobs == "recomputed", config.trainer.name == "dry"
+    return [
+        (
+            recomputed and row.ratio == "none" and not row.corrects and row.kl != "reward",
+            "algorithm.old_logprobs=recomputed has no effect: only a ratio divides by old log-probs, and "
+            f"algorithm {row.name} has none; leave it out, or set algorithm.ratio=token",
+        ),
+        (
+            row.corrects and not recomputed,
+            f"algorithm.correction={row.correction}, rejection={row.rejection} compare the trainer's log-probs with the engine's, "
+            "and with old_logprobs=engine the ratio divides by the engine's already; set algorithm.old_logprobs=recomputed",
+        ),
+        (
+            row.corrects and config.engine.name == "scripted",
+            "engine.name=scripted says log-prob 0 for every token, so a correction against it means nothing; leave "
+            "algorithm.correction and rejection out",
+        ),
+        (
+            bool(config.reference.model_fields_set) and not row.needs_reference,
+            f"reference.{next(iter(config.reference.model_fields_set), '')} has no effect: only a KL term needs a reference; set "
+            "algorithm.kl_coef above 0, or leave it out",
+        ),
+        (
+            bool(config.critic.model_fields_set) and not row.needs_values,
+            f"critic.{next(iter(config.critic.model_fields_set), '')} has no effect: only advantage: gae has a critic, and this is "
+            f"advantage: {row.advantage}; set algorithm.name=ppo, or leave it out",
+        ),
+        (
+            dry and (row.needs_reference or row.needs_values),
+            "trainer.name=dry loads no model, so it has no reference and no critic; set algorithm.kl_coef=0 and another advantage "
+            "than gae, or trainer.name=local",
+        ),
+    ]
 
 
 def describe(config: TrainConfig) -> str:
     """The batch arithmetic in plain words, and the loss with its bounds."""
-    rollout, trainer = config.rollout, config.trainer
+    rollout, trainer, row = config.rollout, config.trainer, algorithm_of(config)
     samples, updates = rollout.groups_per_step * rollout.group_size, trainer.updates_per_batch
     share = f"{samples // updates}" + (f" or {samples // updates + 1}" if samples % updates else "")
     cut = ""
@@ -32,11 +67,30 @@ def describe(config: TrainConfig) -> str:
         cut = f", in micro-batches of at most {trainer.tokens_per_micro_batch} tokens"
     age = f"at most {rollout.max_staleness} updates old" if rollout.max_staleness else "sampled by the newest weights"
     steps = config.run.num_steps
-    return "\n".join(
-        [
-            f"a step     {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {age}",
-            f"           {updates} optimiser update{'s' * (updates > 1)}, each of {share} samples{cut}",
-            f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
-            explain(algorithm_of(config), config.algorithm.old_logprobs),
-        ]
+    lines = [
+        f"a step     {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {age}",
+        f"           {updates} optimiser update{'s' * (updates > 1)}, each of {share} samples{cut}",
+        f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
+        explain(row, config.algorithm.old_logprobs),
+    ]
+    if row.needs_values:
+        lines.append(f"  critic     {_critic(config.critic)}")
+    if row.needs_reference:
+        lines.append(f"  reference  {_reference(config.reference)}")
+    return "\n".join(lines)
+
+
+def _critic(critic: CriticSection) -> str:
+    what = "a model of its own" if critic.model == "own" else "a head on the policy's hidden states"
+    clip = "no value_clip" if critic.value_clip is None else f"value_clip {critic.value_clip:g}"
+    alone = f"; the first {critic.pretrain_steps} steps train it alone" if critic.pretrain_steps else ""
+    return f"{what}, learning rate {critic.learning_rate:g}, {clip}{alone}"
+
+
+def _reference(reference: ReferenceSection) -> str:
+    moves = (
+        f"; the policy takes its place every {reference.update_every_steps} steps"
+        if reference.update_every_steps
+        else ""
     )
+    return f"{reference.path or 'the policy as the run begins'}{moves}"

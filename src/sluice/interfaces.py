@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sluice.types import Completion, Group, Message, Prompt, Sample, Sampling, Trajectory, Turn
 
@@ -54,16 +54,26 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
+TrainerOutput = Literal["old_logprobs", "ref_logprobs", "values"]
+"""What a trainer can say of samples before it updates on them: a field of theirs."""
+
+
 class Trainer(Protocol):
     """Turns batches into updates."""
 
-    async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
-        """Fill `old_logprobs` with the trainer's own log-probs under the current weights."""
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
+        """Fill the field `output` of the samples: by the policy's, the reference's or the critic's weights as they are."""
         ...
 
-    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any]) -> Metrics: ...
+    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any] | None) -> Metrics:
+        """Without a loss only the critic learns."""
+        ...
 
     async def optim_step(self) -> Metrics: ...
+
+    async def update_reference(self) -> None:
+        """From now on the policy as it is now is the reference."""
+        ...
 
     def weights(self) -> Weights: ...
 

@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.algorithms import Algorithm
-from sluice.config import FileData, LocalTrainer, OptimizerSection, RunSection, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import FileData, LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
 from sluice.configfile import Resolved, dump
+from sluice.configtraining import OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, PromptStream, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.interfaces import Engine, Trainer
     from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.model import PolicyModel
+    from sluice.trainers.optim import Optimizer, OptimizerSettings
 
 
 @dataclass
@@ -126,6 +129,8 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         group_size=rollout.group_size,
         max_staleness=rollout.max_staleness,
         old_logprobs=config.algorithm.old_logprobs,
+        pretrain_steps=config.critic.pretrain_steps,
+        update_reference_every=config.reference.update_every_steps,
         long_prompts=config.data.long_prompts,
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
@@ -149,6 +154,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     """Fine-tune on given responses and return the run folder."""
     from sluice.checkpoint import save_checkpoint
     from sluice.data.batch import Packing
+    from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.sft import num_updates, response_sample, train_sft
 
     config = resolved.config
@@ -162,7 +168,8 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     settings = config.trainer
     packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
     updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
-    trainer = _local_trainer(resolved.config, chat, packing, updates)
+    model = _policy_model(config, chat)
+    trainer = Local(model, chat.tokenizer, _optimizer(settings, model, updates), packing)
     if longest := max(samples, key=len, default=None):
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)
@@ -228,7 +235,7 @@ def _engine_and_trainer(
         packing = Packing(
             config.trainer.updates_per_batch, config.trainer.tokens_per_micro_batch, config.trainer.layout
         )
-        trainer = _local_trainer(config, chat, packing, config.run.num_steps * config.trainer.updates_per_batch)
+        trainer = _policy_trainer(config, checked.algorithm, chat, packing)
         model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
     else:
         from sluice.trainers.dry import DryTrainer
@@ -273,36 +280,65 @@ def _engine_and_trainer(
     return embedded, trainer, packing, eos_ids
 
 
-def _local_trainer(config: TrainConfig | SftConfig, chat: Chat, packing: Packing, num_updates: int) -> Local:
+def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
+    """With the reference and the critic that the algorithm needs."""
+    from sluice.trainers.critic import Critic
     from sluice.trainers.local import LocalTrainer as Local
-    from sluice.trainers.model import load_model
-    from sluice.trainers.optim import Optimizer, OptimizerSettings
 
-    settings = config.trainer
-    assert isinstance(settings, OptimizerSection)
+    settings, critic = config.trainer, config.critic
+    assert isinstance(settings, LocalTrainer)
+    updates = config.run.num_steps * settings.updates_per_batch
+    model = _policy_model(config, chat)
+    reference = _further_model(config, config.reference.path, chat) if algorithm.needs_reference else None
+    own = _further_model(config, critic.path, chat) if algorithm.needs_values and critic.model == "own" else None
+    return Local(
+        model,
+        chat.tokenizer,
+        _optimizer(settings, model, updates - critic.pretrain_steps * settings.updates_per_batch),
+        packing,
+        reference=reference,
+        critic=Critic(model, own, _optimizer_settings(critic), updates, critic.value_clip)
+        if algorithm.needs_values
+        else None,
+        entropy_gradient=algorithm.entropy_coef > 0,
+    )
+
+
+def _policy_model(config: TrainConfig | SftConfig, chat: Chat) -> PolicyModel:
+    from sluice.trainers.model import load_model
+
+    settings = config.model
     model = load_model(
-        config.model.path,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        random_weights=config.model.random_weights,
+        settings.path,
+        dtype=settings.dtype,
+        device=settings.device,
+        random_weights=settings.random_weights,
         seed=config.run.seed,
     )
     if len(chat.tokenizer) > model.config.vocab_size:
         raise ConfigError(
-            f"model.path={config.model.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
+            f"model.path={settings.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
             f"{model.config.vocab_size}; they do not belong together"
         )
-    optimizer = OptimizerSettings(
-        learning_rate=settings.learning_rate,
-        warmup_updates=settings.warmup_updates,
-        schedule=settings.schedule,
-        final_learning_rate=settings.final_learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-    )
-    return Local(model, chat.tokenizer, Optimizer(model.model, optimizer, num_updates), packing)
+    return model
+
+
+def _further_model(config: TrainConfig, path: str | None, chat: Chat) -> PolicyModel:
+    """A second model of the run; without a path one that begins as the policy does."""
+    other = config.model if path is None else config.model.model_copy(update={"path": path, "random_weights": False})
+    return _policy_model(config.model_copy(update={"model": other}), chat)
+
+
+def _optimizer(settings: OptimizerSection, model: PolicyModel, num_updates: int) -> Optimizer:
+    from sluice.trainers.optim import Optimizer
+
+    return Optimizer(model.model, _optimizer_settings(settings), num_updates)
+
+
+def _optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
+    from sluice.trainers.optim import OptimizerSettings
+
+    return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
 def _refuse_too_long(where: str, length: int, trainer: Local) -> None:

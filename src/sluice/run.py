@@ -59,6 +59,10 @@ class Run:
     group_size: int
     max_staleness: int
     old_logprobs: Literal["engine", "recomputed"]
+    pretrain_steps: int
+    """Steps at the start in which only the critic learns."""
+    update_reference_every: int | None
+    """Steps after which the policy becomes the reference; None: never."""
     long_prompts: Literal["error", "skip"]
     group_filter: Callable[[Group], bool] | None
     attempt_timeout_s: float

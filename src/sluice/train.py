@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
 from sluice.algorithms import LossOutput, assign_advantages, policy_loss
-from sluice.algorithms.aggregation import Totals
 from sluice.checkpoint import save_checkpoint
 from sluice.data.batch import MicroBatch, pack
 from sluice.data.samples import to_samples
 from sluice.errors import NonFiniteError, RolloutError
-from sluice.rollout.metrics import first_update_metrics, rollout_metrics
+from sluice.rollout.metrics import critic_metrics, first_update_metrics, rollout_metrics
 from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
@@ -27,10 +27,7 @@ async def train(run: Run) -> None:
     Sync, async and distributed runs differ in what `run` was built from, never in this function.
     """
 
-    def loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
-        columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
-        return policy_loss(run.algorithm, logprobs, *columns, totals)
-
+    loss = partial(loss_of, run)
     await run.engine.update_weights(run.trainer.weights(), run.step)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
@@ -42,8 +39,10 @@ async def train(run: Run) -> None:
             with run.timer("train"), saved_on_failure(run, groups, samples):
                 await annotate(run, samples)
                 assign_advantages(run.algorithm, samples)
-                for minibatch in pack(samples, run.packing):
-                    stats += await run.trainer.forward_backward(minibatch, loss)
+                for minibatch in pack(samples, run.packing, run.algorithm):
+                    stats += await run.trainer.forward_backward(
+                        minibatch, loss if run.step >= run.pretrain_steps else None
+                    )
                     stats += await run.trainer.optim_step()
                     await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
             run.step += 1
@@ -64,13 +63,33 @@ def check_staleness(run: Run, groups: Sequence[Group]) -> None:
             )
 
 
+def loss_of(run: Run, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
+    """The run's loss of one micro-batch."""
+    return policy_loss(
+        run.algorithm,
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.loss_weights,
+        batch.sequence_ids,
+        coefficients=batch.coefficients,
+        engine_logprobs=batch.logprobs if run.old_logprobs == "recomputed" else None,
+        ref_logprobs=batch.ref_logprobs,
+        entropies=entropies,
+    )
+
+
 async def annotate(run: Run, samples: Sequence[Sample]) -> None:
-    """Fill `old_logprobs`: what the ratio divides by."""
+    """Fill what advantages and loss need: the log-probs that the ratio divides by, the reference's, the critic's values."""
     if run.old_logprobs == "recomputed":
-        await run.trainer.recompute_logprobs(samples)
+        await run.trainer.forward(samples, "old_logprobs")
     else:
         for sample in samples:
             sample.old_logprobs = sample.logprobs
+    if run.algorithm.needs_reference:
+        await run.trainer.forward(samples, "ref_logprobs")
+    if run.algorithm.needs_values:
+        await run.trainer.forward(samples, "values")
 
 
 @contextmanager
@@ -100,7 +119,9 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     The step that reaches the reward to stop at is made the last one.
     """
     everything = [*groups, *run.buffer.drain_rejected()]
-    metrics = rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples)
+    metrics = (
+        rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + critic_metrics(samples)
+    )
     with run.timer("record"):
         run.tracker.log_groups(run.step, everything, samples)
     metrics += run.timer.drain()
@@ -111,6 +132,9 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     if run.stop_at_reward is not None and metrics["rollout/reward"].value() >= run.stop_at_reward:
         run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
         run.num_steps = run.step
+    if run.update_reference_every and run.step % run.update_reference_every == 0:
+        await run.trainer.update_reference()
+        run.tracker.event("reference_updated", f"the policy after step {run.step} is the reference from now on")
     if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
         with run.timer("checkpoint"):
             save_checkpoint(run.trainer, run.rundir, run.step)

@@ -74,6 +74,8 @@ class Turn:
 
     prompt_ids: list[int]
     completion: Completion
+    reward: float = 0.0
+    """What the environment gave for this turn alone; the rubric's score comes on top of it, at the last turn."""
 
 
 @dataclass
@@ -136,11 +138,17 @@ class Sample:
     reward: float = 0.0
     """Never overwritten by an advantage."""
     prompt_id: str = ""
+    turn_ids: list[int] = field(default_factory=list[int])  # [T] which turn wrote it, -1 for none; empty: one turn
+    turn_rewards: list[float] = field(default_factory=list[float])
+    """Reward of each turn of the trajectory, the rubric's at the last; they add up to `reward`. Empty: one turn."""
 
     advantages: list[float] = field(default_factory=list[float])  # [T] filled by `assign_advantages`
     old_logprobs: list[float] = field(
         default_factory=list[float]
     )  # [T] what the ratio divides by, filled before the first update
+    ref_logprobs: list[float] = field(default_factory=list[float])  # [T] of the reference policy, where KL needs them
+    values: list[float] = field(default_factory=list[float])  # [T] of the critic before the first update, for `gae`
+    returns: list[float] = field(default_factory=list[float])  # [T] what the critic learns: advantage + value
     update: int = -1
     """Which optimiser update of the step used it; the next three are as the policy stood at that update."""
     current_logprobs: list[float] = field(default_factory=list[float])  # [T]

@@ -8,11 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sluice.algorithms.spec import ALGORITHMS, Algorithm, explain, resolve
+from sluice.algorithms.explain import explain
+from sluice.algorithms.spec import ALGORITHMS, Algorithm, resolve
 
 if TYPE_CHECKING:
-    from sluice.algorithms.advantages import assign_advantages, compute_advantages, why_rejected
-    from sluice.algorithms.losses import LossOutput, policy_loss
+    from sluice.algorithms.advantages import assign_advantages, compute_advantages, gae, why_rejected
+    from sluice.algorithms.aggregation import token_coefficients
+    from sluice.algorithms.losses import LossOutput, policy_loss, value_loss
 
 __all__ = [
     "ALGORITHMS",
@@ -21,16 +23,22 @@ __all__ = [
     "assign_advantages",
     "compute_advantages",
     "explain",
+    "gae",
     "policy_loss",
     "resolve",
+    "token_coefficients",
+    "value_loss",
     "why_rejected",
 ]
 
 _HOMES = {
     "assign_advantages": "advantages",
     "compute_advantages": "advantages",
+    "gae": "advantages",
     "LossOutput": "losses",
     "policy_loss": "losses",
+    "token_coefficients": "aggregation",
+    "value_loss": "losses",
     "why_rejected": "advantages",
 }
 

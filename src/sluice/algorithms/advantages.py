@@ -1,4 +1,4 @@
-"""Advantages from the rewards of groups."""
+"""Advantages from the rewards of groups, from values, and for the tokens of samples."""
 
 from __future__ import annotations
 
@@ -7,51 +7,221 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sluice.algorithms.aggregation import Reduce, one_rank, sums_by
+from sluice.algorithms.kl import kl_estimates
 from sluice.algorithms.spec import Algorithm
 from sluice.types import Group, Sample
 
+WHITEN_EPS = 1e-8
+"""Added to the variance, under the root."""
 
-def compute_advantages(rewards: Tensor, group_ids: Tensor, spec: Algorithm) -> Tensor:
+
+def compute_advantages(
+    rewards: Tensor, group_ids: Tensor, spec: Algorithm, counts: Tensor | None = None, reduce: Reduce = one_rank
+) -> Tensor:
     """[N] rewards and the group of each → [N] advantages. Groups are told apart by id; order and sizes do not matter.
 
     raw: R. centred: R - mean of the group (Dr. GRPO, arXiv 2503.20783). z_score: centred / (std + std_eps), with the
-    sample standard deviation (ddof 1) of the group (GRPO, arXiv 2402.03300, section 4.1.2). A group of one has no
-    spread to speak of, so `centred` and `z_score` give it 0; so they do to a group whose rewards are all equal.
+    standard deviation of the group over n - std_ddof (GRPO, arXiv 2402.03300, section 4.1.2). leave_one_out: R - mean of
+    the others of the group (RLOO, arXiv 2402.14740). A group of one has nothing to compare with, so all but raw give
+    it 0; so they do to a group whose rewards are all equal.
+    Then, over the whole batch, batch_std: divided by the standard deviation of all N advantages + std_eps (ScaleRL, arXiv
+    2510.13786); whiten: see `whiten`, each advantage counting `counts` [N] times, its number of tokens; left out, once.
+    `reduce` sums over data-parallel ranks; a group lies whole on one of them. Raises ValueError for gae, which needs values.
     """
-    if spec.advantage == "raw":
-        return rewards.clone()
+    if spec.needs_values:
+        raise ValueError(
+            "advantage gae comes from values, not from rewards alone: see sluice.algorithms.advantages.gae"
+        )
+    advantages = rewards.clone() if spec.advantage == "raw" else _within_groups(rewards, group_ids, spec)
+    if spec.normalise == "whiten":
+        assert spec.std_ddof is not None
+        return whiten(advantages, torch.ones_like(rewards) if counts is None else counts, spec.std_ddof, reduce)
+    if spec.normalise == "batch_std":
+        assert spec.std_ddof is not None
+        _, variance = _moments(advantages, torch.ones_like(advantages), spec.std_ddof, reduce)
+        return advantages / (variance.sqrt() + (spec.std_eps or 0.0))
+    return advantages
+
+
+def _within_groups(rewards: Tensor, group_ids: Tensor, spec: Algorithm) -> Tensor:
     _, group = torch.unique(group_ids, return_inverse=True)
-    zeros = torch.zeros(int(group.max()) + 1 if len(group) else 0, dtype=rewards.dtype, device=rewards.device)
-    count = zeros.index_add(0, group, torch.ones_like(rewards))
-    mean = zeros.index_add(0, group, rewards) / count
+    count = sums_by(group, torch.ones_like(rewards))
+    mean = sums_by(group, rewards) / count
     # equal rewards are compared, not subtracted: their mean may be off by a rounding, which z_score would blow up
-    lowest = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    highest = zeros.scatter_reduce(0, group, rewards, "amax", include_self=False)
+    lowest = torch.zeros_like(mean).scatter_reduce(0, group, rewards, "amin", include_self=False)
+    highest = torch.zeros_like(mean).scatter_reduce(0, group, rewards, "amax", include_self=False)
     centred = torch.where((lowest == highest)[group], 0.0, rewards - mean[group])
     if spec.advantage == "centred":
         return centred
-    variance = zeros.index_add(0, group, centred.square()) / (count - 1).clamp(min=1)
+    if spec.advantage == "leave_one_out":  # R - (n·mean - R) / (n - 1) = (R - mean)·n / (n - 1)
+        return centred * (count / (count - 1).clamp(min=1))[group]
+    assert spec.std_ddof is not None
+    variance = sums_by(group, centred.square()) / (count - spec.std_ddof).clamp(min=1)
     return centred / (variance.sqrt() + (spec.std_eps or 0.0))[group]
 
 
-def assign_advantages(spec: Algorithm, samples: Sequence[Sample]) -> None:
-    """Fill `advantages` of every sample: its trajectory's advantage at each token that the policy wrote, 0 elsewhere.
+def whiten(values: Tensor, weights: Tensor, ddof: int, reduce: Reduce = one_rank) -> Tensor:
+    """(x - μ) / sqrt(σ² + 1e-8), [T] → [T], with the statistics of the values counted `weights` [T] times, over all ranks.
 
-    A trajectory counts once in its group, however many samples it was cut into.
+    REINFORCE++ (arXiv 2501.03262) and PPO as it is practised; σ² is over Σ weights - ddof.
     """
-    trajectories = {(s.group, s.index): s.reward for s in samples}
-    rewards = torch.tensor(list(trajectories.values()), dtype=torch.float64)
-    groups = torch.tensor([group for group, _ in trajectories])
-    advantages = dict(zip(trajectories, compute_advantages(rewards, groups, spec).tolist(), strict=True))
-    for sample in samples:
-        advantage = advantages[sample.group, sample.index]
-        sample.advantages = [advantage if weight else 0.0 for weight in sample.loss_weights]
+    mean, variance = _moments(values, weights, ddof, reduce)
+    return (values - mean) * torch.rsqrt(variance + WHITEN_EPS)
+
+
+def _moments(values: Tensor, weights: Tensor, ddof: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Two passes: the mean of squares minus the square of the mean would cancel."""
+    count, total = reduce(torch.stack([weights.sum(), (weights * values).sum()])).unbind()
+    mean = total / count.clamp(min=1)
+    return mean, reduce((weights * (values - mean).square()).sum()) / (count - ddof).clamp(min=1)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, sequence_ids: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [T] of the tokens that the policy wrote, in order, from the reward and the value of each [T].
+
+    A_t = Σ_k (γλ)^k δ_t+k with δ_t = r_t + γ·V_t+1 - V_t and V = 0 after a sequence's last token (arXiv 1506.02438, eq. 16);
+    the returns are A + V. Tokens of the environment are not among them: from one turn's end to the next turn's start is
+    one step.
+    """
+    following = discounted_sums(values, sequence_ids, 0.0, start=1)
+    advantages = discounted_sums(rewards + gamma * following - values, sequence_ids, gamma * gae_lambda)
+    return advantages, advantages + values
+
+
+def discounted_sums(values: Tensor, sequence_ids: Tensor, factor: float, start: int = 0) -> Tensor:
+    """y_t = Σ_k factor^k · x_t+start+k inside each sequence, [T] → [T]; the tokens of a sequence are in order, and 0^0 is 1."""
+    if not len(values):
+        return values.clone()
+    order = torch.argsort(sequence_ids, stable=True)
+    _, lengths = torch.unique_consecutive(sequence_ids[order], return_counts=True)
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[row]
+    padded = values.new_zeros(len(lengths), int(lengths.max()) + 1)
+    padded[row, column] = values[order]
+    for t in reversed(range(padded.shape[1] - 1)):
+        padded[:, t] += factor * padded[:, t + 1]
+    result = torch.empty_like(values)
+    result[order] = padded[row, column + start]
+    return result
+
+
+def assign_advantages(spec: Algorithm, samples: Sequence[Sample]) -> None:
+    """Fill `advantages` of every sample (and `returns`, for gae): at each token that the policy wrote, 0 elsewhere.
+
+    A trajectory counts once in its group, however many samples it was cut into. With KL in the reward, each token costs
+    kl_coef times its divergence from the reference: gae takes it token by token, raw from the token on (REINFORCE++,
+    arXiv 2501.03262, eq. 8), and what compares a group takes it from the trajectory's reward (RLOO, arXiv 2402.14740, eq. 3).
+    """
+    if not samples:
+        return
+    own = [[t for t, weight in enumerate(sample.loss_weights) if weight] for sample in samples]
+    sequence = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(tokens) for tokens in own]))
+    penalties = _penalties(spec, samples, own)
+    returns = None
+    if spec.needs_values:
+        assert spec.gamma is not None
+        assert spec.gae_lambda is not None
+        values = _column(samples, own, "values")
+        rewards = _token_rewards(samples, own) - penalties
+        advantages, returns = gae(rewards, values, sequence, spec.gamma, spec.gae_lambda)
+        advantages = _whitened(spec, advantages)
+    else:
+        advantages = _from_rewards(spec, samples, own, discounted_sums(penalties, sequence, 1.0))
+    _spread(samples, own, "advantages", advantages)
+    if returns is not None:
+        _spread(samples, own, "returns", returns)
+
+
+def _from_rewards(spec: Algorithm, samples: Sequence[Sample], own: list[list[int]], penalties: Tensor) -> Tensor:
+    """[T] advantages of the own tokens; `penalties` [T] are those from each token on.
+
+    What is compared is a unit: a trajectory, or with credit: turn one of its turns, with the same turn of the others.
+    """
+    units: dict[tuple[int, int, int], int] = {}
+    unit_of, first_of_unit, rewards = [], [], []
+    for sample, tokens in zip(samples, own, strict=True):
+        turns = [sample.turn_ids[t] for t in tokens] if spec.credit == "turn" and sample.turn_ids else [0] * len(tokens)
+        before = None
+        for turn in turns or [0]:  # one without a loss token is compared with the others all the same
+            unit = units.setdefault((sample.group, sample.index, turn), len(units))
+            if unit == len(rewards):
+                rewards.append(_reward_from(spec, sample, turn))
+            if turns:
+                unit_of.append(unit)
+                first_of_unit.append(unit != before)
+            before = unit
+    unit, reward = torch.tensor(unit_of, dtype=torch.int64), torch.tensor(rewards, dtype=torch.float64)
+    group_names: dict[tuple[int, int], int] = {}
+    groups = torch.tensor([group_names.setdefault((group, turn), len(group_names)) for group, _, turn in units])
+    if spec.advantage == "raw" and spec.kl == "reward":
+        return _whitened(spec, reward[unit] - penalties)
+    first = torch.tensor(first_of_unit, dtype=torch.bool)
+    reward = reward - torch.zeros_like(reward).index_add(0, unit[first], penalties[first])
+    counts = torch.zeros_like(reward).index_add(0, unit, torch.ones(len(unit), dtype=torch.float64))
+    return compute_advantages(reward, groups, spec, counts)[unit]
+
+
+def _reward_from(spec: Algorithm, sample: Sample, turn: int) -> float:
+    if spec.credit == "trajectory":
+        return sample.reward
+    assert spec.gamma is not None
+    return sum(spec.gamma**k * reward for k, reward in enumerate(_turn_rewards(sample)[turn:]))
+
+
+def _turn_rewards(sample: Sample) -> list[float]:
+    return sample.turn_rewards or [sample.reward]
+
+
+def _token_rewards(samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
+    """[T] each turn's reward at its last token; those of turns after the sample's last one at its last token."""
+    rewards: list[float] = []
+    for sample, tokens in zip(samples, own, strict=True):
+        row = [0.0] * len(tokens)
+        turns = [sample.turn_ids[t] for t in tokens] if sample.turn_ids else [0] * len(tokens)
+        last_of = {turn: i for i, turn in enumerate(turns)}
+        for turn, reward in enumerate(_turn_rewards(sample)):
+            if turn in last_of or (turns and turn > turns[-1]):
+                row[last_of.get(turn, -1)] += reward
+        rewards += row
+    return torch.tensor(rewards, dtype=torch.float64)
+
+
+def _penalties(spec: Algorithm, samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
+    """[T] what each own token costs when the divergence from the reference is in the reward."""
+    old = _column(samples, own, "old_logprobs") if spec.kl == "reward" else torch.zeros(sum(map(len, own)))
+    if spec.kl != "reward":
+        return old.double()
+    return spec.kl_coef * kl_estimates(str(spec.kl_estimator), old, _column(samples, own, "ref_logprobs"))
+
+
+def _whitened(spec: Algorithm, advantages: Tensor) -> Tensor:
+    if spec.normalise != "whiten":
+        return advantages
+    assert spec.std_ddof is not None
+    return whiten(advantages, torch.ones_like(advantages), spec.std_ddof)
+
+
+def _column(samples: Sequence[Sample], own: list[list[int]], name: str) -> Tensor:
+    rows = zip((getattr(sample, name) for sample in samples), own, strict=True)
+    return torch.tensor([row[t] for row, tokens in rows for t in tokens], dtype=torch.float64)
+
+
+def _spread(samples: Sequence[Sample], own: list[list[int]], name: str, values: Tensor) -> None:
+    numbers = iter(values.tolist())
+    for sample, tokens in zip(samples, own, strict=True):
+        row = [0.0] * len(sample)
+        for t in tokens:
+            row[t] = next(numbers)
+        setattr(sample, name, row)
 
 
 def why_rejected(spec: Algorithm, group: Group) -> str:
     """Why a group carries nothing to learn from; empty when it does."""
     rewards = [t.reward for t in group.scored]
-    needed = 1 if spec.advantage == "raw" else 2
+    needed = 2 if spec.compares_group else 1
     if len(rewards) < needed:
         return f"{len(rewards)} of {len(group.trajectories)} samples scored, {needed} needed"
     if spec.dynamic_sampling and len(set(rewards)) == 1:

@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sluice.algorithms.spec import Algorithm
 
-@dataclass(frozen=True)
-class Totals:
-    """Counts over one optimiser update, known before its first backward."""
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor of counts or sums over data-parallel ranks."""
 
-    loss_weight: float
-    """Sum of the loss weights; the number of loss tokens where all are 1."""
-    num_sequences: int
-    """Sequences with a loss token; one that is masked throughout counts nowhere."""
 
-    @classmethod
-    def of(cls, loss_weights: Tensor, sequence_ids: Tensor) -> Totals:
-        return cls(float(loss_weights.sum()), int(torch.unique(sequence_ids[loss_weights != 0]).numel()))
+def one_rank(statistics: Tensor) -> Tensor:
+    return statistics
+
+
+def sums_by(ids: Tensor, values: Tensor) -> Tensor:
+    """[T] values and the id of each, from 0 → the sum of each id's values."""
+    num = int(ids.max()) + 1 if len(ids) else 0
+    return torch.zeros(num, dtype=values.dtype, device=values.device).index_add(0, ids, values)
 
 
 def token_coefficients(
-    aggregation: Literal["token_mean", "sequence_mean", "constant"],
+    spec: Algorithm,
     loss_weights: Tensor,
     sequence_ids: Tensor,
-    totals: Totals,
-    loss_constant: float | None = None,
+    group_ids: Tensor | None = None,
+    reduce: Reduce = one_rank,
 ) -> Tensor:
-    """c [T] such that the update's loss is the sum of c_t · L_t over all of its micro-batches.
+    """c [T] such that the update's loss is the sum of c_t · L_t over all of its micro-batches and ranks.
 
-    token_mean: w_t / Σ w (DAPO, arXiv 2503.14476, eq. 8; with weights, the token-weighted mean).
+    All are [T] and of one whole update (or of a rank's share of it: no sequence and no group lies on two ranks).
+    `group_ids` are for prompt_mean. Ids are any whole numbers. With w the loss weights:
+    token_mean: w_t / Σ w (DAPO, arXiv 2503.14476, eq. 8, over the batch; with weights, the token-weighted mean).
     sequence_mean: w_t / Σ of the sequence's w / number of sequences (GRPO, arXiv 2402.03300, eq. 3).
+    prompt_mean: w_t / Σ of the group's w / number of groups (DAPO, eq. 8, as an expectation over prompts).
     constant: w_t / (number of sequences · constant) (Dr. GRPO, arXiv 2503.20783).
-    A sequence must lie whole in one micro-batch.
+    blend: token_share · token_mean + (1 - token_share) · sequence_mean (MiniMax-M1, arXiv 2506.13585, section 5, which
+    combines the two and gives no formula).
+    Sequences and groups without a loss token count nowhere.
     """
-    if aggregation == "token_mean":
-        return loss_weights / max(totals.loss_weight, 1e-30)
-    if aggregation == "constant":
-        assert loss_constant is not None
-        return loss_weights / (max(totals.num_sequences, 1) * loss_constant)
-    num = int(sequence_ids.max()) + 1 if len(sequence_ids) else 0
-    per_sequence = torch.zeros(num, dtype=loss_weights.dtype, device=loss_weights.device).index_add(
-        0, sequence_ids, loss_weights
-    )
-    divisor = torch.where(per_sequence == 0, 1.0, per_sequence)[sequence_ids]
-    return loss_weights / divisor / max(totals.num_sequences, 1)
+    if spec.aggregation == "token_mean":
+        return loss_weights / reduce(loss_weights.sum()).clamp(min=1e-30)
+    if spec.aggregation == "sequence_mean":
+        return _mean_of_means(loss_weights, sequence_ids, reduce)
+    if spec.aggregation == "prompt_mean":
+        if group_ids is None:
+            raise ValueError("aggregation prompt_mean needs group_ids")
+        return _mean_of_means(loss_weights, group_ids, reduce)
+    if spec.aggregation == "constant":
+        assert spec.loss_constant is not None
+        own = torch.unique(sequence_ids[loss_weights != 0])
+        num = reduce(torch.tensor(float(len(own)), dtype=loss_weights.dtype, device=loss_weights.device))
+        return loss_weights / (num.clamp(min=1) * spec.loss_constant)
+    assert spec.token_share is not None
+    per_token = loss_weights / reduce(loss_weights.sum()).clamp(min=1e-30)
+    per_sequence = _mean_of_means(loss_weights, sequence_ids, reduce)
+    return spec.token_share * per_token + (1 - spec.token_share) * per_sequence
+
+
+def _mean_of_means(loss_weights: Tensor, ids: Tensor, reduce: Reduce) -> Tensor:
+    _, ids = torch.unique(ids, return_inverse=True)
+    totals = sums_by(ids, loss_weights)
+    num = reduce((totals != 0).sum().to(loss_weights.dtype))
+    return loss_weights / torch.where(totals == 0, 1.0, totals)[ids] / num.clamp(min=1)

@@ -1,4 +1,4 @@
-"""The policy-gradient loss of any row of the table."""
+"""The policy-gradient loss of any row of the table, and the critic's loss."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sluice.algorithms.aggregation import Totals, token_coefficients
-from sluice.algorithms.ratios import log_ratios
+from sluice.algorithms.aggregation import token_coefficients
+from sluice.algorithms.diagnostics import ratio_metrics
+from sluice.algorithms.kl import kl_estimates
+from sluice.algorithms.ratios import correction_weights, log_ratios
 from sluice.algorithms.spec import Algorithm
-from sluice.tracking.metrics import Max, Mean, Metrics
+from sluice.tracking.metrics import Max, Mean, Metrics, Sum
 
 
 @dataclass
 class LossOutput:
     loss: Tensor  # scalar
-    per_token: Tensor  # [T] before aggregation; 0 where the loss weight is 0
+    per_token: Tensor  # [T] the policy-gradient part before aggregation; 0 where the loss weight is 0
     ratios: Tensor  # [T] 1 where the loss weight is 0
-    clipped: Tensor  # [T] bool: the bound changed this token's gradient
+    clipped: Tensor  # [T] bool: a bound or the mask changed this token's gradient
     metrics: Metrics
+    """Sums are over the micro-batch, and add up to the update's."""
 
 
 def policy_loss(
@@ -29,42 +32,110 @@ def policy_loss(
     advantages: Tensor,
     loss_weights: Tensor,
     sequence_ids: Tensor,
-    totals: Totals | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    engine_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> LossOutput:
-    """The loss of one micro-batch of packed tokens; all inputs are [T], and only `logprobs` carries a gradient.
+    """The loss of one micro-batch of packed tokens; all inputs are [T], and only `logprobs` and `entropies` carry a gradient.
 
-    `sequence_ids` number the sequences from 0. `totals` are the counts of the whole update; left out, this call is
-    the whole update. The losses of an update's micro-batches add up to the update's loss.
+    `sequence_ids` number the sequences from 0; a sequence lies whole in one micro-batch. `coefficients` are those of
+    `token_coefficients` over the whole update; left out, this call is the whole update. The losses of an update's
+    micro-batches add up to the update's loss. `engine_logprobs` are needed by a correction, `ref_logprobs` by a KL term,
+    `entropies` by an entropy bonus, `group_ids` by prompt_mean. Raises ValueError when one of them is missing.
 
     Formulas, with r the ratio, A the advantage and sg the stop-gradient; the loss is their negative:
       surrogate  min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A)   PPO, arXiv 1707.06347, eq. 7
+                 where A < 0: max(that, dual_clip·A)                arXiv 1912.09729, eq. 5
       weight     sg(clip(r, ratio_min, ratio_max))·A·log π          CISPO, arXiv 2506.13585, eq. 4-5
-      none       sg(r)·A·log π                                      off-policy REINFORCE, ibid. eq. 3; r = 1 without ratio
-    times, with mask trust_region, M of ibid. eq. 7: 0 where the surrogate's gradient would be 0, else 1.
+      soft_gate  4/τ·σ(τ·(r - 1))·A                                 SAPO, arXiv 2511.20347
+      none       sg(r)·A·log π                                      off-policy REINFORCE, arXiv 2506.13585, eq. 3
+    times the mask: trust_region, M of arXiv 2506.13585, eq. 7, is 0 where the surrogate's gradient would be 0, else 1; tv is 0
+    where the token's probability has left the old one by more than tv_high upwards (A > 0) or tv_low downwards (A < 0)
+    (DPPO, arXiv 2602.04879, Binary-TV). Times the correction (see `correction_weights`).
     """
-    totals = totals or Totals.of(loss_weights, sequence_ids)
+    if coefficients is None:
+        coefficients = token_coefficients(spec, loss_weights, sequence_ids, group_ids)
     own = loss_weights != 0
     logprobs = torch.where(own, logprobs, 0.0)
+    old_logprobs = torch.where(own, old_logprobs, 0.0)
     advantages = torch.where(own, advantages, 0.0)
     log_ratio = log_ratios(
         "token" if spec.ratio == "none" else spec.ratio, logprobs, old_logprobs, loss_weights, sequence_ids
     )
     ratio = torch.exp(log_ratio.detach())
 
-    if spec.clip == "surrogate":
-        per_token, clipped = _surrogate(spec, log_ratio, ratio, advantages)
-    else:
-        weight, clipped = _weight(spec, ratio, advantages)
-        # without a bound the weight may be inf, and inf · 0 is nan
-        per_token = -torch.where(advantages == 0, 0.0, weight * advantages) * logprobs
+    per_token, clipped = _policy_gradient(spec, logprobs, old_logprobs, log_ratio, ratio, advantages)
+    metrics = Metrics()
+    if engine_logprobs is not None:
+        metrics += _mismatch(old_logprobs, engine_logprobs, own)
+    if spec.corrects:
+        if engine_logprobs is None:
+            raise ValueError("a correction needs engine_logprobs")
+        weights = correction_weights(spec, old_logprobs, engine_logprobs, loss_weights, sequence_ids)
+        per_token = torch.where(weights == 0, 0.0, weights * per_token)
+        metrics += Metrics({"train/correction/dropped": Mean((weights[own] == 0).sum(), own.sum())})
     per_token = torch.where(own, per_token, 0.0)
     clipped = clipped & own
-
-    coefficients = token_coefficients(spec.aggregation, loss_weights, sequence_ids, totals, spec.loss_constant)
     loss = (coefficients * per_token).sum()
-    return LossOutput(
-        loss, per_token, ratio.detach(), clipped, _metrics(loss, log_ratio, ratio, clipped, loss_weights, totals)
+    metrics += _policy_metrics(loss, log_ratio, ratio, clipped, own)
+    if spec.kl == "loss":
+        if ref_logprobs is None:
+            raise ValueError("a KL term needs ref_logprobs")
+        kl = kl_estimates(str(spec.kl_estimator), logprobs, torch.where(own, ref_logprobs, 0.0))
+        kl_loss = (coefficients * kl).sum()
+        loss = loss + spec.kl_coef * kl_loss
+        metrics["train/kl_loss"] = Sum(kl_loss.detach())
+    if spec.entropy_coef:
+        if entropies is None:
+            raise ValueError("an entropy bonus needs entropies")
+        entropy = (coefficients * torch.where(own, entropies, 0.0)).sum()
+        loss = loss - spec.entropy_coef * entropy
+        metrics["train/entropy_loss"] = Sum(entropy.detach())
+    return LossOutput(loss, per_token, ratio, clipped, metrics)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, coefficients: Tensor, clip: float | None
+) -> LossOutput:
+    """½·max((V - G)², (clip(V, V_old - clip, V_old + clip) - G)²) per token, all [T]; without `clip` ½·(V - G)².
+
+    As in OpenAI's PPO2; PPO itself (arXiv 1707.06347, eq. 9) leaves the value loss unclipped.
+    """
+    own = coefficients != 0
+    values, old_values, returns = (torch.where(own, x, 0.0) for x in (values, old_values, returns))
+    error = (values - returns).square()
+    clipped = torch.zeros_like(own)
+    if clip is not None:
+        bounded = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+        clipped = bounded > error
+        error = torch.maximum(error, bounded)
+    per_token = error / 2
+    loss = (coefficients * per_token).sum()
+    metrics = Metrics(
+        {"train/value_loss": Sum(loss.detach()), "train/value_clipfrac": Mean((clipped & own).sum(), own.sum())}
     )
+    return LossOutput(loss, per_token, torch.ones_like(values), clipped & own, metrics)
+
+
+def _policy_gradient(
+    spec: Algorithm, logprobs: Tensor, old_logprobs: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token under clip rule and mask, and where they changed its gradient."""
+    if spec.clip == "surrogate":
+        per_token, clipped = _surrogate(spec, log_ratio, ratio, advantages)
+    elif spec.clip == "soft_gate":
+        per_token, clipped = _soft_gate(spec, log_ratio, ratio, advantages), torch.zeros_like(ratio, dtype=torch.bool)
+    else:
+        weight, clipped = _weight(spec, ratio)
+        # without a bound the weight may be inf, and inf · 0 is nan
+        per_token = -torch.where(advantages == 0, 0.0, weight * advantages) * logprobs
+    if spec.mask != "none":
+        masked = _masked(spec, logprobs, old_logprobs, ratio, advantages)
+        per_token, clipped = torch.where(masked, 0.0, per_token), clipped | masked
+    return per_token, clipped
 
 
 def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,24 +143,44 @@ def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Te
     assert spec.clip_low is not None
     assert spec.clip_high is not None
     clipped = _outside(spec, ratio, advantages)
+    bounded = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
+    if spec.dual_clip is not None:
+        beyond = (advantages < 0) & (ratio > spec.dual_clip)
+        clipped, bounded = clipped | beyond, torch.where(beyond, spec.dual_clip, bounded)
     constant = clipped | (advantages == 0)
     # a constant token never sees exp of its own log-ratio: it may be inf, and 0 · inf is nan in the gradient
     free = torch.exp(torch.where(constant, 0.0, log_ratio)) * advantages
-    return -torch.where(constant, ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * advantages, free), clipped
+    return -torch.where(constant, bounded * advantages, free), clipped
 
 
-def _weight(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Stop-gradient factor of A·log π, and where a bound or the mask changed it."""
+def _soft_gate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-4/τ·σ(τ·(r - 1))·A; its gradient, 4·σ·(1 - σ)·r·A, is A at r = 1 and fades on both sides."""
+    tau = torch.where(advantages > 0, ratio.new_tensor(spec.gate_positive), ratio.new_tensor(spec.gate_negative))
+    # beyond any float's resolution of σ: held constant, since an infinite ratio times a gradient of 0 is nan
+    saturated = ratio > 1 + 800 / tau
+    current = torch.exp(torch.where(saturated, 0.0, log_ratio))
+    gate = torch.where(saturated, 1.0, torch.sigmoid(tau * (current - 1)))
+    return -4 / tau * gate * advantages
+
+
+def _weight(spec: Algorithm, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Stop-gradient factor of A·log π, and where a bound changed it."""
     weight = torch.ones_like(ratio) if spec.ratio == "none" else ratio
-    clipped = torch.zeros_like(ratio, dtype=torch.bool)
-    if spec.clip == "weight":
-        weight = ratio.clamp(spec.ratio_min or 0.0, spec.ratio_max)
-        clipped = weight != ratio
+    if spec.clip == "none":
+        return weight, torch.zeros_like(ratio, dtype=torch.bool)
+    bounded = weight.clamp(spec.ratio_min or 0.0, spec.ratio_max)
+    return bounded, bounded != weight
+
+
+@torch.no_grad()
+def _masked(spec: Algorithm, logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Where the mask is 0."""
     if spec.mask == "trust_region":
-        outside = _outside(spec, ratio, advantages)
-        weight = torch.where(outside, 0.0, weight)
-        clipped = clipped | outside
-    return weight, clipped
+        return _outside(spec, ratio, advantages)
+    assert spec.tv_low is not None
+    assert spec.tv_high is not None
+    moved = logprobs.exp() - old_logprobs.exp()
+    return ((advantages > 0) & (moved > spec.tv_high)) | ((advantages < 0) & (-moved > spec.tv_low))
 
 
 def _outside(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -100,18 +191,26 @@ def _outside(spec: Algorithm, ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(
-    loss: Tensor, log_ratio: Tensor, ratio: Tensor, clipped: Tensor, loss_weights: Tensor, totals: Totals
-) -> Metrics:
+def _policy_metrics(loss: Tensor, log_ratio: Tensor, ratio: Tensor, clipped: Tensor, own: Tensor) -> Metrics:
     """Names of the field: ppo_kl is the mean of log π_old - log π (k1) and pg_clipfrac the clipped share of loss tokens."""
-    own = loss_weights != 0
     count = own.sum()
-    share = loss_weights.sum() / max(totals.loss_weight, 1e-30)  # adds up to 1 over an update: a mean over updates
     return Metrics(
         {
-            "train/pg_loss": Mean(loss.detach(), share),
+            "train/pg_loss": Sum(loss.detach()),
             "train/ppo_kl": Mean(-log_ratio.sum(), count),
             "train/pg_clipfrac": Mean(clipped.sum(), count),
             "train/ratio/max": Max(torch.where(own, ratio, 0.0).max() if len(own) else 0.0),
         }
-    )
+    ) + ratio_metrics("train/ratio", ratio, own)
+
+
+@torch.no_grad()
+def _mismatch(old_logprobs: Tensor, engine_logprobs: Tensor, own: Tensor) -> Metrics:
+    """How far the trainer's policy before the step is from the engine's: KL(engine || trainer) by k1 and k3, and their ratio."""
+    old, engine = old_logprobs[own], engine_logprobs[own]
+    return Metrics(
+        {
+            "train/mismatch/kl": Mean((engine - old).sum(), len(old)),
+            "train/mismatch/k3": Mean(kl_estimates("k3", engine, old).sum(), len(old)),
+        }
+    ) + ratio_metrics("train/mismatch", torch.exp(old_logprobs - engine_logprobs), own)

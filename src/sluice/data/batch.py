@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sluice.algorithms.aggregation import Totals
+from sluice.algorithms.aggregation import token_coefficients
+from sluice.algorithms.spec import Algorithm
 from sluice.types import Sample
 
 Layout = Literal["rows", "packed"]
@@ -39,9 +40,13 @@ class MicroBatch:
     target_ids: Tensor  # [T]
     sequence_ids: Tensor  # [T] index into samples
     loss_weights: Tensor  # [T]
+    coefficients: Tensor  # [T] of the token's loss in the update's; like all below, empty where it is not known
     advantages: Tensor  # [T]
     logprobs: Tensor  # [T] the engine's
     old_logprobs: Tensor  # [T]
+    ref_logprobs: Tensor  # [T]
+    values: Tensor  # [T] the critic's before the first update
+    returns: Tensor  # [T]
     temperatures: Tensor  # [T]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -75,12 +80,12 @@ class Minibatch:
     """One optimiser update."""
 
     micro_batches: list[MicroBatch]
-    totals: Totals
+    num_loss_tokens: int
     index: int
     """Which update of the step."""
 
 
-def pack(samples: Sequence[Sample], packing: Packing) -> list[Minibatch]:
+def pack(samples: Sequence[Sample], packing: Packing, spec: Algorithm) -> list[Minibatch]:
     """Cut the samples of a step into updates, and each update into micro-batches under the token budget.
 
     Updates take the samples in order, in shares that differ by one at most; with fewer samples than updates, each
@@ -88,15 +93,28 @@ def pack(samples: Sequence[Sample], packing: Packing) -> list[Minibatch]:
     """
     num_updates = min(packing.updates_per_batch, len(samples))
     return [
-        make_minibatch(samples[i * len(samples) // num_updates : (i + 1) * len(samples) // num_updates], packing, i)
+        make_minibatch(
+            samples[i * len(samples) // num_updates : (i + 1) * len(samples) // num_updates], packing, spec, i
+        )
         for i in range(num_updates)
     ]
 
 
-def make_minibatch(samples: Sequence[Sample], packing: Packing, index: int) -> Minibatch:
-    own_weights = [[weight for weight in sample.loss_weights if weight] for sample in samples]
-    totals = Totals(sum(map(sum, own_weights)), sum(map(bool, own_weights)))
-    return Minibatch([collate(part, packing.layout) for part in under_budget(samples, packing)], totals, index)
+def make_minibatch(samples: Sequence[Sample], packing: Packing, spec: Algorithm, index: int) -> Minibatch:
+    """One update; who divides by what is settled here, over all of it, before it is cut."""
+    weights = [[weight for weight in sample.loss_weights if weight] for sample in samples]
+    lengths = torch.tensor([len(row) for row in weights])
+    flat = torch.tensor([weight for row in weights for weight in row], dtype=torch.float64)
+    sequence_ids = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    group_ids = torch.repeat_interleave(torch.tensor([sample.group for sample in samples]), lengths)
+    shares = token_coefficients(spec, flat, sequence_ids, group_ids).split(lengths.tolist())
+    by_sample = {id(sample): share for sample, share in zip(samples, shares, strict=True)}
+    micro_batches = []
+    for part in under_budget(samples, packing):
+        micro_batch = collate(part, packing.layout)
+        micro_batch.coefficients = torch.cat([by_sample[id(sample)] for sample in part]).float()
+        micro_batches.append(micro_batch)
+    return Minibatch(micro_batches, len(flat), index)
 
 
 def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sample]]:
@@ -149,9 +167,13 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         target_ids=column("token_ids", torch.int64),
         sequence_ids=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(p) for p in own])),
         loss_weights=column("loss_weights"),
+        coefficients=torch.empty(0),
         advantages=column("advantages"),
         logprobs=column("logprobs"),
         old_logprobs=column("old_logprobs"),
+        ref_logprobs=column("ref_logprobs"),
+        values=column("values"),
+        returns=column("returns"),
         temperatures=torch.tensor(
             [sample.temperature for sample, positions in zip(samples, own, strict=True) for _ in positions]
         ),

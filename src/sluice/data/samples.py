@@ -26,17 +26,25 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
     An agent that edits its history breaks it, and the next turn starts a sample of its own.
     """
     samples: list[Sample] = []
-    for turn in trajectory.turns:
+    assert trajectory.reward is not None
+    turn_rewards = [turn.reward for turn in trajectory.turns]
+    turn_rewards[-1] += trajectory.reward - sum(turn_rewards)
+    for number, turn in enumerate(trajectory.turns):
         if not turn.completion.token_ids:
             continue
         if samples and _goes_on(samples[-1], turn):
-            samples[-1] = _extended(samples[-1], turn)
+            samples[-1] = _extended(samples[-1], turn, number)
         else:
-            assert trajectory.reward is not None
             start = Sample(
-                [], [], [], [], turn.completion.temperature, group.id, index, trajectory.reward, group.prompt.id
+                *([], [], [], []),
+                turn.completion.temperature,
+                group.id,
+                index,
+                trajectory.reward,
+                group.prompt.id,
+                turn_rewards=turn_rewards,
             )
-            samples.append(_extended(start, turn))
+            samples.append(_extended(start, turn, number))
     return samples
 
 
@@ -46,7 +54,7 @@ def _goes_on(sample: Sample, turn: Turn) -> bool:
     return history == sample.token_ids and turn.completion.temperature == sample.temperature
 
 
-def _extended(sample: Sample, turn: Turn) -> Sample:
+def _extended(sample: Sample, turn: Turn, number: int) -> Sample:
     given = turn.prompt_ids[len(sample) :]
     completion = turn.completion
     return replace(
@@ -55,4 +63,5 @@ def _extended(sample: Sample, turn: Turn) -> Sample:
         loss_weights=sample.loss_weights + [0.0] * len(given) + [1.0] * len(completion.token_ids),
         logprobs=sample.logprobs + [0.0] * len(given) + completion.logprobs,
         policy_versions=sample.policy_versions + [-1] * len(given) + completion.policy_versions,
+        turn_ids=sample.turn_ids + [-1] * len(given) + [number] * len(completion.token_ids),
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sluice.tracking.metrics import Max, Mean, Metrics, Sum
+import torch
+
+from sluice.algorithms.diagnostics import explained_variance
+from sluice.tracking.metrics import Last, Max, Mean, Metrics, Sum
 from sluice.types import Group, Sample
 
 
@@ -63,3 +66,14 @@ def first_update_metrics(samples: Sequence[Sample]) -> Metrics:
             "train/first_update/pg_clipfrac": Mean.of(clipped for _, _, _, clipped in columns),
         }
     )
+
+
+def critic_metrics(samples: Sequence[Sample]) -> Metrics:
+    """How well the critic foresaw the step's returns; nothing without a critic."""
+    pairs = [
+        (value, target) for s in samples for value, target, weight in zip(s.values, s.returns, s.loss_weights) if weight
+    ]
+    if not pairs:
+        return Metrics()
+    values, returns = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    return Metrics({"train/explained_variance": Last(explained_variance(values, returns))})

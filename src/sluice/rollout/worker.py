@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -87,7 +88,21 @@ async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Traject
         ) from None
     if trajectory.outcome not in ("error", "timeout"):  # an environment may say so itself; no reward makes it a score
         await run.rubric.score(prompt, trajectory)
+        _add_turn_rewards(trajectory)
     return trajectory
+
+
+def _add_turn_rewards(trajectory: Trajectory) -> None:
+    """What the environment gave for single turns counts in the reward, as the part `turns`."""
+    earned = [turn.reward for turn in trajectory.turns]
+    if trajectory.reward is None or not any(earned):
+        return
+    if not math.isfinite(sum(earned)):
+        trajectory.outcome, trajectory.reward = "error", None
+        trajectory.error = f"the environment gave rewards that are no finite numbers to turns: {earned}"
+        return
+    trajectory.reward += sum(earned)
+    trajectory.reward_parts["turns"] = sum(earned)
 
 
 async def _play(environment: Environment, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:

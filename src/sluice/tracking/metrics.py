@@ -65,7 +65,26 @@ class Last:
         return float(self.latest)
 
 
-Metric = Mean | Sum | Max | Last
+@dataclass(frozen=True)
+class EffectiveShare:
+    """Effective sample size of weights, as a share of their number: (Σ w)² / (n · Σ w²)."""
+
+    count: Any
+    total: Any
+    total_of_squares: Any
+
+    def __add__(self, other: EffectiveShare) -> EffectiveShare:
+        return EffectiveShare(
+            self.count + other.count, self.total + other.total, self.total_of_squares + other.total_of_squares
+        )
+
+    def value(self) -> float:
+        """nan without weights, or when their squares leave the range of floats."""
+        below = float(self.count) * float(self.total_of_squares)
+        return float(self.total) * float(self.total) / below if below else float("nan")
+
+
+Metric = Mean | Sum | Max | Last | EffectiveShare
 
 
 class Metrics(dict[str, Metric]):
@@ -76,6 +95,12 @@ class Metrics(dict[str, Metric]):
         for name, metric in other.items():
             merged[name] = merged[name] + metric if name in merged else metric  # type: ignore[operator]
         return merged
+
+    def per_update(self) -> Metrics:
+        """What was summed over the micro-batches of one update, to be averaged over updates."""
+        return Metrics(
+            {name: Mean(metric.total) if isinstance(metric, Sum) else metric for name, metric in self.items()}
+        )
 
     def values_by_name(self) -> dict[str, float]:
         return {name: metric.value() for name, metric in self.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sluice.data.batch import Minibatch
+from sluice.interfaces import TrainerOutput
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.types import Sample
 from sluice.weights.in_process import InProcessWeights
@@ -17,16 +18,19 @@ class DryTrainer:
     def __init__(self) -> None:
         self.updates: list[list[str]] = []
 
-    async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
-        raise TypeError("a dry trainer has no model to compute log-probs with")
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
+        raise TypeError(f"a dry trainer has no model to compute {output} with")
 
-    async def forward_backward(self, minibatch: Minibatch, loss: Callable[..., Any]) -> Metrics:
+    async def forward_backward(self, minibatch: Minibatch, loss: Callable[..., Any] | None) -> Metrics:
         samples = [sample for micro_batch in minibatch.micro_batches for sample in micro_batch.samples]
         self.updates.append([sample.name for sample in samples])
-        return Metrics({"train/loss_tokens": Sum(minibatch.totals.loss_weight)})
+        return Metrics({"train/loss_tokens": Sum(minibatch.num_loss_tokens)})
 
     async def optim_step(self) -> Metrics:
         return Metrics()
+
+    async def update_reference(self) -> None:
+        raise TypeError("a dry trainer has no reference")
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(None)

@@ -6,66 +6,118 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sluice.algorithms.aggregation import Totals
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_budget
 from sluice.errors import NonFiniteError
-from sluice.tracking.metrics import Mean, Metrics
+from sluice.interfaces import TrainerOutput
+from sluice.tracking.metrics import Mean, Metrics, Sum
+from sluice.trainers.critic import Critic
 from sluice.trainers.logprobs import token_logprobs
-from sluice.trainers.model import PolicyModel, packed_visible
+from sluice.trainers.model import PolicyModel, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
 from sluice.weights.in_process import InProcessWeights
 
-Loss = Callable[[torch.Tensor, MicroBatch, Totals], LossOutput]
-"""(log-probs [T], micro-batch, the update's counts) → loss of the micro-batch."""
+Loss = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
+"""(log-probs [T], entropies [T], micro-batch) → loss of the micro-batch."""
 
 
 class LocalTrainer:
-    def __init__(self, model: PolicyModel, tokenizer: Any, optimizer: Optimizer, packing: Packing) -> None:
+    def __init__(
+        self,
+        model: PolicyModel,
+        tokenizer: Any,
+        optimizer: Optimizer,
+        packing: Packing,
+        *,
+        reference: PolicyModel | None = None,
+        critic: Critic | None = None,
+        entropy_gradient: bool = False,
+    ) -> None:
+        """`entropy_gradient`: whether the loss has an entropy bonus; without it entropies are measured only."""
         self.model = model
         self.tokenizer = tokenizer
         self.optimizer = optimizer
         self.packing = packing
+        self.reference = reference
+        self.critic = critic
+        self.entropy_gradient = entropy_gradient
+        self._policy_has_gradient = False
 
-    async def recompute_logprobs(self, samples: Sequence[Sample]) -> None:
-        """Fill `old_logprobs` with the log-probs under the weights as they are now."""
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
+        """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values."""
         for part in under_budget(samples, self.packing):
             micro_batch = collate(part, self.packing.layout)
             with torch.no_grad():  # as a decorator it would end before an async function's body begins
-                logprobs, _ = self._logprobs(micro_batch.to(self.model.device))
-            for sample, values in zip(part, micro_batch.spread(logprobs, 0.0), strict=True):
-                sample.old_logprobs = values
+                values = self._output(output, micro_batch.to(self.model.device))
+            for sample, row in zip(part, micro_batch.spread(values, 0.0), strict=True):
+                setattr(sample, output, row)
 
-    async def forward_backward(self, minibatch: Minibatch, loss: Loss) -> Metrics:
+    def _output(self, output: TrainerOutput, batch: MicroBatch) -> Tensor:
+        if output == "values":
+            assert self.critic is not None
+            return self.critic.values(
+                batch, hidden_states_of(self.model, batch) if self.critic.own_model is None else None
+            )
+        model = self.reference if output == "ref_logprobs" else self.model
+        assert model is not None
+        hidden = hidden_states_of(model, batch)
+        return token_logprobs(model, hidden, batch.target_ids, batch.temperatures)[0]
+
+    async def forward_backward(self, minibatch: Minibatch, loss: Loss | None) -> Metrics:
         """Add the gradient of one update's loss, micro-batch by micro-batch, and note in its samples what each token saw.
 
-        Raises NonFiniteError before a backward that would spoil the gradients.
+        Without a loss only the critic learns. Raises NonFiniteError before a backward that would spoil the gradients.
         """
         metrics = Metrics()
-        total = torch.zeros((), device=self.model.device)
         for micro_batch in minibatch.micro_batches:
-            on_device = micro_batch.to(self.model.device)
-            logprobs, entropies = self._logprobs(on_device)
-            output = loss(logprobs, on_device, minibatch.totals)
-            if not torch.isfinite(output.loss):
-                names = ", ".join(sample.name for sample in micro_batch.samples[:4])
-                raise NonFiniteError(
-                    f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
-                    f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
-                )
-            output.loss.backward()
-            self.optimizer.collect_gradients()
-            micro_batch.record(minibatch.index, logprobs.detach(), output.ratios, output.clipped)
-            metrics += output.metrics
-            metrics += Metrics({"train/entropy": Mean(entropies.sum(), len(entropies))})
-            total += output.loss.detach()
-        metrics["train/loss"] = Mean(total)
-        return metrics
+            batch = micro_batch.to(self.model.device)
+            hidden = (
+                hidden_states_of(self.model, batch) if loss or (self.critic and self.critic.own_model is None) else None
+            )
+            if loss:
+                assert hidden is not None
+                metrics += self._policy_backward(minibatch, micro_batch, batch, hidden, loss)
+            if self.critic:
+                metrics += self.critic.forward_backward(batch, hidden)
+        self._policy_has_gradient |= loss is not None
+        return metrics.per_update()
+
+    def _policy_backward(
+        self, minibatch: Minibatch, micro_batch: MicroBatch, batch: MicroBatch, hidden: Tensor, loss: Loss
+    ) -> Metrics:
+        logprobs, entropies = token_logprobs(
+            self.model, hidden, batch.target_ids, batch.temperatures, entropy_gradient=self.entropy_gradient
+        )
+        output = loss(logprobs, entropies, batch)
+        if not torch.isfinite(output.loss):
+            names = ", ".join(sample.name for sample in micro_batch.samples[:4])
+            raise NonFiniteError(
+                f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
+                f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
+            )
+        output.loss.backward()
+        self.optimizer.collect_gradients()
+        micro_batch.record(minibatch.index, logprobs.detach(), output.ratios, output.clipped)
+        own = {
+            "train/entropy": Mean(entropies.detach().sum(), len(entropies)),
+            "train/loss": Sum(output.loss.detach()),
+        }
+        return output.metrics + own
 
     async def optim_step(self) -> Metrics:
-        return self.optimizer.step()
+        metrics = self.optimizer.step() if self._policy_has_gradient else Metrics()
+        self._policy_has_gradient = False
+        return metrics + self.critic.optim_step() if self.critic else metrics
+
+    async def update_reference(self) -> None:
+        """From now on the policy as it is now is the reference."""
+        assert self.reference is not None
+        with torch.no_grad():
+            for old, new in zip(self.reference.model.parameters(), self.model.model.parameters(), strict=True):
+                old.copy_(new)
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(self.model)
@@ -77,9 +129,3 @@ class LocalTrainer:
                 raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
         self.model.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        visible = None if batch.document_ids is None else packed_visible(batch.document_ids, batch.position_ids)
-        hidden = self.model.hidden_states(batch.input_ids, batch.position_ids, visible)
-        chosen = hidden.flatten(0, 1)[batch.hidden_index]
-        return token_logprobs(self.model, chosen, batch.target_ids, batch.temperatures)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sluice.data.batch import MicroBatch
 from sluice.errors import ConfigError, boundary
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -113,6 +114,13 @@ class PolicyModel:
 
     def _positions(self, row: Tensor) -> Tensor:
         return torch.arange(row.shape[1], device=self.device)[None]
+
+
+def hidden_states_of(model: PolicyModel, batch: MicroBatch) -> Tensor:
+    """[T, H] the states from which the batch's loss tokens are predicted."""
+    visible = None if batch.document_ids is None else packed_visible(batch.document_ids, batch.position_ids)
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids, visible)
+    return hidden.flatten(0, 1)[batch.hidden_index]
 
 
 def packed_visible(document_ids: Tensor, position_ids: Tensor) -> Tensor:

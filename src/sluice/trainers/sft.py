@@ -10,21 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sluice.algorithms.aggregation import Totals, token_coefficients
 from sluice.algorithms.losses import LossOutput
+from sluice.algorithms.spec import Algorithm
 from sluice.data.batch import MicroBatch, Packing, make_minibatch
 from sluice.interfaces import Tracker
 from sluice.tracking.metrics import Mean, Metrics
 from sluice.trainers.local import LocalTrainer
 from sluice.types import Sample
 
+CROSS_ENTROPY = Algorithm("sft", advantage="raw", ratio="none", clip="none", aggregation="token_mean")
+"""REINFORCE on given responses, each with advantage 1."""
 
-def sft_loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
+
+def sft_loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
     """-Σ w_t log π_t / Σ w over the update: cross-entropy of the response tokens."""
-    coefficients = token_coefficients("token_mean", batch.loss_weights, batch.sequence_ids, totals)
     per_token = -logprobs
     unclipped = torch.zeros_like(logprobs, dtype=torch.bool)
-    return LossOutput((coefficients * per_token).sum(), per_token, torch.ones_like(logprobs), unclipped, Metrics())
+    return LossOutput(
+        (batch.coefficients * per_token).sum(), per_token, torch.ones_like(logprobs), unclipped, Metrics()
+    )
 
 
 def response_sample(index: int, where: str, prompt_ids: list[int], response_ids: list[int]) -> Sample:
@@ -57,11 +61,11 @@ async def train_sft(
         if shuffle_seed is not None:
             order = np.random.default_rng([shuffle_seed, epoch]).permutation(order)
         for share in np.split(order, range(samples_per_update, len(order), samples_per_update)):
-            minibatch = make_minibatch([samples[i] for i in share], packing, update)
+            minibatch = make_minibatch([samples[i] for i in share], packing, CROSS_ENTROPY, update)
             stats += await trainer.forward_backward(minibatch, sft_loss)
             stats += await trainer.optim_step()
             await asyncio.sleep(0)  # lets Ctrl-C in
-            tokens += minibatch.totals.loss_weight
+            tokens += minibatch.num_loss_tokens
             update += 1
             if update % log_every == 0 or update == num_updates(len(samples), samples_per_update, num_epochs):
                 seconds = time.perf_counter() - start

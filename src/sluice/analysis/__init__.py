@@ -1,0 +1,1 @@
+"""Figures about algorithms and finished runs: the commands `sluice analyze`."""

@@ -1,0 +1,55 @@
+"""The value model of `advantage: gae`: what a response is worth, as seen before each of its tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sluice.algorithms.losses import value_loss
+from sluice.data.batch import MicroBatch
+from sluice.tracking.metrics import Metrics
+from sluice.trainers.model import PolicyModel, hidden_states_of
+from sluice.trainers.optim import Optimizer, OptimizerSettings
+
+
+class Critic:
+    """A linear head in FP32, on a model of its own or on the policy's hidden states, which its gradient then leaves alone."""
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        own_model: PolicyModel | None,
+        settings: OptimizerSettings,
+        num_updates: int,
+        value_clip: float | None,
+    ) -> None:
+        self.own_model = own_model
+        self.value_clip = value_clip
+        self.head = nn.Linear(policy_width(own_model or policy), 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)  # values of 0: the first advantages are the returns themselves
+        nn.init.zeros_(self.head.bias)
+        trained = [self.head] if own_model is None else [own_model.body, self.head]
+        self.optimizer = Optimizer(nn.ModuleList(trained), settings, num_updates)
+
+    def values(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Tensor:
+        """[T] of the tokens that bear a loss; `policy_hidden` [T, H] is needed by a critic without a model of its own."""
+        if self.own_model is not None:
+            hidden = hidden_states_of(self.own_model, batch)
+        else:
+            assert policy_hidden is not None
+            hidden = policy_hidden.detach()
+        return self.head(hidden.float())[:, 0]
+
+    def forward_backward(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Metrics:
+        """Add the gradient of one micro-batch."""
+        values = self.values(batch, policy_hidden)
+        output = value_loss(values, batch.values, batch.returns, batch.coefficients, self.value_clip)
+        output.loss.backward()
+        self.optimizer.collect_gradients()
+        return output.metrics
+
+    def optim_step(self) -> Metrics:
+        return Metrics({name.replace("train/", "train/critic/"): m for name, m in self.optimizer.step().items()})
+
+
+def policy_width(model: PolicyModel) -> int:
+    return model.head.in_features
