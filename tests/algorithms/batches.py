@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +14,17 @@ from hypothesis import strategies as st
 from oracle import Response
 from torch import Tensor
 
-from sluice.algorithms import Algorithm, LossOutput, policy_loss
-from sluice.algorithms.aggregation import Totals
+from sluice.algorithms import Algorithm, LossOutput, policy_loss, resolve
 
 REWARDS = (0.0, 1.0, 0.1, -0.7, 3.0)
 JUNK = (-np.inf, np.inf, np.nan, 0.0, -3.0)
+WEIGHTS = (1.0, 0.25, 3.0)
 
 modest = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def row(name: str, **words: Any) -> Algorithm:
+    return resolve(name, words, max_new_tokens=48, group_size=4)
 
 
 @dataclass
@@ -28,10 +34,22 @@ class Batch:
     logprobs: Tensor
     old_logprobs: Tensor
     advantages: Tensor
+    engine_logprobs: Tensor
+    ref_logprobs: Tensor
+    entropies: Tensor
     loss_weights: Tensor
     sequence_ids: Tensor
     rewards: Tensor  # [N]
     groups: Tensor  # [N]
+    group_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_ids is None:
+            self.group_ids = self.groups[self.sequence_ids]
+
+    @property
+    def own(self) -> Tensor:
+        return self.loss_weights != 0
 
     def to(self, dtype: torch.dtype) -> Batch:
         return Batch(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(self).items()})
@@ -47,34 +65,52 @@ class Batch:
         """Where the tokens of these sequences are."""
         return torch.cat([torch.nonzero(self.sequence_ids == i)[:, 0] for i in ids])
 
-    def responses(self, advantages: list[float]) -> tuple[list[Response], list[Tensor]]:
-        """For the oracle: what the policy wrote, one response per sequence that has any; and a leaf for every token."""
-        leaves = [value.clone().requires_grad_() for value in self.logprobs.double().unbind()]
+    def responses(self) -> tuple[list[Response], list[Tensor], list[Tensor]]:
+        """For the oracle: what the policy wrote, one response per sequence that has any.
+
+        And the leaves of all tokens, of log-prob and of entropy.
+        """
+        leaves, entropies = (
+            [value.clone().requires_grad_() for value in column.double().unbind()]
+            for column in (self.logprobs, self.entropies)
+        )
         responses = []
-        for i, advantage in enumerate(advantages):
+        for i in range(len(self.rewards)):
             own = [t for t in self.sequence(i).tolist() if self.loss_weights[t] != 0]
             if own:
-                old = [float(self.old_logprobs[t]) for t in own]
-                responses.append(Response([leaves[t] for t in own], old, advantage))
-        return responses, leaves
+                floats = {k: [float(getattr(self, k)[t]) for t in own] for k in FLOATS}
+                responses.append(
+                    Response(
+                        logprobs=[leaves[t] for t in own],
+                        weights=[float(self.loss_weights[t]) for t in own],
+                        group=int(self.group_ids[own[0]]),
+                        entropies=[entropies[t] for t in own],
+                        **floats,
+                    )
+                )
+        return responses, leaves, entropies
 
 
-COLUMNS = ("logprobs", "old_logprobs", "advantages", "loss_weights", "sequence_ids")
+FLOATS = ("old_logprobs", "advantages", "engine_logprobs", "ref_logprobs")
+MASKABLE = ("logprobs", *FLOATS, "entropies")
+COLUMNS = (*MASKABLE, "loss_weights", "sequence_ids", "group_ids")
 
 
 @st.composite
-def batches(draw: Any, weights: tuple[float, ...] = (1.0,), longest: int = 6) -> Batch:
+def batches(draw: Any, weights: tuple[float, ...] = (1.0,), longest: int = 6, same: bool = False) -> Batch:
     """Lengths from 1, groups from one member, masked tokens with any junk in them, ratios up to 1e8 and down to 1e-8.
 
-    All numbers are exact in float32. Advantages are random and one per sequence; the rewards are not theirs.
+    All numbers are exact in float32. Advantages are random; in some sequences each token has its own, but with `same` in none.
+    The rewards are not theirs.
     """
     masks = st.sampled_from(["none", "none", "some", "all"])
     spreads = st.sampled_from([0.0, 2e-4, 0.3, 2.0, 18.0])
+    each = st.sampled_from([False, False, not same])
     sequences = draw(
-        st.lists(st.tuples(st.integers(1, longest), masks, spreads, st.integers(0, 3)), min_size=1, max_size=8)
+        st.lists(st.tuples(st.integers(1, longest), masks, spreads, each, st.integers(0, 3)), min_size=1, max_size=8)
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    parts = [_sequence(rng, length, mask, spread, weights) for length, mask, spread, _ in sequences]
+    parts = [_sequence(rng, *sequence[:4], weights) for sequence in sequences]
     columns = [torch.tensor(np.concatenate(c), dtype=torch.float32).double() for c in zip(*parts, strict=True)]
     return Batch(
         *columns,
@@ -86,19 +122,90 @@ def batches(draw: Any, weights: tuple[float, ...] = (1.0,), longest: int = 6) ->
     )
 
 
-def _sequence(rng: Any, length: int, mask: str, spread: float, weights: tuple[float, ...]) -> list[Any]:
+def _sequence(
+    rng: Any, length: int, mask: str, spread: float, each: bool, weights: tuple[float, ...]
+) -> list[np.ndarray]:
     own = {"none": np.ones(length, bool), "some": rng.random(length) < 0.6, "all": np.zeros(length, bool)}[mask]
     logprobs = -rng.exponential(2.0, length)
-    columns = [logprobs, logprobs - spread * rng.uniform(-1, 1, length), np.full(length, rng.normal())]
-    junk = [rng.choice(JUNK, length) for _ in columns]
-    columns = [np.where(own, values, other) for values, other in zip(columns, junk, strict=True)]
+    old = logprobs - spread * rng.uniform(-1, 1, length)
+    columns = [
+        logprobs,
+        old,
+        rng.normal(size=length) if each else np.full(length, rng.normal()),
+        old - rng.choice([0.0, 0.02, 0.5, 3.0]) * rng.uniform(-1, 1, length),
+        logprobs - rng.choice([0.0, 0.3, 2.0]) * rng.uniform(-1, 1, length),
+        rng.exponential(1.0, length),
+    ]
+    columns = [np.where(own, values, rng.choice(JUNK, length)) for values in columns]
     return [*columns, np.where(own, rng.choice(weights, length), 0.0)]
 
 
-def loss_of(spec: Algorithm, batch: Batch, totals: Totals | None = None) -> tuple[LossOutput, Tensor]:
+def arguments(spec: Algorithm, batch: Batch) -> dict[str, Tensor]:
+    """What this row needs beyond what every row needs."""
+    needed = {
+        "group_ids": spec.aggregation == "prompt_mean",
+        "engine_logprobs": spec.correction != "none" or spec.rejection != "none",
+        "ref_logprobs": spec.kl == "loss",
+        "entropies": bool(spec.entropy_coef),
+    }
+    return {name: getattr(batch, name) for name, needs in needed.items() if needs}
+
+
+def loss_of(spec: Algorithm, batch: Batch, coefficients: Tensor | None = None) -> tuple[LossOutput, Tensor]:
     """What sluice makes of a batch, and the gradient that every token's log-prob gets."""
-    logprobs = batch.logprobs.clone().requires_grad_()
-    output = policy_loss(spec, logprobs, *(getattr(batch, k) for k in COLUMNS[1:]), totals)
+    output, gradient, _ = loss_and_gradients(spec, batch, coefficients)
+    return output, gradient
+
+
+def loss_and_gradients(
+    spec: Algorithm, batch: Batch, coefficients: Tensor | None = None
+) -> tuple[LossOutput, Tensor, Tensor]:
+    """The same, and the gradient that every token's entropy gets."""
+    logprobs, entropies = (column.clone().requires_grad_() for column in (batch.logprobs, batch.entropies))
+    output = policy_loss(
+        spec,
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.loss_weights,
+        batch.sequence_ids,
+        coefficients=coefficients,
+        **arguments(spec, replace(batch, entropies=entropies)),
+    )
     output.loss.backward()
     assert logprobs.grad is not None
-    return replace(output, loss=output.loss.detach(), per_token=output.per_token.detach()), logprobs.grad
+    of_entropies = torch.zeros_like(batch.entropies) if entropies.grad is None else entropies.grad
+    output = replace(output, loss=output.loss.detach(), per_token=output.per_token.detach())
+    return output, logprobs.grad, of_entropies
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def in_ranks(size: int, work: Callable[[int, Reduce], Any]) -> list[Any]:
+    """`work(rank, reduce)` in a thread per rank, where `reduce` waits for all and gives each the sum, as an all-reduce does."""
+    barrier, slots, results = threading.Barrier(size, timeout=30), [torch.zeros(0)] * size, [None] * size
+
+    def rank(i: int) -> None:
+        def reduce(tensor: Tensor) -> Tensor:
+            slots[i] = tensor.clone()
+            barrier.wait()
+            total = torch.stack(slots).sum(0)
+            barrier.wait()
+            return total
+
+        try:
+            results[i] = work(i, reduce)
+        except BaseException as error:
+            results[i] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=rank, args=(i,)) for i in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    errors = [r for r in results if isinstance(r, BaseException)]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return results

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,17 @@ class Response:
 
     logprobs: list[Tensor]  # log π_θ(o_it | q, o_i<t), float64 leaves
     old_logprobs: list[float]  # log π_θold(o_it | q, o_i<t)
-    advantage: float  # Â_i, of all of its tokens
+    advantages: list[float]  # Â_it; most papers give all tokens of a response the same
+    weights: list[float]  # how much a token counts in the mean; 1 in every paper
+    group: int = 0  # which prompt it answers
+    engine_logprobs: list[float] = field(default_factory=list[float])  # log π_sampler
+    ref_logprobs: list[float] = field(default_factory=list[float])  # log π_ref
+    entropies: list[Tensor] = field(default_factory=list[Tensor])  # of the distribution that o_it was drawn from
+
+
+Term = Callable[[Response, int], Any]
+"""A token's part of J, before anything is averaged."""
+Aggregate = Callable[[Sequence[Response], Term], Any]
 
 
 def sg(x: Tensor) -> float:
@@ -37,106 +48,139 @@ def clip(x: Any, low: float, high: float) -> Any:
     return min(max(x, low), high)
 
 
+# ratios
+
+
 def token_ratio(o: Response, t: int) -> Tensor:
     return torch.exp(o.logprobs[t] - o.old_logprobs[t])
 
 
-def sequence_ratio(o: Response) -> Tensor:
-    """s_i of GSPO, arXiv 2507.18071, eq. 7: (π_θ(o_i) / π_θold(o_i)) to the power 1 / |o_i|."""
+def sequence_ratio(o: Response, t: int = 0) -> Tensor:
+    """s_i of GSPO, arXiv 2507.18071, eq. 7: (π_θ(o_i) / π_θold(o_i)) to the power 1 / |o_i|, for each token the same."""
     return torch.exp(mean([new - old for new, old in zip(o.logprobs, o.old_logprobs, strict=True)]))
 
 
-def surrogate(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
-    """PPO, arXiv 1707.06347, eq. 7."""
-    return min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
+# means
 
 
-def per_token(responses: Sequence[Response], term: Callable[[Response, int], Any]) -> list[list[Any]]:
-    return [[term(o, t) for t in range(len(o.logprobs))] for o in responses]
+def token_mean(responses: Sequence[Response], term: Term) -> Any:
+    """DAPO, arXiv 2503.14476, eq. 8: 1 / Σ|o_i| · Σ_i Σ_t; with weights, Σ w·L / Σ w."""
+    return sum(_sum(o, term) for o in responses) / sum(sum(o.weights) for o in responses)
 
 
-def token_mean(terms: list[list[Any]]) -> Any:
-    """1 / Σ|o_i| · Σ_i Σ_t"""
-    return sum(sum(row) for row in terms) / sum(len(row) for row in terms)
+def sequence_mean(responses: Sequence[Response], term: Term) -> Any:
+    """GRPO, arXiv 2402.03300, eq. 3: 1/G Σ_i 1/|o_i| Σ_t."""
+    return mean([token_mean([o], term) for o in responses])
 
 
-def grpo(responses: Sequence[Response]) -> Any:
-    """DeepSeekMath, arXiv 2402.03300, eq. 3, with ε = 0.2 and β = 0: 1/G Σ_i 1/|o_i| Σ_t."""
-    return mean([mean(row) for row in per_token(responses, _ppo(0.2, 0.2))])
+def prompt_mean(responses: Sequence[Response], term: Term) -> Any:
+    """DAPO, arXiv 2503.14476, eq. 8, whose expectation is over prompts: each group's own token mean, and the mean of those.
+
+    ScaleRL, arXiv 2510.13786, section 3.2, calls it prompt average.
+    """
+    groups = {o.group: [other for other in responses if other.group == o.group] for o in responses}
+    return mean([token_mean(group, term) for group in groups.values()])
 
 
-def dr_grpo(responses: Sequence[Response], max_tokens: float) -> Any:
-    """Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2: 1/G Σ_i Σ_t, over the constant of its listing 1."""
-    return mean([sum(row) / max_tokens for row in per_token(responses, _ppo(0.2, 0.2))])
+def constant(responses: Sequence[Response], term: Term, size: float) -> Any:
+    """Dr. GRPO, arXiv 2503.20783, section 3.2: 1/G Σ_i Σ_t, over the constant of its listing 1."""
+    return mean([_sum(o, term) / size for o in responses])
 
 
-def glm(responses: Sequence[Response]) -> Any:
-    """GLM-4.5, arXiv 2508.06471, section 3: centred advantages and no KL term, each token counting the same."""
-    return token_mean(per_token(responses, _ppo(0.2, 0.2)))
+def blend(responses: Sequence[Response], term: Term, share: float) -> Any:
+    """Between the first two: every token counts the same at share 1, every response at share 0."""
+    return share * token_mean(responses, term) + (1 - share) * sequence_mean(responses, term)
 
 
-def dapo(responses: Sequence[Response]) -> Any:
-    """DAPO, arXiv 2503.14476, eq. 8-10, with ε_low = 0.2 and ε_high = 0.28: 1 / Σ|o_i| · Σ_i Σ_t."""
-    return token_mean(per_token(responses, _ppo(0.2, 0.28)))
+def _sum(o: Response, term: Term) -> Any:
+    return sum(o.weights[t] * term(o, t) for t in range(len(o.logprobs)))
 
 
-def gspo(responses: Sequence[Response]) -> Any:
-    """GSPO, arXiv 2507.18071, eq. 5, with the bounds of its section 5.1: 1/G Σ_i min(s_i·Â_i, clip(s_i)·Â_i)."""
-    return mean([surrogate(sequence_ratio(o), o.advantage, 3e-4, 4e-4) for o in responses])
+# terms
 
 
-def reinforce(responses: Sequence[Response]) -> Any:
-    """Williams 1992, R·log π; 1 / Σ|o_i| outside."""
-    return token_mean(per_token(responses, lambda o, t: o.advantage * o.logprobs[t]))
+def reinforce(o: Response, t: int) -> Any:
+    """Williams 1992: R·log π."""
+    return o.advantages[t] * o.logprobs[t]
 
 
-def off_policy_reinforce(responses: Sequence[Response]) -> Any:
+def off_policy_reinforce(o: Response, t: int) -> Any:
     """MiniMax-M1, arXiv 2506.13585, eq. 3: sg(r_it)·Â·log π."""
-    return token_mean(per_token(responses, lambda o, t: sg(token_ratio(o, t)) * o.advantage * o.logprobs[t]))
+    return sg(token_ratio(o, t)) * o.advantages[t] * o.logprobs[t]
 
 
-def cispo(responses: Sequence[Response]) -> Any:
-    """MiniMax-M1, arXiv 2506.13585, eq. 4-5, with no lower bound and 1 + ε_high = 5: sg(clip(r_it))·Â·log π."""
-    return token_mean(
-        per_token(responses, lambda o, t: clip(sg(token_ratio(o, t)), 0, 5) * o.advantage * o.logprobs[t])
-    )
+def clipped_weight(o: Response, t: int, low: float, high: float, ratio: Callable[..., Tensor] = token_ratio) -> Any:
+    """CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4-5: sg(clip(r_it))·Â·log π."""
+    return clip(sg(ratio(o, t)), low, high) * o.advantages[t] * o.logprobs[t]
 
 
-def unified(responses: Sequence[Response]) -> Any:
+def surrogate(o: Response, t: int, low: float, high: float, ratio: Callable[..., Tensor] = token_ratio) -> Any:
+    """PPO, arXiv 1707.06347, eq. 7."""
+    r, advantage = ratio(o, t), o.advantages[t]
+    return min(r * advantage, clip(r, 1 - low, 1 + high) * advantage)
+
+
+def dual_clipped(o: Response, t: int, low: float, high: float, c: float) -> Any:
+    """Mastering Complex Control in MOBA Games, arXiv 1912.09729, eq. 5: where Â < 0, not below c·Â."""
+    value = surrogate(o, t, low, high)
+    return max(value, c * o.advantages[t]) if o.advantages[t] < 0 else value
+
+
+def unified(o: Response, t: int) -> Any:
     """MiniMax-M1, arXiv 2506.13585, eq. 6-7: CISPO's term times M_it, with ε = 0.2 in M."""
-
-    def term(o: Response, t: int) -> Any:
-        ratio = sg(token_ratio(o, t))
-        outside = (o.advantage > 0 and ratio > 1 + 0.2) or (o.advantage < 0 and ratio < 1 - 0.2)
-        m = 0 if outside else 1
-        return clip(ratio, 0, 5) * o.advantage * o.logprobs[t] * m
-
-    return token_mean(per_token(responses, term))
+    r, advantage = sg(token_ratio(o, t)), o.advantages[t]
+    outside = (advantage > 0 and r > 1 + 0.2) or (advantage < 0 and r < 1 - 0.2)
+    return (0 if outside else 1) * clipped_weight(o, t, 0, 5)
 
 
-def sequence_cispo(responses: Sequence[Response]) -> Any:
-    """CISPO with GSPO's ratio, and a floor of 0.5 under its weight."""
-    return token_mean(
-        per_token(responses, lambda o, t: clip(sg(sequence_ratio(o)), 0.5, 5) * o.advantage * o.logprobs[t])
-    )
+def soft_gated(o: Response, t: int, positive: float, negative: float) -> Any:
+    """SAPO, arXiv 2511.20347: f(r) = σ(τ·(r - 1))·4/τ, with a τ of its own for Â > 0.
+
+    At r = ∞ the gate is open and flat: σ = 1, and its slope falls faster than r rises.
+    """
+    r, advantage = token_ratio(o, t), o.advantages[t]
+    tau = positive if advantage > 0 else negative
+    gate = 1.0 if math.isinf(sg(r)) else 1 / (1 + torch.exp(-tau * (r - 1)))
+    return gate * 4 / tau * advantage
 
 
-def _ppo(low: float, high: float) -> Callable[[Response, int], Tensor]:
-    return lambda o, t: surrogate(token_ratio(o, t), o.advantage, low, high)
+def binary_tv(o: Response, t: int, low: float, high: float, cap: float) -> Any:
+    """DPPO, arXiv 2602.04879: the mask of its binary total variation |π_θ(o_it) - π_θold(o_it)|, on the side that Â pushes to.
+
+    Its ratio is cut at `cap`, and has no gradient of its own.
+    """
+    advantage = o.advantages[t]
+    moved = math.exp(sg(o.logprobs[t])) - math.exp(o.old_logprobs[t])
+    outside = (advantage > 0 and moved > high) or (advantage < 0 and moved < -low)
+    return (0 if outside else 1) * clipped_weight(o, t, 0, cap)
 
 
-def z_scores(rewards: Sequence[float], eps: float) -> list[float]:
-    """GRPO, arXiv 2402.03300, section 4.1.2: (r_i - mean) / std, of a sample: over n - 1. No spread, no advantage."""
-    centred = centre(rewards)
-    if not any(centred):
-        return centred
-    std = math.sqrt(math.fsum(c * c for c in centred) / (len(rewards) - 1))
-    return [c / (std + eps) for c in centred]
+# rows
 
+PPO = partial(surrogate, low=0.2, high=0.2)
 
-def centre(rewards: Sequence[float]) -> list[float]:
-    """Dr. GRPO, arXiv 2503.20783, section 3.2: r_i - mean."""
-    if all(r == rewards[0] for r in rewards):
-        return [0.0] * len(rewards)
-    average = math.fsum(rewards) / len(rewards)
-    return [r - average for r in rewards]
+ROWS: dict[str, tuple[Term, Aggregate]] = {
+    # MiniMax-M1, arXiv 2506.13585, eq. 4, with no lower bound and 1 + ε_high = 5
+    "cispo": (partial(clipped_weight, low=0, high=5), token_mean),
+    # DeepSeekMath, arXiv 2402.03300, eq. 3, with ε = 0.2 and β = 0
+    "grpo": (PPO, sequence_mean),
+    # Understanding R1-Zero-Like Training, arXiv 2503.20783, section 3.2
+    "dr_grpo": (PPO, partial(constant, size=48.0)),
+    # GLM-4.5, arXiv 2508.06471, section 3: centred advantages and no KL term, each token counting the same
+    "glm": (PPO, token_mean),
+    # DAPO, arXiv 2503.14476, eq. 8-10, with ε_low = 0.2 and ε_high = 0.28
+    "dapo": (partial(surrogate, low=0.2, high=0.28), token_mean),
+    # GSPO, arXiv 2507.18071, eq. 5, with the bounds of its section 5.1
+    "gspo": (partial(surrogate, low=3e-4, high=4e-4, ratio=sequence_ratio), sequence_mean),
+    "reinforce": (reinforce, token_mean),
+    # Back to Basics, arXiv 2402.14740, eq. 7: 1/k Σ_i A_i·∇log π(o_i), log π(o_i) being the sum over its tokens
+    "rloo": (reinforce, partial(constant, size=1.0)),
+    # REINFORCE++, arXiv 2501.03262: PPO's surrogate on advantages whitened over the batch
+    "reinforce_pp": (PPO, token_mean),
+    "reinforce_pp_baseline": (PPO, token_mean),
+    "ppo": (partial(dual_clipped, low=0.2, high=0.2, c=3.0), token_mean),
+    "unified": (unified, token_mean),
+    # SAPO, arXiv 2511.20347, with the temperatures of its experiments
+    "sapo": (partial(soft_gated, positive=1.0, negative=1.05), sequence_mean),
+    "dppo": (partial(binary_tv, low=0.15, high=0.15, cap=20), token_mean),
+}

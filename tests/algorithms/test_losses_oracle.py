@@ -3,71 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import oracle
+import oracle_advantages as adv
 import pytest
 import torch
-from batches import Batch, batches, loss_of, modest
+from agreement import TOLERANCES, compare
+from batches import WEIGHTS, Batch, batches, loss_of, modest, row
 from hypothesis import given
 
-from sluice.algorithms import ALGORITHMS, Algorithm, compute_advantages, resolve
+from sluice.algorithms import ALGORITHMS, Algorithm, compute_advantages
 
-MAX_TOKENS = 48
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+TOKEN_CISPO = partial(oracle.clipped_weight, low=0, high=5)
+SEQUENCE_CISPO = partial(oracle.clipped_weight, low=0.5, high=5, ratio=oracle.sequence_ratio)
 
-ORACLES: dict[str, tuple[str, dict[str, Any], Callable[..., Any]]] = {
-    "cispo": ("cispo", {}, oracle.cispo),
-    "grpo": ("grpo", {}, oracle.grpo),
-    "dr_grpo": ("dr_grpo", {}, partial(oracle.dr_grpo, max_tokens=MAX_TOKENS)),
-    "glm": ("glm", {}, oracle.glm),
-    "dapo": ("dapo", {}, oracle.dapo),
-    "gspo": ("gspo", {}, oracle.gspo),
-    "reinforce": ("reinforce", {}, oracle.reinforce),
-    "unified": ("cispo", {"mask": "trust_region"}, oracle.unified),
-    "off_policy_reinforce": ("reinforce", {"ratio": "token"}, oracle.off_policy_reinforce),
-    "sequence_cispo": ("cispo", {"ratio": "sequence", "ratio_min": 0.5}, oracle.sequence_cispo),
+ORACLES: dict[str, tuple[str, dict[str, Any], oracle.Term, oracle.Aggregate]] = {
+    name: (name, {}, term, aggregate) for name, (term, aggregate) in oracle.ROWS.items()
+} | {
+    "off_policy_reinforce": ("reinforce", {"ratio": "token"}, oracle.off_policy_reinforce, oracle.token_mean),
+    "masked_cispo": ("cispo", {"mask": "trust_region"}, oracle.unified, oracle.token_mean),
+    # GSPO's ratio under CISPO's weight, with a floor under it
+    "sequence_cispo": ("cispo", {"ratio": "sequence", "ratio_min": 0.5}, SEQUENCE_CISPO, oracle.token_mean),
+    "cispo_prompt_mean": ("cispo", {"aggregation": "prompt_mean"}, TOKEN_CISPO, oracle.prompt_mean),
+    "cispo_blend": (
+        "cispo",
+        {"aggregation": "blend", "token_share": 0.3},
+        TOKEN_CISPO,
+        partial(oracle.blend, share=0.3),
+    ),
+    "grpo_dual_clip": (
+        "grpo",
+        {"dual_clip": 1.5},
+        partial(oracle.dual_clipped, low=0.2, high=0.2, c=1.5),
+        oracle.sequence_mean,
+    ),
 }
-SURROGATES = ("grpo", "dr_grpo", "glm", "dapo", "gspo")
+SURROGATES = ("grpo", "dr_grpo", "glm", "dapo", "gspo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
+DUAL = ("ppo", "grpo_dual_clip")
+NO_RATIO = ("reinforce", "rloo")
+BOUNDED = [label for label in ORACLES if label not in ("off_policy_reinforce",)]
 
 
 def spec_of(label: str) -> Algorithm:
-    name, words, _ = ORACLES[label]
-    return resolve(name, words, max_new_tokens=MAX_TOKENS, group_size=4)
+    name, words, *_ = ORACLES[label]
+    return row(name, **words)
 
 
-def compare(label: str, batch: Batch, dtype: torch.dtype) -> None:
-    """Loss and gradient against the oracle's."""
-    responses, leaves = batch.responses([float(batch.advantages[t]) for t in first_own_tokens(batch)])
-    objective = ORACLES[label][2](responses) if responses else 0.0
-    expected = -torch.as_tensor(objective, dtype=torch.float64)  # with every token clipped it is a constant
-    gradient = torch.zeros(len(leaves), dtype=torch.float64)
-    if expected.requires_grad:
-        found = torch.autograd.grad(expected, leaves, allow_unused=True)
-        gradient = torch.stack([torch.zeros((), dtype=torch.float64) if g is None else g for g in found])
-    output, actual = loss_of(spec_of(label), batch.to(dtype))
-    tolerance = TOLERANCES[dtype]
-    assert output.loss.dtype == dtype
-    assert float(output.loss) == pytest.approx(oracle.sg(expected), rel=tolerance, abs=tolerance)
-    scale = float(gradient.abs().max())
-    torch.testing.assert_close(actual.double(), gradient, rtol=tolerance, atol=tolerance * scale)
-
-
-def first_own_tokens(batch: Batch) -> list[int]:
-    """Per sequence a token that bears its advantage; of a sequence without one, any."""
-    firsts = []
-    for i in range(int(batch.sequence_ids.max()) + 1):
-        tokens = batch.sequence(i)
-        own = tokens[batch.loss_weights[tokens] != 0]
-        firsts.append(int(own[0]) if len(own) else int(tokens[0]))
-    return firsts
+def objective(label: str) -> Any:
+    *_, term, aggregate = ORACLES[label]
+    return lambda responses: aggregate(responses, term)
 
 
 def test_every_row_has_an_oracle():
-    assert set(ALGORITHMS) <= set(ORACLES)
+    assert set(ALGORITHMS) == set(oracle.ROWS)
+    assert set(ALGORITHMS) == set(BASELINES)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -75,30 +67,57 @@ def test_every_row_has_an_oracle():
 @modest
 @given(batch=batches())
 def test_loss_and_gradient_are_the_papers(label: str, dtype: torch.dtype, batch: Batch):
-    compare(label, batch, dtype)
+    compare(spec_of(label), objective(label), batch, dtype)
+
+
+@pytest.mark.parametrize("label", ORACLES)
+@modest
+@given(batch=batches(WEIGHTS))
+def test_loss_weights_weigh_the_papers_means(label: str, batch: Batch):
+    compare(spec_of(label), objective(label), batch, torch.float64)
+
+
+BASELINES: dict[str, adv.Baseline | None] = {
+    "cispo": adv.z_scores,
+    "grpo": adv.z_scores,
+    "dr_grpo": adv.centre,
+    "glm": adv.centre,
+    "dapo": adv.z_scores,
+    "gspo": adv.z_scores,
+    "reinforce": adv.raw,
+    "rloo": adv.leave_one_out,
+    "reinforce_pp": adv.raw,
+    "reinforce_pp_baseline": adv.centre,
+    "ppo": None,  # GAE, which is along the tokens
+    "unified": adv.z_scores,
+    "sapo": adv.z_scores,
+    "dppo": adv.z_scores,
+}
+WHITENED = ("reinforce_pp", "reinforce_pp_baseline")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("label", ORACLES)
+@pytest.mark.parametrize("label", [name for name, baseline in BASELINES.items() if baseline])
 @modest
 @given(batch=batches())
 def test_advantages_are_the_papers(label: str, dtype: torch.dtype, batch: Batch):
     """With the eps of the row, given here by hand: 1e-6 outside the square root."""
-    raw = label in ("reinforce", "off_policy_reinforce")
-    by_group: dict[int, list[int]] = {}
-    for i, group in enumerate(batch.groups.tolist()):
-        by_group.setdefault(group, []).append(i)
-    expected = [math.nan] * len(batch.rewards)
-    for members in by_group.values():
-        rewards = [float(batch.rewards[i]) for i in members]
-        values = oracle.centre(rewards) if label in ("dr_grpo", "glm") else oracle.z_scores(rewards, 1e-6)
-        for i, value in zip(members, rewards if raw else values, strict=True):
-            expected[i] = value
-    actual = compute_advantages(batch.rewards.to(dtype), batch.groups, spec_of(label))
+    rewards = batch.rewards.tolist()
+    expected = adv.by_group(BASELINES[label], rewards, batch.groups.tolist())
+    # every sequence has a token, so that whitening has something to count; 1 + its index makes all counts differ
+    counts = [1 + i for i in range(len(rewards))]
+    if label in WHITENED and sum(counts) > 1:
+        expected = adv.whiten(expected, counts)
+    elif label in WHITENED:
+        expected = [0.0]
+    actual = compute_advantages(batch.rewards.to(dtype), batch.groups, spec_of(label), torch.tensor(counts))
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(
         actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance
     )
+
+
+# where a ratio leaves the range of floats
 
 
 def one_token(log_ratio: float, advantage: float) -> Batch:
@@ -108,6 +127,9 @@ def one_token(log_ratio: float, advantage: float) -> Batch:
         logprobs=column([-0.5, -1.0, -2.0, -3.0]),
         old_logprobs=column([-0.5 - log_ratio, -1.1, -2.0, -2.9]),
         advantages=column([advantage, 0.5, 0.5, 0.5]),
+        engine_logprobs=column([-0.5 - log_ratio, -1.0, -2.1, -2.9]),
+        ref_logprobs=column([-0.5, -1.2, -2.0, -2.5]),
+        entropies=torch.ones(4, dtype=torch.float64),
         loss_weights=torch.ones(4, dtype=torch.float64),
         sequence_ids=torch.tensor([0, 1, 1, 1]),
         rewards=column([0, 0]),
@@ -115,14 +137,33 @@ def one_token(log_ratio: float, advantage: float) -> Batch:
     )
 
 
+LARGE = pytest.mark.parametrize("log_ratio", [math.log(1e8), 95.0, 1000.0], ids=["1e8", "over_float32", "over_float64"])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("log_ratio", [math.log(1e8), 95.0, 1000.0], ids=["1e8", "over_float32", "over_float64"])
-@pytest.mark.parametrize("label", [*SURROGATES, "cispo", "unified", "sequence_cispo", "reinforce"])
+@LARGE
+@pytest.mark.parametrize("label", BOUNDED)
 def test_a_clipped_token_stays_finite_however_large_its_ratio(label: str, log_ratio: float, dtype: torch.dtype):
     """exp(1000) is inf, and 0 · inf would be nan in the value or in the gradient of a token that the clip holds constant."""
     for log, advantage in ((log_ratio, 1.5), (-log_ratio, -1.5), (-log_ratio, 1.5)):
-        compare(label, one_token(log, advantage), dtype)
-        assert math.isfinite(float(loss_of(spec_of(label), one_token(log, advantage).to(dtype))[0].loss))
+        batch = physical(one_token(log, advantage)) if label == "dppo" else one_token(log, advantage)
+        compare(spec_of(label), objective(label), batch, dtype)
+        assert math.isfinite(float(loss_of(spec_of(label), batch.to(dtype))[0].loss))
+
+
+def physical(batch: Batch) -> Batch:
+    """With the same ratios and no log-prob above 0, since a difference of probabilities speaks of probabilities."""
+    excess = torch.stack([batch.logprobs, batch.old_logprobs]).amax(0).clamp(min=0)
+    return replace(batch, logprobs=batch.logprobs - excess, old_logprobs=batch.old_logprobs - excess)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@LARGE
+@pytest.mark.parametrize("label", [label for label in BOUNDED if label not in SURROGATES or label in DUAL])
+def test_a_bad_token_stays_finite_where_its_side_is_bounded(label: str, log_ratio: float, dtype: torch.dtype):
+    """A negative advantage at a huge ratio, which PPO's clip alone would let through."""
+    compare(spec_of(label), objective(label), one_token(log_ratio, -1.5), dtype)
+    assert math.isfinite(float(loss_of(spec_of(label), one_token(log_ratio, -1.5).to(dtype))[0].loss))
 
 
 @pytest.mark.parametrize("label", SURROGATES)
@@ -133,7 +174,7 @@ def test_a_clipped_token_has_exactly_no_gradient(label: str):
         assert output.clipped.tolist()[0] is True
 
 
-@pytest.mark.parametrize("label", SURROGATES)
+@pytest.mark.parametrize("label", [label for label in SURROGATES if label not in DUAL])
 def test_the_unclipped_side_is_not_made_finite(label: str):
     """A negative advantage at an infinite ratio is an infinite loss, which the trainer refuses; a cap would hide it."""
     output, _ = loss_of(spec_of(label), one_token(1000.0, -1.5))
@@ -141,7 +182,15 @@ def test_the_unclipped_side_is_not_made_finite(label: str):
     assert output.clipped.tolist()[0] is False
 
 
-@pytest.mark.parametrize("label", [label for label in ORACLES if label != "reinforce"])
+@pytest.mark.parametrize("label", DUAL)
+def test_the_dual_clip_bounds_the_other_side(label: str):
+    output, gradient = loss_of(spec_of(label), one_token(1000.0, -1.5))
+    assert float(output.per_token[0]) == pytest.approx(1.5 * spec_of(label).dual_clip)
+    assert float(gradient[0]) == 0.0
+    assert output.clipped.tolist()[0] is True
+
+
+@pytest.mark.parametrize("label", [label for label in ORACLES if label not in NO_RATIO])
 @pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
 def test_a_token_without_advantage_adds_nothing_whatever_its_ratio(label: str, log_ratio: float):
     """0 · r is 0 for every finite r, so also where r left the float range."""
