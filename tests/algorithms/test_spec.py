@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from sluice.algorithms import ALGORITHMS, Algorithm, explain, resolve
-from sluice.config import AlgorithmName, AlgorithmSection
+from sluice.configtraining import AlgorithmName, AlgorithmSection
 from sluice.errors import ConfigError
 
 
@@ -19,32 +19,68 @@ def resolved(name: str, group_size: int = 8, **words: Any) -> Algorithm:
 
 
 PPO = {"clip_low": 0.2, "clip_high": 0.2}
-WORDS = ("advantage", "ratio", "clip", "aggregation", "mask")
-BOUNDS = ("std_eps", "clip_low", "clip_high", "ratio_min", "ratio_max", "loss_constant")
-PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    "cispo": (("z_score", "token", "weight", "token_mean", "none"), {"std_eps": 1e-6, "ratio_max": 5.0}),
-    "grpo": (("z_score", "token", "surrogate", "sequence_mean", "none"), {"std_eps": 1e-6, **PPO}),
-    "dr_grpo": (("centred", "token", "surrogate", "constant", "none"), {**PPO, "loss_constant": 48.0}),
-    "glm": (("centred", "token", "surrogate", "token_mean", "none"), PPO),
+Z_SCORE = {"std_eps": 1e-6, "std_ddof": 1}
+WHITEN = {"normalise": "whiten", "std_ddof": 1}
+WORDS = ("advantage", "ratio", "clip", "aggregation")
+# What a row has where its paper says nothing.
+PLAIN = {"mask": "none", "normalise": "none", "credit": "trajectory", "correction": "none", "rejection": "none"}
+PLAIN |= {"kl_coef": 0.0, "entropy_coef": 0.0, "dynamic_sampling": False}
+PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "cispo": (("z_score", "token", "weight", "token_mean"), {**Z_SCORE, "ratio_max": 5.0}),
+    "grpo": (("z_score", "token", "surrogate", "sequence_mean"), {**Z_SCORE, **PPO}),
+    "dr_grpo": (("centred", "token", "surrogate", "constant"), {**PPO, "loss_constant": 48.0}),
+    "glm": (("centred", "token", "surrogate", "token_mean"), PPO),
     "dapo": (
-        ("z_score", "token", "surrogate", "token_mean", "none"),
-        {"std_eps": 1e-6, "clip_low": 0.2, "clip_high": 0.28},
+        ("z_score", "token", "surrogate", "token_mean"),
+        {**Z_SCORE, "clip_low": 0.2, "clip_high": 0.28, "dynamic_sampling": True},
     ),
     "gspo": (
-        ("z_score", "sequence", "surrogate", "sequence_mean", "none"),
-        {"std_eps": 1e-6, "clip_low": 3e-4, "clip_high": 4e-4},
+        ("z_score", "sequence", "surrogate", "sequence_mean"),
+        {**Z_SCORE, "clip_low": 3e-4, "clip_high": 4e-4},
     ),
-    "reinforce": (("raw", "none", "none", "token_mean", "none"), {}),
+    "unified": (
+        ("z_score", "token", "weight", "token_mean"),
+        {**Z_SCORE, **PPO, "ratio_max": 5.0, "mask": "trust_region"},
+    ),
+    "sapo": (
+        ("z_score", "token", "soft_gate", "sequence_mean"),
+        {**Z_SCORE, "gate_positive": 1.0, "gate_negative": 1.05},
+    ),
+    "dppo": (
+        ("z_score", "token", "weight", "token_mean"),
+        {**Z_SCORE, "ratio_max": 20.0, "mask": "tv", "tv_low": 0.15, "tv_high": 0.15},
+    ),
+    "reinforce": (("raw", "none", "none", "token_mean"), {}),
+    "rloo": (("leave_one_out", "none", "none", "constant"), {"loss_constant": 1.0}),
+    "reinforce_pp": (("raw", "token", "surrogate", "token_mean"), {**PPO, **WHITEN}),
+    "reinforce_pp_baseline": (("centred", "token", "surrogate", "token_mean"), {**PPO, **WHITEN}),
+    "ppo": (
+        ("gae", "token", "surrogate", "token_mean"),
+        {**PPO, **WHITEN, "dual_clip": 3.0, "gamma": 1.0, "gae_lambda": 1.0},
+    ),
+}
+# Where the KL goes and how it is estimated, once it has a weight.
+KL = {
+    "rloo": ("reward", "k1"),
+    "reinforce_pp": ("reward", "k1"),
+    "ppo": ("reward", "k1"),
+    "reinforce_pp_baseline": ("loss", "k2"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rows_are_as_published(name: str):
-    row, (words, bounds) = resolved(name), PUBLISHED[name]
-    assert row.name == name
-    assert tuple(getattr(row, word) for word in WORDS) == words
-    assert {bound: getattr(row, bound) for bound in BOUNDS} == {bound: bounds.get(bound) for bound in BOUNDS}
-    assert row.dynamic_sampling is (name == "dapo")
+    row, (words, rest) = resolved(name), PUBLISHED[name]
+    expected = dict.fromkeys(field.name for field in fields(Algorithm)) | PLAIN | dict(zip(WORDS, words)) | rest
+    assert {word: getattr(row, word) for word in expected} == expected | {"name": name}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_kl_is_where_the_paper_has_it(name: str):
+    row = resolved(name, kl_coef=0.1)
+    assert (row.kl, row.kl_estimator) == KL.get(name, ("loss", "k3"))
+    moved = resolved(name, kl_coef=0.1, kl="loss", kl_estimator="k3_st")
+    assert (moved.kl, moved.kl_estimator) == ("loss", "k3_st")
 
 
 def test_config_and_table_name_the_same_things():
@@ -53,7 +89,6 @@ def test_config_and_table_name_the_same_things():
     assert all(name == row.name for name, row in ALGORITHMS.items())
     words = {field.name for field in fields(Algorithm)}
     assert set(AlgorithmSection.model_fields) - {"old_logprobs"} == words
-    assert set(WORDS) | set(BOUNDS) | {"name", "dynamic_sampling"} == words
 
 
 def test_overrides_of_the_config_are_those_that_were_set():
@@ -62,10 +97,20 @@ def test_overrides_of_the_config_are_those_that_were_set():
     assert section.overrides() == {"clip_high": 0.3, "dynamic_sampling": False}
 
 
-@pytest.mark.parametrize("key", ["clip", "mask", "ratio", "advantage", "aggregation"])
+CHOICES = ("advantage", "normalise", "credit", "ratio", "clip", "mask", "aggregation", "correction", "rejection")
+
+
+@pytest.mark.parametrize("key", [*CHOICES, "kl", "kl_estimator", "correction_level"])
 def test_config_offers_every_value_of_a_word(key: str):
-    of_config, _none = get_args(AlgorithmSection.model_fields[key].annotation)
-    assert get_args(of_config) == get_args(get_type_hints(Algorithm)[key])
+    offered = values(AlgorithmSection.model_fields[key].annotation)
+    assert offered == values(get_type_hints(Algorithm)[key])
+    assert len(offered) > 1
+
+
+def values(annotation: Any) -> list[str]:
+    """Of a Literal, which may be optional."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return [value for part in parts for value in get_args(part) or (part,)]
 
 
 # changing a word
@@ -105,8 +150,64 @@ def test_resolving_leaves_the_table_alone():
 @pytest.mark.parametrize(
     ("name", "words", "reason"),
     [
-        ("ppo", {}, "algorithm.name='ppo' is not a row; the rows are cispo, grpo, dr_grpo, glm, dapo, gspo, reinforce"),
-        ("glm", {"std_eps": 1e-6}, "algorithm.std_eps=1e-06 has no effect: only advantage: z_score uses it"),
+        (
+            "ppo2",
+            {},
+            "algorithm.name='ppo2' is not a row; the rows are cispo, grpo, dr_grpo, glm, dapo, gspo, unified, sapo",
+        ),
+        ("glm", {"std_eps": 1e-6}, "std_eps=1e-06 has no effect: only advantage: z_score or normalise: batch_std uses"),
+        ("glm", {"std_ddof": 0}, "algorithm.std_ddof=0 has no effect: only advantage: z_score or normalise uses it"),
+        ("glm", {"gamma": 0.9}, "algorithm.gamma=0.9 has no effect: only advantage: gae or credit: turn uses it"),
+        ("glm", {"gae_lambda": 0.9}, "algorithm.gae_lambda=0.9 has no effect: only advantage: gae uses it"),
+        ("cispo", {"dual_clip": 2.0}, "algorithm.dual_clip=2.0 has no effect: only clip: surrogate uses it"),
+        ("glm", {"gate_positive": 1.0}, "algorithm.gate_positive=1.0 has no effect: only clip: soft_gate uses it"),
+        ("glm", {"tv_low": 0.1}, "algorithm.tv_low=0.1 has no effect: only mask: tv uses it"),
+        ("glm", {"token_share": 0.5}, "algorithm.token_share=0.5 has no effect: only aggregation: blend uses it"),
+        ("glm", {"kl": "loss"}, "algorithm.kl=loss has no effect: only kl_coef above 0 uses it"),
+        (
+            "glm",
+            {"kl_estimator": "k1", "kl_coef": 0.0},
+            "algorithm.kl_estimator=k1 has no effect: only kl_coef above 0",
+        ),
+        (
+            "glm",
+            {"correction_max": 2.0},
+            "correction_max=2.0 has no effect: only correction: tis, mis or icepop uses it",
+        ),
+        (
+            "glm",
+            {"correction": "tis", "correction_min": 0.5},
+            "correction_min=0.5 has no effect: only correction: mis or icepop uses it",
+        ),
+        (
+            "glm",
+            {"rejection_min": 0.5},
+            "rejection_min=0.5 has no effect: only rejection: sequence or geometric uses it",
+        ),
+        ("grpo", {"dual_clip": 1.0}, "algorithm.dual_clip=1.0 bounds the ratio itself where the advantage is negative"),
+        ("reinforce", {"clip": "soft_gate"}, "ratio none leaves clip: soft_gate nothing to bound; set clip: none, or"),
+        ("reinforce", {"mask": "tv"}, "ratio none leaves mask: tv nothing to look at; set mask: none, or ratio: token"),
+        (
+            "grpo",
+            {"correction": "icepop", "correction_min": 3.0, "correction_max": 2.0},
+            "algorithm.correction_min=3.0 must be below algorithm.correction_max=2.0",
+        ),
+        (
+            "grpo",
+            {"rejection": "sequence", "rejection_min": 3.0, "rejection_max": 2.5},
+            "algorithm.rejection_min=3.0 must be below algorithm.rejection_max=2.5",
+        ),
+        ("ppo", {"normalise": "batch_std"}, "batch_std divides one number per response, and advantage gae has one per"),
+        (
+            "ppo",
+            {"credit": "turn"},
+            "advantage gae already gives each token the rewards of its turn and the later ones",
+        ),
+        (
+            "ppo",
+            {"kl_coef": 0.1, "kl_estimator": "k1_st"},
+            "kl_estimator k1_st differs from k1 by its gradient only, and kl: reward takes none",
+        ),
         (
             "cispo",
             {"clip_low": 0.2},
@@ -159,22 +260,23 @@ def test_a_refusal_says_what_the_row_is():
         resolved("grpo", ratio_max=5.0)
 
 
-@pytest.mark.parametrize("name", ["cispo", "grpo", "dr_grpo", "glm", "gspo"])
+@pytest.mark.parametrize("name", [name for name, (words, _) in PUBLISHED.items() if words[0] not in ("raw", "gae")])
 def test_a_group_of_one_has_nothing_to_compare(name: str):
     with pytest.raises(
         ConfigError, match=r"rollout\.group_size=1 leaves nothing to compare.*raise rollout\.group_size"
     ):
         resolved(name, group_size=1)
     assert resolved(name, group_size=2)
-    assert resolved(name, group_size=1, advantage="raw").advantage == "raw"
+    assert resolved(name, group_size=1, advantage="raw", dynamic_sampling=False).advantage == "raw"
 
 
 # the explanation
 
+Z_SCORE_LINE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
 TOKEN = "r_t = exp(logπ_t - logπ_old_t), one per token"
+WHITENED = "(A - μ) / sqrt(σ² + 1e-8), over all loss tokens of the batch, ddof 1"
 OVER_TOKENS = "mean over all loss tokens of the update"
 OVER_SEQUENCES = "mean over sequences of the mean over each one's loss tokens"
-Z_SCORE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +286,7 @@ Z_SCORE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
             "cispo",
             [
                 OVER_TOKENS,
-                Z_SCORE,
+                Z_SCORE_LINE,
                 TOKEN,
                 "stop_gradient(clip(r, 0, 5))·A·logπ_t",
                 "ratio in [0, 5]; a clipped token keeps",
@@ -194,7 +296,7 @@ Z_SCORE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
             "grpo",
             [
                 OVER_SEQUENCES,
-                Z_SCORE,
+                Z_SCORE_LINE,
                 TOKEN,
                 "min(r·A, clip(r, 0.8, 1.2)·A)",
                 "no gradient above [0.8, 1.2] when A > 0",
@@ -205,22 +307,36 @@ Z_SCORE = "A = (R - mean of the group) / (std of the group, ddof 1, + 1e-06)"
             ["1 / (sequences × 48) times the sum over all loss tokens", "A = R - mean of the group", "[0.8, 1.2]"],
         ),
         ("glm", [OVER_TOKENS, "A = R - mean of the group", "[0.8, 1.2]"]),
-        ("dapo", [OVER_TOKENS, Z_SCORE, "[0.8, 1.28]", "groups whose rewards are all equal are rejected and replaced"]),
-        ("gspo", [OVER_SEQUENCES, Z_SCORE, "[0.9997, 1.0004]", "one per sequence, shared by its tokens"]),
+        (
+            "dapo",
+            [OVER_TOKENS, Z_SCORE_LINE, "[0.8, 1.28]", "groups whose rewards are all equal are rejected and replaced"],
+        ),
+        ("gspo", [OVER_SEQUENCES, Z_SCORE_LINE, "[0.9997, 1.0004]", "one per sequence, shared by its tokens"]),
         ("reinforce", [OVER_TOKENS, "A = R\n", "of A·logπ_t; the loss is -J", "on-policy", "bounds     none"]),
+        ("rloo", ["1 / (sequences × 1) times the sum", "A = R - mean of the others of the group", "on-policy"]),
+        ("reinforce_pp", [OVER_TOKENS, "A = R\n", WHITENED, "[0.8, 1.2]"]),
+        ("reinforce_pp_baseline", [OVER_TOKENS, "A = R - mean of the group\n", WHITENED, "[0.8, 1.2]"]),
+        ("ppo", [OVER_TOKENS, "Σ_k (γλ)^k·(r_t+k + γ·V_t+k+1 - V_t+k), γ = 1, λ = 1", WHITENED, "max(that, 3·A)"]),
+        ("unified", [OVER_TOKENS, Z_SCORE_LINE, "ratio in [0, 5]", "M_t = 0 above [0.8, 1.2] when A > 0"]),
+        ("sapo", [OVER_SEQUENCES, Z_SCORE_LINE, "4/τ·σ(τ·(r - 1))·A", "τ = 1 when A > 0, else 1.05"]),
+        ("dppo", [OVER_TOKENS, Z_SCORE_LINE, "ratio in [0, 20]", "M_t = 0 when A > 0 and π_t - π_old_t > 0.15"]),
     ],
 )
 def test_explain_gives_formula_bounds_and_denominators(name: str, lines: list[str]):
     """Bounds as intervals of the ratio itself, whatever form the setting has (A2)."""
-    text = explain(resolved(name), "engine")
+    text = unwrapped(explain(resolved(name), "engine"))
     for line in lines:
         assert line in text
     assert ("rejected" in text) is (name == "dapo")
-    assert ("π_old" in text) is (name != "reinforce")
+    assert ("π_old" in text) is (name not in ("reinforce", "rloo"))
+
+
+def unwrapped(text: str) -> str:
+    return text.replace("\n" + 13 * " ", " ")
 
 
 def test_explain_follows_the_words():
-    text = explain(resolved("cispo", mask="trust_region", clip_high=0.3, ratio_min=0.5), "recomputed")
+    text = unwrapped(explain(resolved("cispo", mask="trust_region", clip_high=0.3, ratio_min=0.5), "recomputed"))
     assert "stop_gradient(clip(r, 0.5, 5))·A·logπ_t·M_t" in text
     assert "ratio in [0.5, 5]" in text
     assert "M_t = 0 above [0.8, 1.3] when A > 0 and below it when A < 0, else 1" in text
@@ -228,6 +344,22 @@ def test_explain_follows_the_words():
     assert "the engine's log-probs" in explain(resolved("cispo"), "engine")
     assert "of stop_gradient(r)·A·logπ_t; the loss" in explain(resolved("reinforce", ratio="token"), "engine")
     assert "+ 0.01)" in explain(resolved("grpo", std_eps=0.01), "engine")
+
+
+def test_explain_gives_the_parts_beside_the_policys_own_term():
+    words = {"correction": "icepop", "rejection": "geometric", "kl_coef": 0.1, "entropy_coef": 0.01}
+    words |= {"aggregation": "blend", "credit": "turn", "gamma": 0.9, "normalise": "batch_std"}
+    text = unwrapped(explain(resolved("cispo", **words), "recomputed"))
+    for line in (
+        "J = 0.5 × the mean over all loss tokens of the update + 0.5 × the mean over sequences",
+        "w_t·stop_gradient(clip(r, 0, 5))·A·logπ_t - 0.1·KL_t + 0.01·entropy_t; the loss is -J",
+        "R_k = Σ_j≥k γ^(j-k)·(reward of turn j), γ = 0.9",
+        "then divided by the std of all A of the batch (ddof 1, + 1e-06)",
+        "0 outside of [0.5, 5] (icepop); 0 for a response whose geometric mean of ρ lies outside of [0.99, 1.01]",
+        "k3: exp(-d) - 1 + d, d = logπ_t - logπ_ref_t",
+    ):
+        assert line in text
+    assert "Each token's reward loses 0.1·KL_t" in explain(resolved("ppo", kl_coef=0.1), "engine")
 
 
 def test_the_table_needs_no_torch():
@@ -254,6 +386,7 @@ def test_public_names():
     [
         ("cispo", {"ratio_max": 0.28}, "bounds the ratio itself.* set ratio_max=1.28"),
         ("reinforce", {"dynamic_sampling": True}, "with advantage raw they are not"),
+        ("ppo", {"dynamic_sampling": True}, "with advantage gae they are not"),
     ],
 )
 def test_words_that_would_clip_everything_or_reject_for_nothing(name: str, words: dict, message: str) -> None:
