@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test proof bench lint docs
+.PHONY: setup demo test proof parity bench lint docs
 
 setup: .venv/.ready
 
@@ -20,6 +20,16 @@ test: setup browser
 # Heavier proofs, minutes each.
 proof: setup browser
 	$(BIN)/python -m pytest -m proof --timeout 1800
+
+# Against published implementations, in an environment of their own: they want other versions of what sluice wants.
+parity: .venv-parity/.ready
+	.venv-parity/bin/python -m pytest tests/parity
+
+.venv-parity/.ready: pyproject.toml constraints.txt tests/parity/requirements.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/parity/requirements.txt
+	touch $@
 
 # What tests need from outside Python. Installed where that is possible, else the tests that need it say so and skip.
 .PHONY: browser
