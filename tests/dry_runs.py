@@ -87,7 +87,7 @@ class TimedTrainer(DryTrainer):
         super().__init__()
         self._max_delay_s, self._random = max_delay_s, random.Random(seed)
 
-    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any]) -> Any:
+    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any] | None) -> Any:
         if self._max_delay_s:
             await asyncio.sleep(self._random.uniform(0, self._max_delay_s))
         return await super().forward_backward(minibatch, loss)

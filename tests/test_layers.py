@@ -21,7 +21,7 @@ LEVELS = [
         "errors",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
-    ["interfaces", "hooks", "config+configtree+configfile"],
+    ["interfaces", "hooks", "config+configbase+configtraining+configtree+configfile"],
     ["tracking"],
     ["run"],
     ["algorithms"],
@@ -30,21 +30,22 @@ LEVELS = [
     ["engines", "trainers"],
     ["rollout"],
     ["checkpoint"],
-    ["train", "viewer", "describe"],
+    ["train", "viewer", "describe", "analysis"],
     ["launch"],
     ["cli"],
 ]
 PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in rooms for name in room.split("+")}
 # Run folders are a contract: whoever reads them needs nothing else of a run.
-ONLY = {"viewer": {"types", "errors", "tracking.rundir", "tracking.ledger", "viewer"}}
+READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
+ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
-    "torch": {"algorithms", "data.batch", "engines", "trainers", "train"},
-    "matplotlib": {"viewer"},
+    "torch": {"algorithms", "data.batch", "engines", "trainers", "rollout.metrics", "train", "analysis.binary_reward"},
+    "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},
 }
 # The table of algorithms is read by `--help` and the config, and so is the first file of its folder.
-NO_TORCH = {"algorithms", "algorithms.spec"}
+NO_TORCH = {"algorithms", "algorithms.spec", "algorithms.explain"}
 # `launch` sets the number of threads; the protocol of a language model speaks of tensors and loads none.
 ELSEWHERE = {("launch", "torch"): "in a function", ("interfaces", "torch"): "under TYPE_CHECKING"}
 
@@ -127,6 +128,10 @@ PLANTED = {
     "types.py": ("from sluice import errors", "1 imports errors"),
     "viewer/report.py": ("from sluice.tracking.metrics import Mean", "1 imports tracking.metrics"),
     "viewer/curves.py": ("from sluice.data.chat import Chat", "1 imports data.chat"),
+    "analysis/binary_reward.py": ("from sluice.config import TrainConfig", "1 imports config"),
+    "analysis/plots.py": ("from sluice.viewer.curves import draw", "1 imports viewer.curves"),
+    "analysis/clipped_tokens.py": ("def f():\n    import torch", "2 imports torch in a function"),
+    "analysis/output.py": ("import matplotlib", "1 imports matplotlib at the top"),
     "__init__.py": ("from sluice.config import TrainConfig", "1 imports config"),
     "cli.py": ("import sluice.utils", "1 imports utils"),
     "algorithms/spec.py": ("from torch import Tensor", "1 imports torch at the top"),
@@ -142,6 +147,7 @@ ALLOWED = {
     "interfaces.py": "if TYPE_CHECKING:\n    import torch\n    from sluice.tracking.metrics import Metrics",
     "configfile.py": "from sluice.config import TrainConfig",
     "viewer/report.py": "from sluice.viewer.curves import draw\nfrom sluice.tracking import ledger, rundir",
+    "analysis/binary_reward.py": "import torch\nfrom sluice.algorithms import compute_advantages",
     "cli.py": "from sluice import __version__",
     "trainers/local.py": "import torch\nfrom sluice.weights.in_process import InProcessWeights",
 }

@@ -149,7 +149,7 @@ def test_rejections_are_counted_per_step_however_far_rollout_is_ahead(workshop: 
 class Stuck(TimedTrainer):
     """Busy for longer than any test runs, from its second update on."""
 
-    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any]) -> Any:
+    async def forward_backward(self, minibatch: Any, loss: Callable[..., Any] | None) -> Any:
         if self.updates:
             await asyncio.sleep(3600)
         return await super().forward_backward(minibatch, loss)

@@ -20,8 +20,12 @@ def test_the_public_names_of_algorithms():
         "assign_advantages",
         "compute_advantages",
         "explain",
+        "explain_unused",
+        "gae",
         "policy_loss",
         "resolve",
+        "token_coefficients",
+        "value_loss",
         "why_rejected",
     ]
     for name in sluice.algorithms.__all__:

@@ -176,9 +176,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     resolved = _load(args, sft=False)
-    from sluice.describe import describe
+    from sluice.describe import describe, unused_settings
 
     print(describe(resolved.config))
+    print(unused_settings(resolved.config))
 
 
 def _binary_reward(args: argparse.Namespace) -> None:

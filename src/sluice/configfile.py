@@ -140,7 +140,7 @@ def _alternatives(schema: dict[str, Any]) -> list[str]:
         case {"anyOf": members}:
             return [words for member in members for words in _alternatives(member)]
         case {"enum": choices}:
-            return list(choices)
+            return [str(choice) for choice in choices]
         case {"const": choice}:
             return [choice]
         case {"type": "integer" | "number" as kind}:

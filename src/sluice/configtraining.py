@@ -38,7 +38,7 @@ class AlgorithmSection(Section):
     """Each turn is worth the whole trajectory's reward, or its own and that of the turns after it."""
     std_eps: PositiveFloat | None = None
     """Added to the standard deviation (advantage: z_score, normalise: batch_std)."""
-    std_ddof: Annotated[int, Field(ge=0, le=1)] | None = None
+    std_ddof: Literal[0, 1] | None = None
     """1: sample standard deviation, over n - 1; 0: over n."""
     gamma: Annotated[float, Field(gt=0, le=1)] | None = None
     """Discount per token (advantage: gae) or per turn (credit: turn)."""

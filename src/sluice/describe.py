@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.algorithms import Algorithm, explain, resolve
+from sluice.algorithms import Algorithm, explain, explain_unused, resolve
 from sluice.config import CriticSection, LocalTrainer, ReferenceSection, TrainConfig
 from sluice.errors import ConfigError
 
@@ -78,6 +78,11 @@ def describe(config: TrainConfig) -> str:
     if row.needs_reference:
         lines.append(f"  reference  {_reference(config.reference)}")
     return "\n".join(lines)
+
+
+def unused_settings(config: TrainConfig) -> str:
+    """The settings of the algorithm that would have no effect, and are refused."""
+    return explain_unused(algorithm_of(config))
 
 
 def _critic(critic: CriticSection) -> str:

@@ -51,13 +51,16 @@ class Completion:
 
     token_ids: list[int]  # [T]
     logprobs: list[float]  # [T]
-    """Log-probability of each token under the tempered policy (logits / temperature), before top-p and top-k."""
+    """Log-probability of each token under what it was drawn from: softmax(logits / temperature), over `kept_ids` only."""
     finish_reason: FinishReason
     policy_versions: list[int]  # [T]
     """Which weights made each token."""
     temperature: float
     text: str = ""
     """Decoded once, for rewards and readers; it is never tokenised again."""
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    """[T] the ids that top-p and top-k left to draw each token from; an empty list where they dropped none, and empty
+    altogether where they never did."""
 
     def __post_init__(self) -> None:
         _same_length(
@@ -65,7 +68,14 @@ class Completion:
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             policy_versions=self.policy_versions,
+            **({"kept_ids": self.kept_ids} if self.kept_ids else {}),
         )
+        for t, kept in enumerate(self.kept_ids):
+            if kept and self.token_ids[t] not in kept:
+                raise ValueError(
+                    f"Completion: token {t} is {self.token_ids[t]}, which is not among its kept_ids; the engine must "
+                    "report the ids that it drew from"
+                )
 
 
 @dataclass
@@ -129,7 +139,7 @@ class Sample:
 
     token_ids: list[int]  # [T] prompt, response and whatever the environment said between
     loss_weights: list[float]  # [T] 0.0: not the policy's; 1.0: the policy's; any other value weighs the loss
-    logprobs: list[float]  # [T] the engine's word, of the tempered policy; 0.0 where the policy did not write
+    logprobs: list[float]  # [T] the engine's word, of what it drew from; 0.0 where the policy did not write
     policy_versions: list[int]  # [T] -1 where the policy did not write
     temperature: float
     group: int
@@ -141,6 +151,8 @@ class Sample:
     turn_ids: list[int] = field(default_factory=list[int])  # [T] which turn wrote it, -1 for none; empty: one turn
     turn_rewards: list[float] = field(default_factory=list[float])
     """Reward of each turn of the trajectory, the rubric's at the last; they add up to `reward`. Empty: one turn."""
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    """[T] as in a completion, with an empty list where the policy did not write."""
 
     advantages: list[float] = field(default_factory=list[float])  # [T] filled by `assign_advantages`
     old_logprobs: list[float] = field(
@@ -162,6 +174,7 @@ class Sample:
             loss_weights=self.loss_weights,
             logprobs=self.logprobs,
             policy_versions=self.policy_versions,
+            **({"kept_ids": self.kept_ids} if self.kept_ids else {}),
         )
         if self.loss_weights and self.loss_weights[0]:
             raise ValueError(
@@ -174,6 +187,13 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+def join_kept_ids(*parts: tuple[list[list[int]], int]) -> list[list[int]]:
+    """`kept_ids` of stretches of tokens that follow each other, each with its length, as one."""
+    if not any(kept for kept, _ in parts):
+        return []
+    return [ids for kept, length in parts for ids in (kept or [[]] * length)]
 
 
 def _same_length(owner: str, **columns: Sequence[Any]) -> None:

@@ -12,11 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.algorithms.aggregation import Totals
+from sluice.algorithms import Algorithm, resolve
 from sluice.data.batch import Layout, MicroBatch, Packing, collate, make_minibatch, pack, under_budget
 from sluice.types import Sample
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
+TOKEN_MEAN, SEQUENCE_MEAN, PROMPT_MEAN, CONSTANT = (
+    resolve("grpo", {"aggregation": aggregation}, max_new_tokens=16, group_size=4)
+    for aggregation in ("token_mean", "sequence_mean", "prompt_mean", "constant")
+)
 each_layout = pytest.mark.parametrize("layout", ["rows", "packed"])
 
 
@@ -163,7 +167,7 @@ def test_rows_of_very_different_lengths_do_not_share_a_micro_batch():
 @modest
 @given(samples=some_samples, updates=st.integers(1, 14))
 def test_updates_take_the_samples_in_order_in_even_shares(samples: list[Sample], updates: int):
-    minibatches = pack(samples, Packing(updates, 1000, "packed"))
+    minibatches = pack(samples, Packing(updates, 1000, "packed"), TOKEN_MEAN)
     shares = [{s.group for m in minibatch.micro_batches for s in m.samples} for minibatch in minibatches]
     assert [minibatch.index for minibatch in minibatches] == list(range(min(updates, len(samples))))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -171,16 +175,23 @@ def test_updates_take_the_samples_in_order_in_even_shares(samples: list[Sample],
 
 
 def test_no_samples_no_updates():
-    assert pack([], Packing(4, 100, "rows")) == []
+    assert pack([], Packing(4, 100, "rows"), TOKEN_MEAN) == []
 
 
+@pytest.mark.parametrize("spec", [TOKEN_MEAN, SEQUENCE_MEAN, PROMPT_MEAN, CONSTANT], ids=lambda spec: spec.aggregation)
 @modest
 @given(samples=some_samples, budget=st.integers(1, 40))
-def test_totals_are_the_updates_own_whatever_the_cut(samples: list[Sample], budget: int):
-    """Known before the first backward, and equal to the counts over all micro-batches (Z3)."""
-    minibatch = make_minibatch(samples, Packing(1, budget, "rows"), 0)
-    assert minibatch.totals.loss_weight == sum(sum(s.loss_weights) for s in samples)
-    assert minibatch.totals.num_sequences == sum(1 for s in samples if any(s.loss_weights))
-    counted = [Totals.of(m.loss_weights, m.sequence_ids) for m in minibatch.micro_batches]
-    assert sum(t.loss_weight for t in counted) == pytest.approx(minibatch.totals.loss_weight)
-    assert sum(t.num_sequences for t in counted) == minibatch.totals.num_sequences
+def test_coefficients_are_the_updates_own_whatever_the_cut(spec: Algorithm, samples: list[Sample], budget: int):
+    """Settled before the first backward, over the whole update, and then cut with the samples (Z3)."""
+    for i, sample in enumerate(samples):
+        sample.group = i // 2
+    minibatch = make_minibatch(samples, Packing(1, budget, "rows"), spec, 0)
+    (whole,) = make_minibatch(samples, Packing(1, 10**6, "packed"), spec, 0).micro_batches
+    expected = dict(zip(map(id, whole.samples), whole.spread(whole.coefficients, 0.0), strict=True))
+    for micro_batch in minibatch.micro_batches:
+        rows = micro_batch.spread(micro_batch.coefficients, 0.0)
+        assert rows == [expected[id(sample)] for sample in micro_batch.samples]
+    assert minibatch.num_loss_tokens == sum(bool(w) for s in samples for w in s.loss_weights)
+    total = sum(float(m.coefficients.sum()) for m in minibatch.micro_batches)
+    if spec.aggregation != "constant" and minibatch.num_loss_tokens:
+        assert total == pytest.approx(1.0, rel=1e-5)

@@ -38,6 +38,8 @@ def trained(group: int, index: int) -> Sample:
     sample.advantages, sample.old_logprobs = [0, 0, 1.25, 1.25], [0, 0, -0.5, -0.6]
     sample.update, sample.current_logprobs = 2, [0, 0, -0.51, -0.3]
     sample.ratios, sample.clipped = [1, 1, 0.99, 1.35], [False, False, False, True]
+    sample.ref_logprobs, sample.values, sample.returns = [0, 0, -0.4, -0.7], [0, 0, 0.25, 0.5], [0, 0, 1, 0.75]
+    sample.turn_ids = [-1, -1, 0, 0]
     return sample
 
 
@@ -79,6 +81,7 @@ def test_a_trained_sample_is_recorded_with_all_that_its_tokens_saw(rundir: RunDi
         "token_ids": [1, 2, 5, 6],
         "tokens": ["<1>", "<2>", "<5>", "<6>"],
         "policy_versions": [-1, -1, 3, 3],
+        "turn_ids": [-1, -1, 0, 0],
         "clipped": [False, False, False, True],
     }
     expected = {
@@ -86,6 +89,9 @@ def test_a_trained_sample_is_recorded_with_all_that_its_tokens_saw(rundir: RunDi
         "loss_weights": [0, 0, 1, 0.5],
         "advantages": [0, 0, 1.25, 1.25],
         "old_logprobs": [0, 0, -0.5, -0.6],
+        "ref_logprobs": [0, 0, -0.4, -0.7],
+        "values": [0, 0, 0.25, 0.5],
+        "returns": [0, 0, 1, 0.75],
         "current_logprobs": [0, 0, -0.51, -0.3],
         "ratios": [1, 1, 0.99, 1.35],
     }

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from makers import make_char_tokenizer
 from models import CONFIGS, tiny_model
-from sluice.algorithms import LossOutput, policy_loss, resolve
-from sluice.algorithms.aggregation import Totals
+from sluice.algorithms import Algorithm, LossOutput, policy_loss, resolve
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing, make_minibatch, pack
 from sluice.errors import NonFiniteError
 from sluice.trainers import logprobs as logprobs_room
@@ -58,16 +57,21 @@ def some_samples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Sample
 
 def loss_of(name: str, **words: Any) -> Any:
     """The loss as the loop gives it to the trainer."""
-    spec = resolve(name, words, max_new_tokens=16, group_size=2)
+    spec = row(name, **words)
 
-    def loss(logprobs: Tensor, batch: MicroBatch, totals: Totals) -> LossOutput:
+    def loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
         columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
-        return policy_loss(spec, logprobs, *columns, totals)
+        return policy_loss(spec, logprobs, *columns, coefficients=batch.coefficients, entropies=entropies)
 
     return loss
 
 
+def row(name: str, **words: Any) -> Algorithm:
+    return resolve(name, words, max_new_tokens=16, group_size=2)
+
+
 CISPO, GRPO = loss_of("cispo"), loss_of("grpo")
+ROWS = {"cispo": row("cispo"), "grpo": row("grpo")}
 
 
 def naive_logprobs(model: PolicyModel, sample: Sample) -> Tensor:
@@ -81,7 +85,7 @@ def naive_gradient(model: PolicyModel, samples: Sequence[Sample], name: str) -> 
         return torch.tensor([v for s in samples for v in getattr(s, field)[1:]], dtype=torch.float64)
 
     ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s) - 1 for s in samples]))
-    spec = resolve(name, {}, max_new_tokens=16, group_size=2)
+    spec = row(name)
     logprobs = torch.cat([naive_logprobs(model, sample) for sample in samples])
     policy_loss(
         spec, logprobs, column("old_logprobs"), column("advantages"), column("loss_weights"), ids
@@ -100,8 +104,8 @@ def forward_backward(trainer: LocalTrainer, minibatch: Minibatch, loss: Any = CI
     return asyncio.run(trainer.forward_backward(minibatch, loss)).values_by_name()
 
 
-def gradient(model: PolicyModel, samples: Sequence[Sample], packing: Packing, loss: Any = CISPO) -> dict[str, Tensor]:
-    forward_backward(trainer_of(model, packing), make_minibatch(samples, packing, 0), loss)
+def gradient(model: PolicyModel, samples: Sequence[Sample], packing: Packing, name: str = "cispo") -> dict[str, Tensor]:
+    forward_backward(trainer_of(model, packing), make_minibatch(samples, packing, row(name), 0), loss_of(name))
     return gradient_of(model)
 
 
@@ -133,13 +137,13 @@ def test_tokens_per_micro_batch_do_not_change_the_gradient(name: str, layout: La
     model, samples = tiny_model("qwen3"), some_samples()
     expected = naive_gradient(model, samples, name)
     for budget in (1, 30, 50, 1000):
-        assert_same(gradient(model, samples, Packing(1, budget, layout), loss_of(name)), expected)
+        assert_same(gradient(model, samples, Packing(1, budget, layout), name), expected)
 
 
 def test_the_cut_does_not_change_the_metrics():
     model, samples = tiny_model("qwen3"), some_samples()
     seen = [
-        forward_backward(trainer_of(model), make_minibatch(samples, Packing(1, budget, "rows"), 0), GRPO)
+        forward_backward(trainer_of(model), make_minibatch(samples, Packing(1, budget, "rows"), ROWS["grpo"], 0), GRPO)
         for budget in (1, 30, 1000)
     ]
     assert seen[0] == pytest.approx(seen[2], rel=1e-4)
@@ -148,13 +152,13 @@ def test_the_cut_does_not_change_the_metrics():
 
 @pytest.mark.parametrize("name", ["cispo", "grpo", "dr_grpo"])
 def test_data_parallel_shards_add_up(name: str):
-    """Two replicas, each with half of the samples and the counts of all of them."""
+    """Two replicas, each with half of the samples and the divisors of all of them."""
     model, samples, packing = tiny_model("qwen3"), some_samples(), Packing(1, 30, "rows")
     expected = naive_gradient(model, samples, name)
-    totals = make_minibatch(samples, packing, 0).totals
+    whole = make_minibatch(samples, Packing(1, 1, "rows"), row(name), 0).micro_batches  # one sample each
     shards = []
     for part in (samples[:4], samples[4:]):
-        minibatch = Minibatch(make_minibatch(part, packing, 0).micro_batches, totals, 0)
+        minibatch = Minibatch([m for m in whole if m.samples[0] in part], 0, 0)
         replica = copy.deepcopy(model)
         forward_backward(trainer_of(replica, packing), minibatch, loss_of(name))
         shards.append(gradient_of(replica))
@@ -168,7 +172,7 @@ def test_a_sample_without_a_loss_token_changes_nothing():
     for name in ("cispo", "grpo"):
         expected = naive_gradient(model, samples, name)
         for budget in (1, 1000):
-            assert_same(gradient(model, [*samples, silent], Packing(1, budget, "rows"), loss_of(name)), expected)
+            assert_same(gradient(model, [*samples, silent], Packing(1, budget, "rows"), name), expected)
     assert silent.ratios == [1.0] * 5
 
 
@@ -176,7 +180,7 @@ def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.Monke
     model, samples = tiny_model("qwen3"), some_samples()
     expected = naive_gradient(model, samples, "grpo")
     monkeypatch.setattr(logprobs_room, "CHUNK_ELEMENTS", 7 * 128)
-    assert_same(gradient(model, samples, Packing(1, 1000, "packed"), GRPO), expected)
+    assert_same(gradient(model, samples, Packing(1, 1000, "packed"), "grpo"), expected)
 
 
 def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
@@ -189,7 +193,7 @@ def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
     expected = naive_gradient(exact, samples, "cispo")
     for budget in (1, 1000):
         trainer = trainer_of(model, packing=(packing := Packing(1, budget, "rows")))
-        forward_backward(trainer, make_minibatch(samples, packing, 0))
+        forward_backward(trainer, make_minibatch(samples, packing, ROWS["cispo"], 0))
         assert all(p.grad is None for p in trainer.optimizer.params)
         collected = [master.grad for master in trainer.optimizer.masters]
         assert all(g is not None and g.dtype == torch.float32 for g in collected)
@@ -203,7 +207,7 @@ def test_samples_hold_what_their_update_saw():
     model, samples = tiny_model("qwen3"), some_samples()
     packing = Packing(2, 30, "rows")
     trainer = trainer_of(model, packing)
-    for minibatch in pack(samples, packing):
+    for minibatch in pack(samples, packing, ROWS["grpo"]):
         forward_backward(trainer, minibatch, GRPO)
     assert [s.update for s in samples] == [0, 0, 0, 1, 1, 1]
     for sample in samples:
@@ -221,7 +225,9 @@ def test_samples_hold_what_their_update_saw():
 
 def test_metrics_are_over_all_micro_batches():
     model, samples = tiny_model("qwen3"), some_samples()
-    metrics = forward_backward(trainer_of(model), make_minibatch(samples, Packing(1, 30, "rows"), 0), GRPO)
+    metrics = forward_backward(
+        trainer_of(model), make_minibatch(samples, Packing(1, 30, "rows"), ROWS["grpo"], 0), GRPO
+    )
     entropies, losses, count, clipped = [], [], 0, 0
     for sample in samples:
         logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0, :-1].double() / sample.temperature
@@ -245,7 +251,7 @@ def test_metrics_are_over_all_micro_batches():
 def test_recomputed_logprobs_are_those_of_the_current_weights(layout: Layout):
     """At each sample's own temperature (Z19), over its full length."""
     model, samples = tiny_model("qwen3"), some_samples()
-    asyncio.run(trainer_of(model, Packing(1, 30, layout)).recompute_logprobs(samples))
+    asyncio.run(trainer_of(model, Packing(1, 30, layout)).forward(samples, "old_logprobs"))
     for sample in samples:
         expected = [0.0, *naive_logprobs(model, sample).tolist()]
         expected = [e if w else 0.0 for e, w in zip(expected, sample.loss_weights, strict=True)]
@@ -256,7 +262,7 @@ def test_recomputing_keeps_nothing_for_a_backward():
     """It would cost the memory of a training step."""
     trainer, kept = trainer_of(tiny_model("qwen3")), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: nothing):
-        asyncio.run(trainer.recompute_logprobs(some_samples()))
+        asyncio.run(trainer.forward(some_samples(), "old_logprobs"))
     assert kept == []
 
 
@@ -265,9 +271,9 @@ def test_the_first_update_is_on_policy_and_the_second_is_not():
     model, samples = tiny_model("qwen3"), some_samples()
     packing = Packing(2, 30, "rows")
     trainer = trainer_of(model, packing, learning_rate=0.01)
-    asyncio.run(trainer.recompute_logprobs(samples))
+    asyncio.run(trainer.forward(samples, "old_logprobs"))
     seen = []
-    for minibatch in pack(samples, packing):
+    for minibatch in pack(samples, packing, ROWS["grpo"]):
         seen.append(forward_backward(trainer, minibatch, GRPO))
         asyncio.run(trainer.optim_step())
     assert abs(seen[0]["train/ppo_kl"]) < 1e-5
@@ -284,7 +290,7 @@ def test_the_first_update_is_on_policy_and_the_second_is_not():
 def test_a_loss_that_is_not_finite_is_refused_with_the_samples_name(bad: float):
     model, samples = tiny_model("qwen3"), some_samples()
     samples[2].advantages = [bad] * len(samples[2])
-    minibatch = make_minibatch(samples, Packing(1, 1, "rows"), 3)
+    minibatch = make_minibatch(samples, Packing(1, 1, "rows"), ROWS["cispo"], 3)
     with pytest.raises(NonFiniteError, match=rf"loss is {bad} at update 3 of the step.*\(p#1\.0 .*refused"):
         forward_backward(trainer_of(model), minibatch)
     assert all(torch.isfinite(g).all() for g in gradient_of(model).values())
@@ -299,13 +305,13 @@ def test_updates_make_rewarded_tokens_likelier_and_punished_ones_rarer():
     for sample, advantage in zip(samples, (1.0, -1.0), strict=True):
         sample.temperature, sample.advantages = 1.0, [advantage] * 10
     trainer = trainer_of(model)
-    asyncio.run(trainer.recompute_logprobs(samples))
+    asyncio.run(trainer.forward(samples, "old_logprobs"))
     before = [sum(s.old_logprobs) for s in samples]
     for i in range(10):
-        forward_backward(trainer, make_minibatch(samples, trainer.packing, i))
+        forward_backward(trainer, make_minibatch(samples, trainer.packing, ROWS["cispo"], i))
         metrics = asyncio.run(trainer.optim_step()).values_by_name()
         assert metrics["train/grad_norm"] > 0
-    asyncio.run(trainer.recompute_logprobs(samples))
+    asyncio.run(trainer.forward(samples, "old_logprobs"))
     after = [sum(s.old_logprobs) for s in samples]
     assert after[0] > before[0] + 1
     assert after[1] < before[1] - 1
@@ -322,7 +328,7 @@ def test_a_saved_folder_loads_in_transformers_with_the_trained_weights(tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(make_char_tokenizer(tmp_path / "tokenizer", "0123456789"))
     model, samples = tiny_model("qwen3"), some_samples()
     trainer = trainer_of(model, tokenizer=tokenizer)
-    forward_backward(trainer, make_minibatch(samples, trainer.packing, 0))
+    forward_backward(trainer, make_minibatch(samples, trainer.packing, ROWS["cispo"], 0))
     asyncio.run(trainer.optim_step())
     trainer.save(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluice.config import OptimizerSection
+from sluice.configtraining import OptimizerSection
 from sluice.errors import NonFiniteError
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sluice.algorithms.explain import explain
+from sluice.algorithms.explain import explain, explain_unused
 from sluice.algorithms.spec import ALGORITHMS, Algorithm, resolve
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "assign_advantages",
     "compute_advantages",
     "explain",
+    "explain_unused",
     "gae",
     "policy_loss",
     "resolve",

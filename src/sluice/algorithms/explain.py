@@ -29,9 +29,13 @@ def explain(row: Algorithm, old_logprobs: str) -> str:
         )
     if row.dynamic_sampling:
         lines.append(("sampling", "groups whose rewards are all equal are rejected and replaced"))
-    unused = [key for key in SETTINGS if getattr(row, key) is None and not SETTINGS[key].used(row)]
-    lines.append(("no effect", f"here, and so refused: {', '.join(unused)}"))
     return "\n".join([f"algorithm {row.name}: {words(row)}", *(_line(*line) for line in lines)])
+
+
+def explain_unused(row: Algorithm) -> str:
+    """The settings that no word of the row uses."""
+    unused = [key for key, setting in SETTINGS.items() if not setting.used(row)]
+    return _line("no effect", f"here, and so refused: {', '.join(unused)}")
 
 
 def _line(title: str, text: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from sluice.algorithms.aggregation import token_coefficients
 from sluice.algorithms.diagnostics import ratio_metrics
@@ -159,7 +160,8 @@ def _soft_gate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Te
     # beyond any float's resolution of σ: held constant, since an infinite ratio times a gradient of 0 is nan
     saturated = ratio > 1 + 800 / tau
     current = torch.exp(torch.where(saturated, 0.0, log_ratio))
-    gate = torch.where(saturated, 1.0, torch.sigmoid(tau * (current - 1)))
+    # by its logarithm, whose gradient keeps its digits where σ is nearly 1
+    gate = torch.where(saturated, 1.0, logsigmoid(tau * (current - 1)).exp())
     return -4 / tau * gate * advantages
 
 

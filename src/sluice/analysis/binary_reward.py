@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sluice.algorithms import ALGORITHMS, compute_advantages
+from sluice.algorithms import compute_advantages, resolve
 from sluice.errors import ConfigError
 
 
@@ -97,7 +97,8 @@ def _advantages(group_size: int, rights: Sequence[int], row: str) -> Tensor:
     """[groups, group_size] advantages, those of right answers first."""
     rewards = torch.tensor([[1.0] * k + [0.0] * (group_size - k) for k in rights], dtype=torch.float64)
     groups = torch.arange(len(rights)).repeat_interleave(group_size)
-    return compute_advantages(rewards.flatten(), groups, ALGORITHMS[row]).view_as(rewards)
+    spec = resolve(row, {}, max_new_tokens=1, group_size=group_size)
+    return compute_advantages(rewards.flatten(), groups, spec).view_as(rewards)
 
 
 def _shares(advantages: Tensor) -> list[float]:

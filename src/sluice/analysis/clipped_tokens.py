@@ -232,9 +232,9 @@ def _token_table(pool: Pool, top: int) -> Table:
     total = pool.total
     title = f"{pool.algorithm}\n{len(pool.runs)} run(s), {pool.num_steps:,} steps: "
     title += f"{total.clipped:,} of {total.occurrences:,} loss tokens clipped ({total.share:.3%})"
-    hidden = f"{max(len(pool.tokens) - top, 0):,} more tokens were clipped" if len(pool.tokens) > top else ""
-    rare = f"{pool.num_rare:,} clipped tokens occur fewer times than --min-count" if pool.num_rare else ""
-    table = Table(title=Text(title), caption=Text("; ".join(filter(None, (hidden, rare)))))
+    others = {"--top": max(len(pool.tokens) - top, 0), "--min-count": pool.num_rare}
+    also = ", ".join(f"{number:,} below {option}" for option, number in others.items() if number)
+    table = Table(title=Text(title), caption=f"also clipped: {also}" if also else None)
     table.add_column("token")
     for head in ("id", "occurs", "clipped", "share", "mean", "max"):
         table.add_column(head, justify="right", no_wrap=True)

@@ -48,6 +48,9 @@ class MicroBatch:
     values: Tensor  # [T] the critic's before the first update
     returns: Tensor  # [T]
     temperatures: Tensor  # [T]
+    kept_ids: Tensor
+    """Ids that top-p and top-k left to draw each token from, token after token; empty where they never dropped one."""
+    kept_counts: Tensor  # [T] how many of `kept_ids` are the token's, 0 where none was dropped; empty as they are
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -150,6 +153,7 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
         document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))[None]
     own = [_loss_positions(sample) for sample in samples]
+    kept = [s.kept_ids[t] if s.kept_ids else [] for s, positions in zip(samples, own, strict=True) for t in positions]
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """[T], or empty where the samples do not have it (yet)."""
@@ -177,6 +181,8 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         temperatures=torch.tensor(
             [sample.temperature for sample, positions in zip(samples, own, strict=True) for _ in positions]
         ),
+        kept_ids=torch.tensor([i for ids in kept for i in ids], dtype=torch.int64),
+        kept_counts=torch.tensor([len(ids) for ids in kept], dtype=torch.int64),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sluice.types import Group, Sample, Trajectory, Turn
+from sluice.types import Group, Sample, Trajectory, Turn, join_kept_ids
 
 
 def to_samples(groups: Sequence[Group]) -> list[Sample]:
@@ -64,4 +64,7 @@ def _extended(sample: Sample, turn: Turn, number: int) -> Sample:
         logprobs=sample.logprobs + [0.0] * len(given) + completion.logprobs,
         policy_versions=sample.policy_versions + [-1] * len(given) + completion.policy_versions,
         turn_ids=sample.turn_ids + [-1] * len(given) + [number] * len(completion.token_ids),
+        kept_ids=join_kept_ids(
+            (sample.kept_ids, len(sample)), ([], len(given)), (completion.kept_ids, len(completion.token_ids))
+        ),
     )

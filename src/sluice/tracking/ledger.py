@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sluice.errors import DataError
 from sluice.tracking.rundir import RunDir, finite, write_atomically
-from sluice.types import Group, Sample, Trajectory
+from sluice.types import Group, Sample, Trajectory, join_kept_ids
 
 Pieces = Callable[[Sequence[int]], list[str]]
 """Token ids → one readable text per token."""
@@ -46,6 +46,11 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "tokens": (pa.list_(pa.string()), "[T] text of each token."),
     "policy_versions": (pa.list_(pa.int32()), "[T] which weights made the token; -1 where the policy did not write."),
     "logprobs": (_TOKEN_FLOATS, "[T] log-probability by the engine, in nats; 0 where the policy did not write."),
+    "kept_ids": (
+        pa.list_(pa.list_(pa.int32())),
+        "[T] the ids that top-p and top-k left to draw the token from; an empty list where they dropped none or the "
+        "policy did not write, and empty altogether where they never did.",
+    ),
     "loss_weights": (_TOKEN_FLOATS, "[T] weight in the loss, 0 for none; empty (as all below) when not trained on."),
     "advantages": (_TOKEN_FLOATS, "[T] advantage."),
     "old_logprobs": (_TOKEN_FLOATS, "[T] log-probability that the ratio divides by, in nats."),
@@ -62,7 +67,8 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 SCHEMA = pa.schema([pa.field(name, type, metadata={"meaning": text}) for name, (type, text) in COLUMNS.items()])
 
 _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()] + [
-    f"{name}.list.element" for name in ("token_ids", "tokens", "policy_versions", "loss_weights", "advantages")
+    f"{name}.list.element"
+    for name in ("token_ids", "tokens", "policy_versions", "kept_ids.list.element", "loss_weights", "advantages")
 ]
 """Columns worth a dictionary; for the other floats it makes the file a third larger."""
 
@@ -171,10 +177,15 @@ def _histories(trajectory: Trajectory) -> list[dict[str, Any]]:
     for turn in trajectory.turns:
         completion = turn.completion
         if not histories or turn.prompt_ids[: len(histories[-1]["token_ids"])] != histories[-1]["token_ids"]:
-            histories.append({"token_ids": [], "policy_versions": [], "logprobs": []})
+            histories.append({"token_ids": [], "policy_versions": [], "logprobs": [], "kept_ids": []})
         history = histories[-1]
         given = turn.prompt_ids[len(history["token_ids"]) :]
         history["temperature"] = completion.temperature
+        history["kept_ids"] = join_kept_ids(
+            (history["kept_ids"], len(history["token_ids"])),
+            ([], len(given)),
+            (completion.kept_ids, len(completion.token_ids)),
+        )
         history["token_ids"] = history["token_ids"] + given + completion.token_ids
         history["policy_versions"] = history["policy_versions"] + [-1] * len(given) + completion.policy_versions
         history["logprobs"] = history["logprobs"] + [0.0] * len(given) + completion.logprobs
