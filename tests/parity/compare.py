@@ -12,12 +12,13 @@ LARGEST: dict[str, dict[str, float]] = {}
 """Per comparison and dtype, over all batches."""
 
 
-def assert_equal(name: str, ours: Tensor, theirs: Tensor) -> None:
-    """To the dtype's tolerance, of the largest number or of 1."""
+def assert_equal(name: str, ours: Tensor, theirs: Tensor, scale: Tensor | None = None) -> None:
+    """To the dtype's tolerance, relative to `scale`; left out, to the largest of their numbers."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
     assert ours.isfinite().all()
-    difference = float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))
+    unit = float(theirs.abs().max() if scale is None else scale) or 1.0
+    difference = float((ours - theirs).abs().max()) / unit
     figures = LARGEST.setdefault(name, {})
     dtype = str(ours.dtype).removeprefix("torch.")
     figures[dtype] = max(figures.get(dtype, 0.0), difference)
@@ -25,7 +26,8 @@ def assert_equal(name: str, ours: Tensor, theirs: Tensor) -> None:
 
 
 def assert_same_loss(name: str, ours: Measured, theirs: Measured) -> None:
-    assert_equal(name, ours.loss, theirs.loss)
+    """The loss relative to the sum of its terms' sizes, since the terms may cancel."""
+    assert_equal(name, ours.loss, theirs.loss, None if ours.terms is None else ours.terms.abs().sum())
     assert_equal(name, ours.gradient, theirs.gradient)
     if ours.terms is not None and theirs.terms is not None:
         assert_equal(name, ours.terms, theirs.terms)

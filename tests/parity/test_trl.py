@@ -11,9 +11,10 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from parity.compare import assert_equal, assert_same_loss
 from parity.peers_trl import trl_loss, trl_rloo_loss, trl_rollout
-from parity.ragged import MAX_TOKENS, SEEDS, ragged, row, sluice_loss
+from parity.ragged import MAX_TOKENS, SEEDS, Measured, ragged, row, sluice_loss
 from parity.test_verl_corrections import factors
 from sluice.algorithms import assign_advantages, compute_advantages
+from sluice.algorithms.kl import kl_estimates
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -65,6 +66,29 @@ def test_trl_takes_entropy_as_a_token_mean_in_every_loss():
     assert abs(difference) > 1e-3
     theirs = trl_loss(batch, entropy_coef=0.2)
     assert_equal("trl entropy_coef: difference of two means", sluice_loss(spec, batch).loss + difference, theirs.loss)
+
+
+def test_trls_corrected_kl_on_fresh_samples_is_k3_straight_through():
+    """`use_bias_correction_kl`, TRL's default, multiplies k3 by the ratio r; with r = 1 the gradient of r·k3 is that of k2."""
+    spec = row("glm", kl_coef=0.3, kl_estimator="k3_st")
+    for seed in SEEDS:
+        batch = ragged(seed)
+        batch = replace(batch, old_logprobs=batch.logprobs)
+        theirs = trl_loss(batch, loss_type="bnpo", beta=0.3, use_bias_correction_kl=True)
+        assert_same_loss("trl use_bias_correction_kl, fresh: k3_st", sluice_loss(spec, batch), theirs)
+
+
+def test_trls_corrected_kl_off_policy_is_k3_times_the_ratio():
+    for seed in SEEDS:
+        batch = ragged(seed)
+        plain = sluice_loss(row("glm"), batch)
+        logprobs = batch.logprobs.clone().requires_grad_()
+        kl = (logprobs - batch.old_logprobs).exp() * kl_estimates("k3", logprobs, batch.ref_logprobs)
+        mean = (kl * batch.mask).sum() / batch.mask.sum()
+        (gradient,) = torch.autograd.grad(mean, logprobs)
+        ours = Measured(plain.loss + 0.3 * mean.detach(), plain.gradient + 0.3 * gradient)
+        theirs = trl_loss(batch, loss_type="bnpo", beta=0.3, use_bias_correction_kl=True)
+        assert_same_loss("trl use_bias_correction_kl: r·k3", ours, theirs)
 
 
 # advantages
