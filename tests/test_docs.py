@@ -67,7 +67,7 @@ def commands() -> list[Found]:
         for line in block.text.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
     ]
-    inline = re.compile(r"`(sluice (?:train|sft|report|config \w+) [^`\n]+)`")
+    inline = re.compile(r"`(sluice (?:train|sft|report|config \w+|analyze [\w-]+) [^`\n]+)`")
     in_text = [Found(page.name, text) for page in PAGES for text in inline.findall(page.read_text())]
     comment = re.compile(r"^# .*?((?:sluice|python) .+)$", re.MULTILINE)
     in_recipes = [Found(path.name, text) for path in RECIPES for text in comment.findall(path.read_text())]
@@ -151,7 +151,8 @@ def checkpoint_of(run: str) -> str:
 def test_every_kind_of_command_is_found():
     """The pages have not changed their form under this file."""
     said = " ".join(found.text for found in commands())
-    for word in ("make demo", "pip install", "sluice train", "sluice sft", "sluice report", "sluice config check"):
+    ours = (f"sluice {name}" for name in ("train", "sft", "report", "config check", "analyze"))
+    for word in ("make demo", "pip install", *ours):
         assert word in said
     assert not EXCEPTIONS.keys() - {found.text for found in commands()}, "exceptions of commands that are gone"
 
@@ -204,6 +205,7 @@ def filled_in(words: list[str], elsewhere: Path) -> list[str]:
     is_sft = words[0] == "sft" or "recipes/recheck_base.yaml" in words
     places = {
         "CONFIG": "sft.yaml" if is_sft else "base.yaml",
+        "runs/OTHER": "runs/NAME",
         "model.path=MODEL_FOLDER": f"model.path={checkpoint_of('runs/base')}",
         "model.path=FOLDER_OF_THE_BASE_MODEL": f"model.path={checkpoint_of('runs/base')}",
     }
