@@ -103,9 +103,9 @@ class RolloutSection(Section):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same one."""
     top_p: Fraction = 1.0
-    """Nucleus sampling; the log-probs stay those of the whole tempered distribution."""
+    """Nucleus sampling: of the most likely tokens, as few as reach this probability; all log-probs are over those only."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Sample among the k most likely tokens only; 0 is off."""
+    """Sample among the k most likely tokens only; 0 is off. All log-probs are over those only."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
     """Texts that end a completion."""
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)

@@ -99,26 +99,60 @@ def assert_agreement(run: Path, updates: int) -> None:
             assert not any(row["clipped"])
 
 
+@pytest.mark.parametrize("old_logprobs", ["engine", "recomputed"])
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_engine_and_trainer_give_one_logprob_with_top_p(ready: Path, layout: str, old_logprobs: str):
+    """R2 with truncation: both speak of what was drawn from, and the ratio of a first update is 1."""
+    run = finished(
+        "train",
+        "config.yaml",
+        f"trainer.layout={layout}",
+        "trainer.updates_per_batch=2",
+        "trainer.tokens_per_micro_batch=64",
+        "rollout.temperature=0.7",
+        "rollout.top_p=0.8",
+        f"algorithm.old_logprobs={old_logprobs}",
+    )
+    if old_logprobs == "engine":
+        assert_agreement(run, 2)
+    assert all(abs(line["train/first_update/ppo_kl"]) < 1e-5 for line in metrics_of(run))
+    own = [
+        (token, kept)
+        for row in ledger_of(run, 1)
+        for token, kept, weight in zip(row["token_ids"], row["kept_ids"], row["loss_weights"], strict=True)
+        if weight
+    ]
+    assert all(token in kept for token, kept in own)
+    assert 1 < max(len(kept) for _, kept in own) < 128
+
+
 def _offset(sample: Any) -> Any:
     """An engine whose log-probs are off by a thousandth."""
-    return lambda *args: ((drawn := sample(*args))[0], drawn[1] + 1e-3)
+    return lambda *args: ((drawn := sample(*args))[0], drawn[1] + 1e-3, drawn[2])
 
 
 def _untempered(sample: Any) -> Any:
     """An engine that samples at the temperature and forgets it in its log-probs."""
 
     def forgetful(logits: torch.Tensor, *rest: Any) -> Any:
-        tokens, _ = sample(logits, *rest)
-        return tokens, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+        tokens, _, kept = sample(logits, *rest)
+        logp = torch.log_softmax(logits.masked_fill(~kept, -torch.inf), -1)
+        return tokens, logp.gather(1, tokens[:, None])[:, 0], kept
 
     return forgetful
 
 
-@pytest.mark.parametrize("mistake", [_offset, _untempered])
+def _unreported(sample: Any) -> Any:
+    """An engine that keeps to itself what top-p dropped."""
+    return lambda *args: (*sample(*args)[:2], None)
+
+
+@pytest.mark.parametrize("mistake", [_offset, _untempered, _unreported])
 def test_a_mistake_of_the_engine_shows(ready: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any):
     """The measurement above can fail."""
     monkeypatch.setattr(embedded, "sample_tokens", mistake(embedded.sample_tokens))
-    line = metrics_of(finished("train", "config.yaml", "rollout.temperature=0.7", "run.num_steps=1"))[0]
+    settings = ["rollout.temperature=0.7", "rollout.top_p=0.8", "run.num_steps=1"]
+    line = metrics_of(finished("train", "config.yaml", *settings))[0]
     assert line["train/engine_logprob_diff/max"] > 9e-4
     assert line["train/engine_logprob_diff/mean"] > 9e-4
     assert abs(line["train/first_update/ppo_kl"]) > 9e-4

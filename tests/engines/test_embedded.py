@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from models import CONFIGS, tiny_model
 from sluice.data.batch import Packing
+from sluice.engines import embedded
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.sampling import sample_tokens
 from sluice.errors import EngineError, PromptTooLongError
+from sluice.trainers import local
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
@@ -20,6 +25,8 @@ from sluice.weights.in_process import InProcessWeights
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14], [15]]
 SETTINGS = OptimizerSettings(1e-4, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
+TRUNCATED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+each_layout = pytest.mark.parametrize("layout", ["rows", "packed"])
 
 
 def engine_of(model: PolicyModel, decode: Callable[..., str] = lambda ids: "", **settings: int) -> EmbeddedEngine:
@@ -46,10 +53,20 @@ def samples_of(completions: list[Completion], num: int = 4) -> list[Sample]:
         weights, logprobs = [0.0] * n + [1.0] * len(c.token_ids), [0.0] * n + c.logprobs
         versions = [-1] * n + c.policy_versions
         samples.append(Sample(prompt + c.token_ids, weights, logprobs, versions, c.temperature, k // num, k % num))
+        samples[-1].kept_ids = [[]] * n + c.kept_ids if c.kept_ids else []
     return samples
 
 
-@pytest.mark.parametrize("layout", ["rows", "packed"])
+def differences(model: PolicyModel, samples: list[Sample], layout: str) -> list[float]:
+    """Trainer's minus engine's log-prob of each token."""
+    trainer = LocalTrainer(model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 120, layout), reference=model)  # type: ignore[arg-type]
+    asyncio.run(trainer.forward(samples, "old_logprobs"))
+    asyncio.run(trainer.forward(samples, "ref_logprobs"))
+    assert [s.ref_logprobs for s in samples] == [s.old_logprobs for s in samples], "the reference is the policy here"
+    return [a - b for s in samples for a, b, w in zip(s.old_logprobs, s.logprobs, s.loss_weights, strict=True) if w]
+
+
+@each_layout
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_trainer_and_engine_agree_on_every_token(architecture: str, layout: str) -> None:
     """R2, first half: decode through the slot cache = one forward over uneven lengths, to 1e-4 per token."""
@@ -57,12 +74,11 @@ def test_trainer_and_engine_agree_on_every_token(architecture: str, layout: str)
     model.check()
     samples = samples_of(generate(engine_of(model, num_slots=5)))
     assert len({len(s) for s in samples}) > 4, "lengths should be uneven"
-    trainer = LocalTrainer(model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 120, layout))  # type: ignore[arg-type]
-    asyncio.run(trainer.recompute_logprobs(samples))
-    pairs = [(a, b) for s in samples for a, b, w in zip(s.old_logprobs, s.logprobs, s.loss_weights) if w]
-    assert max(abs(a - b) for a, b in pairs) < 1e-4
-    assert abs(sum(a - b for a, b in pairs) / len(pairs)) < 1e-5
-    assert min(b for _, b in pairs) < -0.5, "a model that is sure of everything would hide a wrong log-prob"
+    errors = differences(model, samples, layout)
+    assert max(map(abs, errors)) < 1e-4
+    assert abs(sum(errors) / len(errors)) < 1e-5
+    lowest = min(min(s.logprobs) for s in samples)
+    assert lowest < -0.5, "a model that is sure of everything would hide a wrong log-prob"
 
 
 def test_a_completion_does_not_depend_on_slots_or_neighbours() -> None:
@@ -138,6 +154,110 @@ def test_top_k_and_top_p_bound_what_is_sampled() -> None:
     for changes in ({"top_k": 1}, {"top_p": 1e-6}):
         completions = generate(engine_of(model), **changes)
         assert [c.token_ids for c in completions] == [c.token_ids for c in greedy]
+
+
+def kept_naively(
+    logits: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[list[int], float]:
+    """Ids from the likeliest on until there are k or their probability reaches p, and that probability; float64 [V]."""
+    probs = torch.softmax(logits.double() / temperature, -1)
+    kept: list[int] = []
+    for i in probs.argsort(descending=True).tolist():
+        if (top_k and len(kept) == top_k) or (top_p < 1 and float(probs[kept].sum()) >= top_p):
+            break
+        kept.append(i)
+    return kept, float(probs[kept].sum())
+
+
+@pytest.mark.parametrize("truncation", [{"top_p": 0.8}, {"top_k": 5}, TRUNCATED], ids=str)
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_logprobs_are_of_the_truncated_distribution(architecture: str, truncation: dict[str, Any]) -> None:
+    """What the token was drawn from, renormalised, by the definition in float64; and exactly those ids are reported."""
+    model = tiny_model(architecture)
+    completions = generate(engine_of(model, num_slots=5), **truncation)
+    sizes = []
+    for k, c in enumerate(completions):
+        prompt = PROMPTS[k // 4]
+        settings = {"temperature": c.temperature} | truncation
+        logits = model.model(input_ids=torch.tensor([prompt + c.token_ids])).logits[0, len(prompt) - 1 :].detach()
+        assert len(c.kept_ids) == len(c.token_ids)
+        for t, token in enumerate(c.token_ids):
+            kept, total = kept_naively(logits[t], **settings)
+            assert c.kept_ids[t] == sorted(kept)
+            assert token in kept
+            whole = torch.log_softmax(logits[t].double() / c.temperature, -1)[token]
+            assert c.logprobs[t] == pytest.approx(float(whole) - math.log(total), abs=1e-4)
+            sizes.append(len(kept))
+    assert max(sizes) > 2, "a set of one has the log-prob 0, whatever is done"
+
+
+@each_layout
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_trainer_and_engine_agree_on_truncated_distributions(architecture: str, layout: str) -> None:
+    """The ratio is 1 before the weights move, with top-p and top-k too; the reference looks at the same ids."""
+    model = tiny_model(architecture)
+    samples = samples_of(generate(engine_of(model, num_slots=5), **TRUNCATED))
+    assert max(map(abs, differences(model, samples, layout))) < 1e-4
+    assert min(min(s.logprobs) for s in samples) < -0.5
+
+
+@pytest.mark.parametrize("mistake", ["other temperature", "no kept ids"])
+def test_a_trainer_with_another_distribution_than_the_sampler_is_caught(
+    monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """Z19, planted: the measurement above can fail."""
+    real = local.token_logprobs
+
+    def wrong(model: Any, hidden: Any, targets: Any, temperatures: Any, ids: Any, counts: Any) -> Any:
+        if mistake == "other temperature":
+            return real(model, hidden, targets, torch.ones_like(temperatures), ids, counts)
+        return real(model, hidden, targets, temperatures)
+
+    model = tiny_model("qwen3")
+    samples = samples_of(generate(engine_of(model), **TRUNCATED))
+    monkeypatch.setattr(local, "token_logprobs", wrong)
+    assert max(map(abs, differences(model, samples, "rows"))) > 0.05
+
+
+def test_truncated_and_whole_neighbours_do_not_touch() -> None:
+    """Rows of one decode step may differ; a slot's kept ids move with it; what is drawn from whole has none."""
+    model = tiny_model("qwen3")
+    whole, truncated = generate(engine_of(model)), generate(engine_of(model), top_p=0.8)
+
+    async def mixed() -> list[Completion]:
+        engine = engine_of(model, num_slots=3)
+        settings = [(i, j, {} if (i + j) % 2 else {"top_p": 0.8}) for i in range(3) for j in range(4)]
+        return await asyncio.gather(*(engine.generate(PROMPTS[i], sampling(i, j, **s)) for i, j, s in settings))
+
+    completions = asyncio.run(mixed())
+    assert all(c.kept_ids == [] for c in whole)
+    for k, c in enumerate(completions):
+        alone = (whole if (k // 4 + k) % 2 else truncated)[k]
+        assert (c.token_ids, c.kept_ids) == (alone.token_ids, alone.kept_ids)
+        assert c.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    assert sum(bool(c.kept_ids) for c in completions) == 6
+
+
+def test_nothing_is_listed_where_nothing_is_truncated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without top-p and top-k there is no work per token; a top-k beyond the vocabulary gives the same completions."""
+    model = tiny_model("qwen3")
+    all_kept = generate(engine_of(model), top_k=128)
+    monkeypatch.delattr(embedded, "kept_lists")
+    whole = generate(engine_of(model))
+    assert [(c.token_ids, c.kept_ids) for c in all_kept] == [(c.token_ids, []) for c in whole]
+
+
+def test_a_running_sum_that_rises_on_a_dropped_token_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rounding does on a GPU: the log-prob of such a token would be -inf."""
+    real = torch.Tensor.cumsum
+    noise = 0.1 * torch.rand(64, 128, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: real(self, dim) + noise)
+    rows = torch.ones(64)
+    logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    drawn, logprobs, kept = sample_tokens(logits, rows, rows, 3 * rows.long(), torch.linspace(0, 0.99, 64))
+    assert kept is not None
+    assert kept.gather(1, drawn[:, None]).all()
+    assert torch.isfinite(logprobs).all()
 
 
 def test_a_prompt_without_room_is_refused_with_the_numbers() -> None:

@@ -153,7 +153,7 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
         document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))[None]
     own = [_loss_positions(sample) for sample in samples]
-    kept = [s.kept_ids[t] if s.kept_ids else [] for s, positions in zip(samples, own, strict=True) for t in positions]
+    kept = _kept_ids(samples)
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """[T], or empty where the samples do not have it (yet)."""
@@ -184,6 +184,13 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         kept_ids=torch.tensor([i for ids in kept for i in ids], dtype=torch.int64),
         kept_counts=torch.tensor([len(ids) for ids in kept], dtype=torch.int64),
     )
+
+
+def _kept_ids(samples: Sequence[Sample]) -> list[list[int]]:
+    """[T] of the loss tokens; empty when nothing was dropped for any."""
+    if not any(sample.kept_ids for sample in samples):
+        return []
+    return [sample.kept_ids[t] if sample.kept_ids else [] for sample in samples for t in _loss_positions(sample)]
 
 
 def _loss_positions(sample: Sample) -> list[int]:

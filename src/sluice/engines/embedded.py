@@ -11,13 +11,13 @@ import asyncio
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
-from sluice.engines.sampling import check_room, sample_tokens
+from sluice.engines.sampling import check_room, kept_lists, sample_tokens
 from sluice.engines.slots import Prefix, SlotCache, SlotState
 from sluice.errors import EngineError
 from sluice.interfaces import LanguageModel, Weights
@@ -31,6 +31,8 @@ class _Request:
     prompt: Sequence[int]
     sampling: Sampling
     done: asyncio.Future[Completion]
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    """Grows with the tokens while any active request asks for top-p or top-k, and is empty otherwise."""
 
 
 class EmbeddedEngine:
@@ -251,11 +253,14 @@ class EmbeddedEngine:
         state = self._state
         count = state["count"][rows]
         uniform = state["uniform"][rows].gather(1, count[:, None])[:, 0]
-        tokens, logprobs = sample_tokens(
+        tokens, logprobs, kept = sample_tokens(
             self.model.logits(hidden), state["temperature"][rows], state["top_p"][rows], state["top_k"][rows], uniform
         )
         state["tokens"][rows].scatter_(1, count[:, None], tokens[:, None])
         state["logprobs"][rows].scatter_(1, count[:, None], logprobs[:, None])
+        if kept is not None:
+            for request, ids in zip(self._active[rows], kept_lists(kept), strict=True):
+                request.kept_ids.append(ids)
         state["last"][rows] = tokens
         state["position"][rows] += 1
         count += 1  # a view: counts in place
@@ -286,6 +291,7 @@ class EmbeddedEngine:
             finish_reason=reason,
             policy_versions=[self.version] * count,
             temperature=request.sampling.temperature,
+            kept_ids=request.kept_ids if any(request.kept_ids) else [],
         )
         self._free(slot)
         if not request.done.done():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,33 +27,46 @@ def check_room(prompt_ids: Sequence[int], sampling: Sampling, max_model_len: int
 
 def sample_tokens(
     logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """FP32 logits [N, V] and one setting per row ([N] each) → token ids [N] and their log-probs [N].
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """FP32 logits [N, V] and one setting per row ([N] each) → token ids [N], their log-probs [N], and what was kept.
 
     Draws by inverting the cumulative distribution at `uniform` in [0, 1), so a row's token depends on that row only.
-    The log-probs are those of softmax(logits / temperature), whole, before top-p and top-k. Temperature 0 is greedy,
-    with the log-probs of temperature 1.
+    The log-probs are those of what is drawn from: softmax(logits / temperature) over the ids that top-p and top-k
+    keep. Those come as bools [N, V], or as None when no row asks for either. Temperature 0 is greedy, with the
+    log-probs of temperature 1.
     """
     greedy = temperature == 0
-    logp = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
-    probs = logp.exp()
+    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    kept = None
     if bool((top_p < 1).any()) or bool((top_k > 0).any()):
-        probs = _truncated(probs, top_p, top_k)
-    cumulative = probs.cumsum(-1)
+        kept = _kept(logits, top_p, top_k)
+        logits = logits.masked_fill(~kept, -torch.inf)
+    logp = torch.log_softmax(logits, dim=-1)
+    cumulative = logp.exp().cumsum(-1)
     total = cumulative[:, -1:]
     # right: the first token whose cumulative probability exceeds the draw, hence never one of probability 0
     drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
     likeliest = logits.argmax(-1)
     drawn = torch.where(greedy | (drawn >= logits.shape[1]), likeliest, drawn)
-    return drawn, logp.gather(1, drawn[:, None])[:, 0]
+    if kept is not None:  # on a GPU rounding may let the running sum rise on an id of probability 0
+        drawn = torch.where(kept.gather(1, drawn[:, None])[:, 0], drawn, likeliest)
+    return drawn, logp.gather(1, drawn[:, None])[:, 0], kept
 
 
-def _truncated(probs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Probabilities outside the k likeliest, and outside the smallest set that reaches p, become 0."""
-    ordered, order = probs.sort(dim=-1, descending=True)
-    rank = torch.arange(probs.shape[1], device=probs.device)[None]
+def kept_lists(kept: Tensor) -> list[list[int]]:
+    """[N, V] bools → the kept ids of each row, an empty list for a row that was kept whole."""
+    kept = kept & ~kept.all(-1, keepdim=True)
+    counts = kept.sum(-1).tolist()
+    ids = iter(kept.nonzero()[:, 1].tolist())
+    return [list(islice(ids, count)) for count in counts]
+
+
+def _kept(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """[N, V] which ids are among the k likeliest, and in the smallest set whose probability reaches p."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)[None]
     keep = (top_k[:, None] == 0) | (rank < top_k[:, None])
     # a token stays while what comes before it has not reached p, so the likeliest always stays
-    before = ordered.cumsum(-1) - ordered
-    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    return torch.zeros_like(probs).scatter(1, order, torch.where(keep, ordered, 0.0))
+    probs = ordered.softmax(-1)
+    keep &= (probs.cumsum(-1) - probs < top_p[:, None]) | (top_p[:, None] >= 1)
+    return torch.zeros_like(keep).scatter(1, order, keep)

@@ -47,7 +47,11 @@ class LocalTrainer:
         self._policy_has_gradient = False
 
     async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
-        """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values."""
+        """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values.
+
+        All log-probs, the reference's too, are at the sampler's temperature and over the ids that it kept: the KL term is
+        between the two policies as they would be sampled, each renormalised over the same ids.
+        """
         for part in under_budget(samples, self.packing):
             micro_batch = collate(part, self.packing.layout)
             with torch.no_grad():  # as a decorator it would end before an async function's body begins
@@ -64,7 +68,7 @@ class LocalTrainer:
         model = self.reference if output == "ref_logprobs" else self.model
         assert model is not None
         hidden = hidden_states_of(model, batch)
-        return token_logprobs(model, hidden, batch.target_ids, batch.temperatures)[0]
+        return token_logprobs(model, hidden, batch.target_ids, batch.temperatures, batch.kept_ids, batch.kept_counts)[0]
 
     async def forward_backward(self, minibatch: Minibatch, loss: Loss | None) -> Metrics:
         """Add the gradient of one update's loss, micro-batch by micro-batch, and note in its samples what each token saw.
@@ -89,7 +93,13 @@ class LocalTrainer:
         self, minibatch: Minibatch, micro_batch: MicroBatch, batch: MicroBatch, hidden: Tensor, loss: Loss
     ) -> Metrics:
         logprobs, entropies = token_logprobs(
-            self.model, hidden, batch.target_ids, batch.temperatures, entropy_gradient=self.entropy_gradient
+            self.model,
+            hidden,
+            batch.target_ids,
+            batch.temperatures,
+            batch.kept_ids,
+            batch.kept_counts,
+            entropy_gradient=self.entropy_gradient,
         )
         output = loss(logprobs, entropies, batch)
         if not torch.isfinite(output.loss):
