@@ -12,7 +12,7 @@ from torch import Tensor
 from sluice.algorithms import Algorithm, policy_loss, resolve, token_coefficients
 from sluice.types import Sample
 
-SEEDS = range(8)
+SEEDS = range(16)
 MAX_TOKENS = 48
 """What dr_grpo divides by."""
 
@@ -101,7 +101,7 @@ def ragged(
     written = rng.random((num, longest)) < (0.7 if holes else 1.0)
     written[:, 0] = True
     mask = present & torch.tensor(written)
-    spread = rng.choice([0.0, 0.05, 0.5, 4.0], (num, 1))
+    spread = rng.choice([0.0, 0.05, 0.5, 1.0, 4.0], (num, 1))
 
     def moved(base: np.ndarray, by: Any) -> np.ndarray:
         return base + by * rng.uniform(-1, 1, base.shape)
