@@ -140,6 +140,24 @@ def _sequence(
     return [*columns, np.where(own, rng.choice(weights, length), 0.0)]
 
 
+def ragged(sequences: list[tuple[int, float]], log_ratio: float, weights: list[float] | None = None) -> Batch:
+    """(length, advantage) each; all log-probs -1."""
+    lengths = torch.tensor([length for length, _ in sequences])
+    total = int(lengths.sum())
+    return Batch(
+        logprobs=torch.full((total,), -1.0, dtype=torch.float64),
+        old_logprobs=torch.full((total,), -1.0 - log_ratio, dtype=torch.float64),
+        advantages=torch.repeat_interleave(torch.tensor([a for _, a in sequences], dtype=torch.float64), lengths),
+        engine_logprobs=torch.full((total,), -1.0 - log_ratio, dtype=torch.float64),
+        ref_logprobs=torch.full((total,), -1.0, dtype=torch.float64),
+        entropies=torch.ones(total, dtype=torch.float64),
+        loss_weights=torch.tensor(weights or [1.0] * total, dtype=torch.float64),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
+        rewards=torch.zeros(len(sequences), dtype=torch.float64),
+        groups=torch.zeros(len(sequences), dtype=torch.int64),
+    )
+
+
 def arguments(spec: Algorithm, batch: Batch) -> dict[str, Tensor]:
     """What this row needs beyond what every row needs."""
     needed = {
@@ -158,11 +176,11 @@ def loss_of(spec: Algorithm, batch: Batch, coefficients: Tensor | None = None) -
 
 
 def loss_and_gradients(
-    spec: Algorithm, batch: Batch, coefficients: Tensor | None = None
+    spec: Algorithm, batch: Batch, coefficients: Tensor | None = None, loss: Callable[..., LossOutput] = policy_loss
 ) -> tuple[LossOutput, Tensor, Tensor]:
-    """The same, and the gradient that every token's entropy gets."""
+    """The same, and the gradient that every token's entropy gets. `loss` may be another than sluice's."""
     logprobs, entropies = (column.clone().requires_grad_() for column in (batch.logprobs, batch.entropies))
-    output = policy_loss(
+    output = loss(
         spec,
         logprobs,
         batch.old_logprobs,

@@ -10,7 +10,7 @@ import numpy as np
 import oracle_terms as terms
 import pytest
 import torch
-from batches import JUNK, MASKABLE, WEIGHTS, Batch, batches, in_ranks, loss_of, modest, row
+from batches import JUNK, MASKABLE, WEIGHTS, Batch, batches, in_ranks, loss_of, modest, ragged, row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -243,24 +243,6 @@ def test_masked_tokens_and_fully_masked_sequences_count_nowhere(spec: Algorithm,
 
 
 # denominators, by hand
-
-
-def ragged(sequences: list[tuple[int, float]], log_ratio: float, weights: list[float] | None = None) -> Batch:
-    """(length, advantage) each; all log-probs -1."""
-    lengths = torch.tensor([length for length, _ in sequences])
-    total = int(lengths.sum())
-    return Batch(
-        logprobs=torch.full((total,), -1.0, dtype=torch.float64),
-        old_logprobs=torch.full((total,), -1.0 - log_ratio, dtype=torch.float64),
-        advantages=torch.repeat_interleave(torch.tensor([a for _, a in sequences], dtype=torch.float64), lengths),
-        engine_logprobs=torch.full((total,), -1.0 - log_ratio, dtype=torch.float64),
-        ref_logprobs=torch.full((total,), -1.0, dtype=torch.float64),
-        entropies=torch.ones(total, dtype=torch.float64),
-        loss_weights=torch.tensor(weights or [1.0] * total, dtype=torch.float64),
-        sequence_ids=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
-        rewards=torch.zeros(len(sequences), dtype=torch.float64),
-        groups=torch.zeros(len(sequences), dtype=torch.int64),
-    )
 
 
 @pytest.mark.parametrize(
