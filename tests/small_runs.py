@@ -125,13 +125,28 @@ def without_timings(lines: Sequence[dict[str, float]]) -> list[dict[str, float]]
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
-def documented_metrics() -> set[str]:
-    """The names in the table of docs/howto.md; `/max` after `a/mean` is `a/max`."""
+def documented_metrics(some_runs: bool = False) -> set[str]:
+    """The names in the tables of docs/howto.md, of the metrics of every run or of those that `some_runs` have.
+
+    `/max` after `a/mean` is `a/max`, and `share/*` stands for all intervals of `train/ratio/share`.
+    """
+    page = (ROOT / "docs/howto.md").read_text()
+    tables = re.findall(r"^\| metric \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    every, some = (_first_cells(table) for table in tables)
+    assert len(every) > 15, "the table was not found"
+    if not some_runs:
+        return every
+    intervals = {name.rpartition("/")[2] for name in every if name.startswith("train/ratio/share/")}
+    return {
+        expanded for name in some for expanded in ({name[:-1] + i for i in intervals} if name[-1] == "*" else {name})
+    }
+
+
+def _first_cells(table: str) -> set[str]:
     names: set[str] = set()
-    for row in re.findall(r"^\| (`\w+/.*?) \|", (ROOT / "docs/howto.md").read_text(), re.MULTILINE):
+    for row in table.splitlines():
         last = ""
-        for name in re.findall(r"`(.+?)`", row):
+        for name in re.findall(r"`(.+?)`", row.split(" | ")[0]):
             last = last.rpartition("/")[0] + name if name.startswith("/") else name
             names.add(last)
-    assert len(names) > 15, "the table was not found"
     return names

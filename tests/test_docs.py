@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +19,10 @@ import yaml
 from conftest import ROOT
 from makers import CHAT_TEMPLATE, make_bpe_tokenizer
 from models import CONFIGS
-from sluice.algorithms.spec import ALGORITHMS
+from sluice.algorithms.spec import ALGORITHMS, Algorithm, resolve
 from sluice.config import SftConfig, TrainConfig
 from sluice.configfile import _key_paths
+from sluice.configtraining import AlgorithmSection
 from sluice.viewer import report
 from small_runs import (
     DRY_ONLY,
@@ -32,10 +35,13 @@ from small_runs import (
     write_rows,
 )
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALGORITHM_PAGES = sorted((ROOT / "docs/algorithms").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ALGORITHM_PAGES]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALL = ["rollout.groups_per_step=2", "rollout.group_size=4", "rollout.max_new_tokens=8", "trainer.updates_per_batch=2"]
 SMALL += ["run.num_steps=2", "run.num_threads=1", "run.name=test"]
+VARIED = "rewards=[{name: my_rewards:shorter_is_better}]"
+"""A reward that even a tiny model gets in different sizes."""
 SMALL_SFT = ["run.num_threads=1", "run.name=test", "trainer.samples_per_update=32"]
 HELP_LIMIT_S = 60
 
@@ -55,7 +61,12 @@ def named(found: Found) -> str:
 def blocks(language: str) -> list[Found]:
     """Fenced code blocks of all pages."""
     fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    return [Found(page.name, text) for page in PAGES for text in fence.findall(page.read_text())]
+    return [Found(label(page), text) for page in PAGES for text in fence.findall(page.read_text())]
+
+
+def label(page: Path) -> str:
+    """Its path from the root, without `docs/`."""
+    return str(page.relative_to(ROOT)).removeprefix("docs/")
 
 
 def commands() -> list[Found]:
@@ -68,7 +79,7 @@ def commands() -> list[Found]:
         if line.strip() and not line.startswith("#")
     ]
     inline = re.compile(r"`(sluice (?:train|sft|report|config \w+|analyze [\w-]+) [^`\n]+)`")
-    in_text = [Found(page.name, text) for page in PAGES for text in inline.findall(page.read_text())]
+    in_text = [Found(label(page), text) for page in PAGES for text in inline.findall(page.read_text())]
     comment = re.compile(r"^# .*?((?:sluice|python) .+)$", re.MULTILINE)
     in_recipes = [Found(path.name, text) for path in RECIPES for text in comment.findall(path.read_text())]
     return list(dict.fromkeys(in_blocks + in_text + in_recipes))
@@ -225,21 +236,29 @@ def test_the_config_block_runs(here: Path, tmp_path: Path, block: Found):
     fragment.write_text(block.text)
     files = ["base.yaml", str(fragment)]
     assert sluice("config", "check", *files) == 0
-    assert sluice("train", *files, *SMALL, f"run.folder={tmp_path}") == 0
+    rewards = yaml.safe_load(block.text).get("rewards", [])
+    varied = [] if rewards else [VARIED]
+    assert sluice("train", *files, *SMALL, *varied, f"run.folder={tmp_path}") == 0
     logged = metrics_of(tmp_path / "test")[0].keys()
-    for reward in yaml.safe_load(block.text).get("rewards", []):
+    for reward in rewards:
         name = reward["name"].rpartition(":")[2]
         assert any(f"{metric}/".startswith(f"rollout/reward/{name}/") for metric in logged)
 
 
 @pytest.mark.parametrize(
-    "setting", ["rollout.environment=my_env:play", "rollout.filter=my_filter:keep", "algorithm.dynamic_sampling=true"]
+    "setting",
+    [
+        "rollout.environment=my_env:play",
+        "rollout.environment=my_env:ask_twice",
+        "rollout.filter=my_filter:keep",
+        "algorithm.dynamic_sampling=true",
+    ],
 )
 def test_what_the_pages_say_to_set_runs(here: Path, tmp_path: Path, setting: str):
     key, _, value = setting.partition("=")
-    assert f"`{key}: {value}`" in (ROOT / "docs/howto.md").read_text()
-    rewards = "rewards=[{name: my_rewards:shorter_is_better}]"
-    assert sluice("train", "base.yaml", setting, rewards, *SMALL, f"run.folder={tmp_path}") == 0
+    page = (ROOT / "docs/howto.md").read_text()
+    assert f"`{key}: {value}`" in page or f"{key.partition('.')[2]}: {value}\n" in page
+    assert sluice("train", "base.yaml", setting, VARIED, *SMALL, f"run.folder={tmp_path}") == 0
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if "def " not in b.text], ids=named)
@@ -256,25 +275,43 @@ def test_the_code_block_runs(here: Path, block: Found):
 # Names and links
 
 
+ALL_TERMS = (
+    "algorithm={old_logprobs: recomputed, correction: tis, rejection: geometric, kl_coef: 0.01, entropy_coef: 0.01}"
+)
+
+
 def test_the_metrics_of_the_table_are_those_that_are_logged(here: Path, tmp_path: Path):
-    settings = ["engine={name: scripted, script: my_script:answer}", "trainer={name: dry}"]
+    """Of every run, and of those whose algorithm has all there is: terms and corrections, and a critic."""
     write_config(tmp_path / "dry.yaml", **BASE, model={"path": "model"})
-    assert sluice("train", tmp_path / "dry.yaml", *settings, *SMALL, f"run.folder={tmp_path}") == 0
-    trained, tuned, dry = (
-        set(metrics_of(run)[0]) - {"step"} for run in (Path("runs/NAME"), Path("runs/base"), tmp_path / "test")
+    settings = ["engine={name: scripted, script: my_script:answer}", "trainer={name: dry}"]
+    dry, terms, critic = (
+        logged_by(tmp_path / name, config, *words)
+        for name, config, words in (
+            ("dry", tmp_path / "dry.yaml", settings),
+            ("terms", "base.yaml", [ALL_TERMS]),
+            ("critic", "base.yaml", ["algorithm.name=ppo"]),
+        )
     )
-    table = documented_metrics()
+    trained, tuned = (set(metrics_of(Path(run))[0]) - {"step"} for run in ("runs/NAME", "runs/base"))
+    table, further = documented_metrics(), documented_metrics(some_runs=True)
     assert table - trained == {"rollout/reward/LABEL", DRY_ONLY}
     assert DRY_ONLY in dry
     free = re.compile(r"rollout/reward/|rollout/finish/|perf/")
     assert {name for name in trained | tuned | dry if not free.match(name)} <= table
+    assert {name for name in (terms | critic) - trained if not free.match(name)} == further
+
+
+def logged_by(folder: Path, config: str | Path, *settings: str) -> set[str]:
+    assert sluice("train", config, *settings, *SMALL, f"run.folder={folder}") == 0
+    return set(metrics_of(folder / "test")[0]) - {"step"}
 
 
 def test_metrics_that_pages_name_are_logged(here: Path):
-    known = documented_metrics() | metrics_of(Path("runs/NAME"))[0].keys()
+    known = documented_metrics() | documented_metrics(some_runs=True) | metrics_of(Path("runs/NAME"))[0].keys()
+    known.add("rollout/reward/turns")  # see tests of the worker
     for page in PAGES:
-        for name in re.findall(r"`((?:rollout|train|perf)/[\w/]+)`", page.read_text()):
-            assert name in known, f"{page.name}: {name}"
+        for name in re.findall(r"`((?:rollout|train|perf)/[\w/*]+)`", page.read_text()):
+            assert fnmatch.filter(known, name), f"{label(page)}: {name}"
 
 
 def test_settings_that_pages_name_exist():
@@ -285,31 +322,92 @@ def test_settings_that_pages_name_exist():
     for page in PAGES:
         for name in setting.findall(page.read_text()):
             known = re.sub(r"\.\d+\.", ".0.", name)
-            assert known in keys or name.endswith(files), f"{page.name}: {name}"
+            assert known in keys or name.endswith(files), f"{label(page)}: {name}"
+
+
+# Algorithms
 
 
 def test_the_table_of_algorithms_is_that_of_the_code():
-    rows = re.findall(
-        r"^\| `(\w+)`(?: \(default\))? \| (.*) \|$", (ROOT / "docs/concepts.md").read_text(), re.MULTILINE
+    page = (ROOT / "docs/algorithms/README.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)(.*?) \| (.*) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(ALGORITHMS)
+    for name, file, remark, cells in rows:
+        row = ALGORITHMS[name]
+        assert file == name
+        assert ("default" in remark) == (name == AlgorithmSection().name)
+        assert ("dynamic sampling" in remark) == row.dynamic_sampling
+        assert cells.split(" | ") == cells_of(row), name
+
+
+def cells_of(row: Algorithm) -> list[str]:
+    """Advantage, ratio, clip, mask, aggregation."""
+    trust = f" {row.clip_low:g} / {row.clip_high:g}" if row.clip_low else ""
+    bounds = {
+        "surrogate": trust + (f", dual {row.dual_clip:g}" if row.dual_clip else ""),
+        "weight": f": ratio ≤ {row.ratio_max or 0:g}",
+        "soft_gate": f" {row.gate_positive or 0:g} / {row.gate_negative or 0:g}",
+        "none": "",
+    }
+    moved = f" {row.tv_low:g} / {row.tv_high:g}" if row.tv_low else ""
+    return [
+        f"`{row.advantage}`" + ("" if row.normalise == "none" else f", then `{row.normalise}`"),
+        f"`{row.ratio}`",
+        f"`{row.clip}`{bounds[row.clip]}",
+        f"`{row.mask}`" + {"trust_region": trust, "tv": moved, "none": ""}[row.mask],
+        f"`{row.aggregation}`" + (f" {row.loss_constant:g}" if row.loss_constant else ""),
+    ]
+
+
+SOURCES = {
+    "cispo": "2506.13585",
+    "grpo": "2402.03300",
+    "dr_grpo": "2503.20783",
+    "glm": "2508.06471",
+    "dapo": "2503.14476",
+    "gspo": "2507.18071",
+    "unified": "2506.13585",
+    "sapo": "2511.20347",
+    "dppo": "2602.04879",
+    "reinforce": "Machine Learning 8",  # 1992
+    "rloo": "2402.14740",
+    "reinforce_pp": "2501.03262",
+    "reinforce_pp_baseline": "2501.03262",
+    "ppo": "1707.06347",
+}
+
+
+def test_each_row_has_a_page():
+    assert {page.stem for page in ALGORITHM_PAGES} == {*ALGORITHMS, "README"}
+    assert SOURCES.keys() == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_page_of_a_row_says_what_the_row_is(name: str):
+    """Its first config says every word and every bound that the row has, and nothing that the row has not."""
+    text = (ROOT / f"docs/algorithms/{name}.md").read_text()
+    assert text.startswith(f"# `{name}`\n")
+    assert f"{SOURCES[name]}]" in text or SOURCES[name] in text.partition("```yaml")[0]
+    for part in ("## Elsewhere", "## Metrics", "## No signal"):
+        assert part in text
+    row = resolve(name, {}, max_new_tokens=256, group_size=8)
+    config = AlgorithmSection.model_validate(
+        yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])["algorithm"]
     )
-    assert {name for name, _ in rows} == ALGORITHMS.keys()
-    words = {
-        "z_score": "z-score", "centred": "centred", "raw": "the reward",
-        "token_mean": "token mean", "sequence_mean": "sequence mean", "constant": "sum / constant",
-    }  # fmt: skip
-    for name, row in rows:
-        advantage, ratio, clip, aggregation = row.split(" | ")
-        algorithm = ALGORITHMS[name]
-        assert advantage.startswith(words[algorithm.advantage])
-        assert ratio == algorithm.ratio
-        assert aggregation == words[algorithm.aggregation]
-        assert clip.startswith(algorithm.clip)
-        if algorithm.clip == "surrogate":
-            low, high = re.findall(r"(\S+) / ([^\s,]+)", clip)[0]
-            assert (float(low), float(high)) == (algorithm.clip_low, algorithm.clip_high)
-        if algorithm.clip == "weight":
-            assert f"`ratio_max` {algorithm.ratio_max:g}" in clip
-        assert ("dynamic sampling" in clip) == algorithm.dynamic_sampling
+    assert config.name == name
+    assert resolve(name, config.overrides(), max_new_tokens=256, group_size=8) == row
+    told = {
+        field.name for field in fields(row) if field.default is MISSING or getattr(row, field.name) != field.default
+    }
+    if ALGORITHMS[name].loss_constant is None:
+        told.discard("loss_constant")  # rollout.max_new_tokens
+    assert config.model_fields_set == told - {"kl", "kl_estimator"}
+
+
+def test_papers_are_linked_by_their_number():
+    for page in PAGES:
+        for number, target in re.findall(r"\[arXiv ([\d.]+)\]\((\S+?)\)", page.read_text()):
+            assert target == f"https://arxiv.org/abs/{number}", label(page)
 
 
 def slug(heading: str) -> str:
@@ -317,7 +415,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_links_lead_somewhere(page: Path):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -325,13 +423,15 @@ def test_links_lead_somewhere(page: Path):
             continue
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
-        assert file.exists(), f"{page.name}: {target}"
+        assert file.exists(), f"{label(page)}: {target}"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in map(slug, headings), f"{page.name}: {target}"
+            assert anchor in map(slug, headings), f"{label(page)}: {target}"
 
 
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in PAGES[1:]:
-        assert f"](docs/{page.name})" in readme
+        if page not in ALGORITHM_PAGES:
+            assert f"](docs/{page.name})" in readme
+    assert "](docs/algorithms/README.md)" in readme
