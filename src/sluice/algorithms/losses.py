@@ -79,7 +79,7 @@ def policy_loss(
         per_token = torch.where(weights == 0, 0.0, weights * per_token)
         metrics += Metrics({"train/correction/dropped": Mean((weights[own] == 0).sum(), own.sum())})
     per_token = torch.where(own, per_token, 0.0)
-    clipped = clipped & own
+    clipped = clipped & own & (advantages != 0)  # without an advantage there was no gradient to change
     loss = (coefficients * per_token).sum()
     metrics += _policy_metrics(loss, log_ratio, ratio, clipped, own)
     if spec.kl == "loss":
