@@ -96,6 +96,21 @@ def test_columns_that_are_not_filled_yet_are_empty(layout: Layout):
 
 
 @each_layout
+def test_kept_ids_lie_flat_beside_their_counts(layout: Layout):
+    """Of the loss tokens only, in their order; a sample that was drawn from whole counts 0; without any, both are empty."""
+    ids = [[], [7, 8, 9], [5], []]
+    truncated = a_sample(4, weights=[0.0, 1.0, 0.0, 1.0], kept_ids=ids)
+    other = a_sample(3, 1, weights=[0.0, 0.0, 1.0], kept_ids=[[], [], [2, 3]])
+    whole = a_sample(3, 2, weights=[0.0, 1.0, 1.0])
+    batch = collate([truncated, whole, other], layout)
+    assert batch.kept_ids.tolist() == [7, 8, 9, 2, 3]
+    assert batch.kept_counts.tolist() == [3, 0, 0, 0, 2]
+    assert batch.kept_ids.dtype == batch.kept_counts.dtype == torch.int64
+    alone = collate([whole], layout)
+    assert alone.kept_ids.tolist() == alone.kept_counts.tolist() == []
+
+
+@each_layout
 def test_samples_without_a_loss_token(layout: Layout):
     batch = collate([a_sample(3, weights=[0.0, 0.0, 0.0]), a_sample(1)], layout)
     assert batch.hidden_index.tolist() == batch.loss_weights.tolist() == batch.sequence_ids.tolist() == []

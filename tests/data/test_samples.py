@@ -62,6 +62,16 @@ def test_a_broken_history_starts_a_sample_of_its_own(second_prompt: list[int]):
     assert (first.index, first.reward) == (second.index, second.reward) == (0, 2.0)
 
 
+def test_kept_ids_stand_at_the_tokens_that_were_drawn():
+    """A turn whose sampler dropped nothing has empty lists between those that have some; never any, none at all."""
+    first, second, third = a_turn([3], [50, 60]), a_turn([3, 50, 60, 8], [70]), a_turn([3, 50, 60, 8, 70, 9], [80])
+    (whole,) = to_samples([a_group(a_trajectory(first, second, third))])
+    assert whole.kept_ids == []
+    first.completion.kept_ids, third.completion.kept_ids = [[50, 51], [60]], [[80, 90]]
+    (sample,) = to_samples([a_group(a_trajectory(first, second, third))])
+    assert sample.kept_ids == [[], [50, 51], [60], [], [], [], [80, 90]]
+
+
 def test_after_a_break_the_newest_history_is_extended():
     trajectory = a_trajectory(a_turn([3], [50]), a_turn([4], [60]), a_turn([4, 60, 5], [70]))
     first, second = to_samples([a_group(trajectory)])
@@ -139,10 +149,20 @@ def test_to_samples_leaves_the_trajectory_alone():
     assert (turn.prompt_ids, turn.completion.token_ids, turn.completion.logprobs) == ([3], [50], [-0.5])
 
 
+def test_a_token_that_its_sampler_had_dropped_is_refused():
+    """Its log-prob would be -inf in the trainer, and the step's loss no number."""
+    with pytest.raises(ValueError, match="token 1 is 2, which is not among its kept_ids"):
+        Completion([1, 2], [0.0, 1.0], "stop", [0, 0], 1.0, kept_ids=[[], [1, 3]])
+
+
 def test_lengths_are_checked_with_the_name_of_the_sample():
     with pytest.raises(ValueError, match=r"Sample p#4\.2: fields must have one length, got .*'logprobs': 1"):
         Sample([1, 2], [0.0, 1.0], [0.0], [0, 0], 1.0, 4, 2, prompt_id="p")
     with pytest.raises(ValueError, match="Completion: fields must have one length"):
         Completion([1, 2], [0.0, 1.0], "stop", [0], 1.0)
+    with pytest.raises(ValueError, match=r"Completion: fields must have one length, got .*'kept_ids': 1"):
+        Completion([1, 2], [0.0, 1.0], "stop", [0, 0], 1.0, kept_ids=[[1]])
+    with pytest.raises(ValueError, match=r"Sample group#4\.2: fields must have one length, got .*'kept_ids': 1"):
+        Sample([1, 2], [0.0, 1.0], [0.0, 0.0], [0, 0], 1.0, 4, 2, kept_ids=[[]])
     with pytest.raises(ValueError, match=r"Sample group#4\.2: the first token has no tokens before it"):
         Sample([1, 2], [1.0, 1.0], [0.0, 0.0], [0, 0], 1.0, 4, 2)

@@ -77,6 +77,10 @@ ROWS = {"cispo": row("cispo"), "grpo": row("grpo")}
 def naive_logprobs(model: PolicyModel, sample: Sample) -> Tensor:
     """[T - 1] of all tokens but the first: one sequence, no padding, no mask, transformers' own forward."""
     logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0, :-1].double() / sample.temperature
+    for t, ids in enumerate(sample.kept_ids[1:]):
+        if ids:
+            dropped = torch.ones_like(logits[t], dtype=torch.bool).index_fill(0, torch.tensor(ids), False)
+            logits[t] = logits[t].masked_fill(dropped, -torch.inf)
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(sample.token_ids[1:])[:, None])[:, 0]
 
 
@@ -128,6 +132,25 @@ def test_rows_and_packed_give_the_gradient_of_the_samples_one_by_one(architectur
     model, samples = tiny_model(architecture), some_samples()
     expected = naive_gradient(model, samples, "cispo")
     assert_same(gradient(model, samples, Packing(1, 1000, layout)), expected)
+
+
+@each_layout
+@pytest.mark.parametrize("budget", [30, 1000])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_the_gradient_is_that_of_the_truncated_distribution(architecture: str, budget: int, layout: Layout):
+    """Z19, for top-p and top-k; some samples are drawn from whole, some tokens too."""
+    model, samples, rng = tiny_model(architecture), some_samples(), np.random.default_rng(1)
+    whole = naive_gradient(model, samples, "cispo")
+    for i, sample in enumerate(samples[:-2]):
+        ids = [
+            [token, *rng.choice(3, size=(t + i) % 4, replace=False).tolist()]
+            for t, token in enumerate(sample.token_ids)
+        ]
+        sample.kept_ids = [row if w and t % 5 else [] for t, (row, w) in enumerate(zip(ids, sample.loss_weights))]
+    expected = naive_gradient(model, samples, "cispo")
+    assert_same(gradient(model, samples, Packing(1, budget, layout)), expected)
+    with pytest.raises(AssertionError):
+        assert_same(whole, expected, tolerance=0.1)
 
 
 @each_layout

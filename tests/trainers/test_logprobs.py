@@ -25,17 +25,41 @@ def inputs(dtype: torch.dtype = torch.float32, num: int = 23) -> tuple[Tensor, T
     return hidden, targets, 0.5 + torch.rand(num, generator=generator)
 
 
-def plain(model: PolicyModel, hidden: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    """All at once, in float64."""
+def kept_for(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat kept ids and their counts: 1 to 20 that hold the target, and none for every fourth token (it stays whole)."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        torch.cat([target[None], others[others != target][: i % 20]]) if i % 4 else targets[:0]
+        for i, target in enumerate(targets)
+        for others in [torch.randperm(VOCAB, generator=generator)]
+    ]
+    return torch.cat(rows), torch.tensor([len(row) for row in rows])
+
+
+def plain(
+    model: PolicyModel, hidden: Tensor, targets: Tensor, temperatures: Tensor, *kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In float64, all at once or, with kept ids, token by token over those alone."""
     logits = hidden.double() @ model.head.weight.double().T / temperatures.double()[:, None]
-    logp = torch.log_softmax(logits, -1)
-    return logp[range(len(targets)), targets], -(logp.exp() * logp).sum(-1)
+    if not kept:
+        logp = torch.log_softmax(logits, -1)
+        return logp[range(len(targets)), targets], -(logp.exp() * logp).sum(-1)
+    logprobs, entropies = [], []
+    for row, target, ids in zip(logits, targets, kept[0].split(kept[1].tolist()), strict=True):
+        own = ids if len(ids) else torch.arange(VOCAB)
+        logp = torch.log_softmax(row[own], -1)
+        logprobs.append(logp[own == target])
+        entropies.append(-(logp.exp() * logp).sum())
+    return torch.cat(logprobs), torch.stack(entropies)
 
 
 def gradients(model: PolicyModel, hidden: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Of a sum in which every token counts differently."""
     weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
     return torch.autograd.grad((weights * logprobs).sum(), (hidden, model.head.weight))
+
+
+truncated = pytest.mark.parametrize("truncate", [False, True], ids=["whole", "truncated"])
 
 
 @pytest.fixture
@@ -91,6 +115,22 @@ def test_entropies_carry_no_gradient():
     assert not entropies.requires_grad
 
 
+@pytest.mark.parametrize("size", [1, 5, 23])
+def test_with_kept_ids_all_is_of_the_softmax_over_those_alone(monkeypatch: pytest.MonkeyPatch, size: int):
+    """Values and both gradients, through the chunks."""
+    monkeypatch.setattr(room, "CHUNK_ELEMENTS", size * VOCAB)
+    model, columns = tiny_model("qwen3"), inputs()
+    kept = kept_for(columns[1])
+    expected = plain(model, *columns, *kept)
+    actual = token_logprobs(model, *columns, *kept, entropy_gradient=True)
+    for values, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
+    ours, theirs = (gradients(model, columns[0], torch.cat(both)) for both in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs(model, *columns, *kept), tuple(a.detach() for a in actual))
+
+
 def test_the_logits_of_the_architecture_are_used():
     """Gemma 2 caps its logits; at a temperature, what is capped is divided."""
     model, (hidden, targets, temperatures) = tiny_model("gemma2"), inputs()
@@ -119,29 +159,33 @@ class Widest(TorchDispatchMode):
         return result
 
 
+@truncated
 @pytest.mark.parametrize("train", [True, False], ids=["training", "no_grad"])
-def test_logits_never_exist_beyond_one_chunk(chunked: None, train: bool):
+def test_logits_never_exist_beyond_one_chunk(chunked: None, train: bool, truncate: bool):
     model, columns = tiny_model("qwen3"), inputs()
+    kept = kept_for(columns[1]) if truncate else ()
     with Widest() as widest, torch.set_grad_enabled(train):
-        logprobs, _ = token_logprobs(model, *columns)
+        logprobs, _ = token_logprobs(model, *columns, *kept)
         if train:
             logprobs.sum().backward()
     assert widest.rows == CHUNK
 
 
-def test_no_logits_are_kept_for_the_backward(chunked: None):
-    """Chunks that were each kept would be the whole [T, V] again, piece by piece."""
+@truncated
+def test_no_logits_are_held_for_the_backward(chunked: None, truncate: bool):
+    """Chunks that were each held would be the whole [T, V] again, piece by piece."""
     model, columns = tiny_model("qwen3"), inputs()
-    kept: dict[int, int] = {}
+    kept = kept_for(columns[1]) if truncate else ()
+    held: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def hold(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() != model.head.weight.data_ptr():
-            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            held[tensor.untyped_storage().data_ptr()] = tensor.numel()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logprobs, _ = token_logprobs(model, *columns)
-    assert max(kept.values(), default=0) < CHUNK * VOCAB
-    assert sum(kept.values()) < len(logprobs) * VOCAB / 2
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        logprobs, _ = token_logprobs(model, *columns, *kept)
+    assert max(held.values(), default=0) < CHUNK * VOCAB
+    assert sum(held.values()) < len(logprobs) * VOCAB / 2
     logprobs.sum().backward()
     assert columns[0].grad is not None
