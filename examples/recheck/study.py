@@ -1,7 +1,7 @@
 """Algorithms beside each other on the recheck task: how many steps each needs to a reward of 0.8, and what it clips.
 
-A learning rate is tuned for each algorithm and number of updates per batch, by the same budget and on seeds of its own;
-then the seeds of the study are run. What is there already is not run again, so the study can be cut off and go on.
+For each rarity of the recheck token and number of updates per batch a learning rate is tuned for each algorithm, by the same
+budget and on seeds of its own; then the seeds of the study are run. What is there already is not run again, so the study can be cut off and go on.
 All runs start from one base model for each rarity of the recheck token. Dynamic sampling is off, so that every algorithm
 sees as many samples per batch. `study_report.py` makes tables and plots of it.
 """
@@ -28,15 +28,13 @@ ALGORITHMS = {
     "grpo": ["algorithm.name=grpo"],
     "gspo": ["algorithm.name=gspo"],
 }
-LEARNING_RATES = {
-    16: (2.5e-5, 5e-5, 1e-4, 2e-4),
-    4: (1e-4, 2e-4, 4e-4, 8e-4),
-    1: (2e-4, 5e-4, 1e-3, 2e-3),
+CELLS = {
+    (0.03, 16): ((2.5e-5, 5e-5, 1e-4, 2e-4), 40),
+    (0.03, 4): ((1e-4, 2e-4, 4e-4, 8e-4), 40),
+    (0.005, 16): ((1e-5, 2.5e-5, 5e-5, 1e-4), 60),
+    (0.03, 1): ((2e-4, 5e-4, 1e-3, 2e-3), 60),
 }
-"""By updates per batch."""
-MOST_STEPS = {16: 40, 4: 40, 1: 60}
-RARITIES = (0.03, 0.005)
-"""Share of demonstrations that recheck; learning rates are tuned at the first."""
+"""Share of demonstrations that recheck and updates per batch → the learning rates that are tried, and the most steps."""
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 THRESHOLD = 0.8
@@ -60,27 +58,32 @@ class Setting:
         return FOLDER / self.name
 
     @property
+    def most_steps(self) -> int:
+        return CELLS[self.rarity, self.updates][1]
+
+    @property
     def is_done(self) -> bool:
         return any(self.folder.glob("checkpoints/step-*"))
 
     def steps_to_threshold(self) -> int:
         """The first step with a reward of 0.8, counted from 1; one more than were made when none has it."""
         rewards = [step["rollout/reward"] for step in metrics_of(self.folder)]
-        return next((i for i, reward in enumerate(rewards, 1) if reward >= THRESHOLD), MOST_STEPS[self.updates] + 1)
+        return next((i for i, reward in enumerate(rewards, 1) if reward >= THRESHOLD), self.most_steps + 1)
 
 
 def run(setting: Setting) -> str:
     """One training, through the command that everybody uses, in this process: torch is loaded once."""
     from sluice.cli import main
 
-    model, task = base_model(setting.rarity, seed=0)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        model, task = base_model(setting.rarity, seed=0)
     words = [
         f"model.path={model}",
         f"data.path={task}/questions.jsonl",
         f"run.folder={FOLDER}",
         f"run.name={setting.name}",
         f"run.seed={setting.seed}",
-        f"run.num_steps={MOST_STEPS[setting.updates]}",
+        f"run.num_steps={setting.most_steps}",
         f"run.stop_at_reward={THRESHOLD}",
         "run.num_threads=1",
         f"trainer.updates_per_batch={setting.updates}",
@@ -100,39 +103,35 @@ def run_all(settings: list[Setting], processes: int) -> None:
             print(f"{i}/{len(todo)} {line}", flush=True)
 
 
-def tuning(algorithm: str, updates: int) -> list[Setting]:
-    return [
-        Setting(RARITIES[0], updates, algorithm, rate, seed)
-        for rate in LEARNING_RATES[updates]
-        for seed in TUNING_SEEDS
-    ]
+def tuning(rarity: float, updates: int, algorithm: str) -> list[Setting]:
+    rates, _ = CELLS[rarity, updates]
+    return [Setting(rarity, updates, algorithm, rate, seed) for rate in rates for seed in TUNING_SEEDS]
 
 
-def tuned_rate(algorithm: str, updates: int) -> float:
+def tuned_rate(rarity: float, updates: int, algorithm: str) -> float:
     """The one with the fewest steps on the tuning seeds; of equals, the smaller."""
     by_rate: dict[float, list[int]] = {}
-    for setting in tuning(algorithm, updates):
+    for setting in tuning(rarity, updates, algorithm):
         by_rate.setdefault(setting.learning_rate, []).append(setting.steps_to_threshold())
     return min(by_rate, key=lambda rate: (mean(by_rate[rate]), rate))
 
 
 def measured(rarity: float, updates: int, algorithm: str) -> list[Setting]:
-    return [Setting(rarity, updates, algorithm, tuned_rate(algorithm, updates), seed) for seed in SEEDS]
+    rate = tuned_rate(rarity, updates, algorithm)
+    return [Setting(rarity, updates, algorithm, rate, seed) for seed in SEEDS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="trainings at once, each of one thread")
-    parser.add_argument("--updates", type=int, nargs="+", default=[16, 4, 1], choices=[16, 4, 1])
     args = parser.parse_args()
     os.environ["GOMP_SPINCOUNT"] = "1000"
-    for rarity in RARITIES:
+    for rarity in sorted({rarity for rarity, _ in CELLS}):
         base_model(rarity, seed=0)
-    for updates in args.updates:
-        run_all([s for a in ALGORITHMS for s in tuning(a, updates)], args.processes)
-        chosen = {a: tuned_rate(a, updates) for a in ALGORITHMS}
-        print(f"{updates} updates per batch, learning rates: {json.dumps(chosen)}", flush=True)
-        run_all([s for r in RARITIES for a in ALGORITHMS for s in measured(r, updates, a)], args.processes)
+    for cell in CELLS:
+        run_all([s for a in ALGORITHMS for s in tuning(*cell, a)], args.processes)
+        print(f"{cell}, learning rates: {json.dumps({a: tuned_rate(*cell, a) for a in ALGORITHMS})}", flush=True)
+        run_all([s for a in ALGORITHMS for s in measured(*cell, a)], args.processes)
 
 
 if __name__ == "__main__":
