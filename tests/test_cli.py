@@ -72,7 +72,8 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
         "  π_old      the engine's log-probs\n"
         "  bounds     ratio in [0, 5]; a clipped token keeps its gradient, with the bound as weight\n"
         "  no effect  here, and so refused: gamma, gae_lambda, clip_low, clip_high, dual_clip, gate_positive, gate_negative, tv_low, tv_high,\n"
-        "             loss_constant, token_share, kl, kl_estimator, correction_level, correction_max, correction_min, rejection_min, rejection_max\n"
+        "             loss_constant, token_share, kl, kl_estimator, correction_level, correction_max, correction_min, "
+        "rejection_min, rejection_max\n"
     )
 
 

@@ -168,7 +168,8 @@ def test_unknown_key_that_another_section_has() -> None:
         "extra.yaml:1: unknown key 'learning_rate': 'learning_rate' is set under critic and trainer: critic.learning_rate, trainer.learning_rate"
     )
     assert refusal("", "path=x") == (
-        "command line: unknown key 'path': 'path' is set under model and data and reference and critic: model.path, data.path, reference.path, critic.path"
+        "command line: unknown key 'path': 'path' is set under model and data and reference and critic: "
+        "model.path, data.path, reference.path, critic.path"
     )
     assert "'against' is set under rewards.0: rewards.0.against" in refusal("run:\n  against: nothing\n")
     assert "'num_steps' is set under run: run.num_steps" in refusal("checkpoint:\n  num_step: 1\n")

@@ -1,9 +1,9 @@
 """Algorithms beside each other on the recheck task: how many steps each needs to a reward of 0.8, and what it clips.
 
 For each rarity of the recheck token and number of updates per batch a learning rate is tuned for each algorithm, by the
-same budget and on seeds of its own; then the seeds of the study are run. What is there already is not run again, so
-the study can be cut off and go on. All runs start from one base model for each rarity of the recheck token. Dynamic sampling is off, so that every algorithm
-sees as many samples per batch. `study_report.py` makes tables and plots of it.
+same budget and on seeds of its own; then the seeds of the study are run. What is there already is not run again, so the
+study can be cut off and go on. All runs start from one base model for each rarity of the recheck token. Dynamic
+sampling is off, so that every algorithm sees as many samples per batch. `study_report.py` makes tables and plots of it.
 """
 
 from __future__ import annotations

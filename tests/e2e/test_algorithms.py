@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from makers import make_char_tokenizer
 from sluice.algorithms import ALGORITHMS
 from sluice.viewer import report
-from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, workplace
+from small_runs import ALPHABET, events_of, finished, ledger_of, metrics_of, set_up, sluice, workplace
 
 
 @pytest.fixture
@@ -156,6 +157,7 @@ async def play(prompt, policy):
 )
 def test_turns_are_worth_their_own_reward_and_what_follows(ready: Path, words: list[str]):
     (ready / "turns_env.py").write_text(PER_TURN)
+    make_char_tokenizer(ready / "model", ALPHABET[:-1] + "\n")  # messages are joined by new lines
     run = trained("rollout.environment=turns_env:play", "run.num_steps=1", *words)
     rows = ledger_of(run, 1)
     assert any(row["reward_parts"].get("turns") for row in rows)
