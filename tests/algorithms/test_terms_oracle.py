@@ -15,7 +15,9 @@ from agreement import TOLERANCES, compare
 from batches import WEIGHTS, Batch, batches, loss_and_gradients, loss_of, modest, row
 from hypothesis import given
 from hypothesis import strategies as st
+from words import BATCH
 
+from sluice.algorithms import policy_loss
 from sluice.algorithms.kl import kl_estimates
 from sluice.algorithms.ratios import correction_weights
 
@@ -274,3 +276,22 @@ def test_coefficients_of_0_turn_a_term_off():
     assert row("grpo").kl_estimator is None
     assert row("grpo", kl_coef=0.1).kl == "loss"
     assert row("grpo", kl_coef=0.1).kl_estimator == "k3"
+
+
+NEEDS = {
+    "ref_logprobs": {"kl_coef": 0.1},
+    "entropies": {"entropy_coef": 0.1},
+    "engine_logprobs": {"correction": "tis"},
+    "group_ids": {"aggregation": "prompt_mean"},
+}
+
+
+@pytest.mark.parametrize(("column", "words"), NEEDS.items(), ids=NEEDS)
+def test_a_term_whose_numbers_are_missing_is_refused_and_one_that_is_off_looks_at_none(column: str, words: Any):
+    """Z13: to leave the term out without a word would be an option that does nothing."""
+    batch = BATCH
+    columns = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids)
+    with pytest.raises(ValueError, match=column):
+        policy_loss(row("grpo", **words), *columns)
+    everything = {name: getattr(batch, name) for name in NEEDS}
+    assert torch.equal(policy_loss(row("grpo"), *columns, **everything).loss, policy_loss(row("grpo"), *columns).loss)
