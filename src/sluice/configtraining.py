@@ -52,8 +52,8 @@ class AlgorithmSection(Section):
     """Trust region below: ratio >= 1 - clip_low (clip: surrogate, mask: trust_region)."""
     clip_high: PositiveFloat | None = None
     """Trust region above: ratio <= 1 + clip_high (clip: surrogate, mask: trust_region)."""
-    dual_clip: PositiveFloat | None = None
-    """Bound of the ratio itself where the advantage is negative (clip: surrogate); above 1."""
+    dual_clip: NonNegativeFloat | None = None
+    """Bound of the ratio itself where the advantage is negative (clip: surrogate); above 1, or 0 for none."""
     ratio_max: PositiveFloat | None = None
     """Upper bound of the ratio itself, not of its distance from 1 (clip: weight)."""
     ratio_min: PositiveFloat | None = None

@@ -14,7 +14,7 @@ from sluice.checkpoint import save_checkpoint
 from sluice.data.batch import MicroBatch, pack
 from sluice.data.samples import to_samples
 from sluice.errors import NonFiniteError, RolloutError
-from sluice.rollout.metrics import critic_metrics, first_update_metrics, rollout_metrics
+from sluice.rollout.metrics import annotation_metrics, first_update_metrics, rollout_metrics
 from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
@@ -26,8 +26,6 @@ async def train(run: Run) -> None:
 
     Sync, async and distributed runs differ in what `run` was built from, never in this function.
     """
-
-    loss = partial(loss_of, run)
     await run.engine.update_weights(run.trainer.weights(), run.step)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
@@ -39,10 +37,9 @@ async def train(run: Run) -> None:
             with run.timer("train"), saved_on_failure(run, groups, samples):
                 await annotate(run, samples)
                 assign_advantages(run.algorithm, samples)
+                loss = partial(loss_of, run) if run.step >= run.pretrain_steps else None
                 for minibatch in pack(samples, run.packing, run.algorithm):
-                    stats += await run.trainer.forward_backward(
-                        minibatch, loss if run.step >= run.pretrain_steps else None
-                    )
+                    stats += await run.trainer.forward_backward(minibatch, loss)
                     stats += await run.trainer.optim_step()
                     await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
             run.step += 1
@@ -120,7 +117,7 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     """
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = (
-        rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + critic_metrics(samples)
+        rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
     )
     with run.timer("record"):
         run.tracker.log_groups(run.step, everything, samples)

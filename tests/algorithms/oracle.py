@@ -182,5 +182,5 @@ ROWS: dict[str, tuple[Term, Aggregate]] = {
     "unified": (unified, token_mean),
     # SAPO, arXiv 2511.20347, with the temperatures of its experiments
     "sapo": (partial(soft_gated, positive=1.0, negative=1.05), sequence_mean),
-    "dppo": (partial(binary_tv, low=0.15, high=0.15, cap=20), token_mean),
+    "dppo": (partial(binary_tv, low=0.15, high=0.15, cap=math.inf), partial(constant, size=48.0)),
 }

@@ -47,8 +47,8 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {**Z_SCORE, "gate_positive": 1.0, "gate_negative": 1.05},
     ),
     "dppo": (
-        ("z_score", "token", "weight", "token_mean"),
-        {**Z_SCORE, "ratio_max": 20.0, "mask": "tv", "tv_low": 0.15, "tv_high": 0.15},
+        ("centred", "token", "none", "constant"),
+        {"mask": "tv", "tv_low": 0.15, "tv_high": 0.15, "loss_constant": 48.0},
     ),
     "reinforce": (("raw", "none", "none", "token_mean"), {}),
     "rloo": (("leave_one_out", "none", "none", "constant"), {"loss_constant": 1.0}),
@@ -319,7 +319,7 @@ OVER_SEQUENCES = "mean over sequences of the mean over each one's loss tokens"
         ("ppo", [OVER_TOKENS, "Σ_k (γλ)^k·(r_t+k + γ·V_t+k+1 - V_t+k), γ = 1, λ = 1", WHITENED, "max(that, 3·A)"]),
         ("unified", [OVER_TOKENS, Z_SCORE_LINE, "ratio in [0, 5]", "M_t = 0 above [0.8, 1.2] when A > 0"]),
         ("sapo", [OVER_SEQUENCES, Z_SCORE_LINE, "4/τ·σ(τ·(r - 1))·A", "τ = 1 when A > 0, else 1.05"]),
-        ("dppo", [OVER_TOKENS, Z_SCORE_LINE, "ratio in [0, 20]", "M_t = 0 when A > 0 and π_t - π_old_t > 0.15"]),
+        ("dppo", ["A = R - mean of the group", "M_t = 0 when A > 0 and π_t - π_old_t > 0.15"]),
     ],
 )
 def test_explain_gives_formula_bounds_and_denominators(name: str, lines: list[str]):
@@ -359,7 +359,19 @@ def test_explain_gives_the_parts_beside_the_policys_own_term():
         "k3: exp(-d) - 1 + d, d = logπ_t - logπ_ref_t",
     ):
         assert line in text
-    assert "Each token's reward loses 0.1·KL_t" in explain(resolved("ppo", kl_coef=0.1), "engine")
+    for name, more, cost in (
+        ("ppo", {}, "r_t loses KL_t, times 0.1 and undiscounted"),
+        ("reinforce_pp", {}, "A_t loses the sum of KL_t from the token on, times 0.1"),
+        ("rloo", {}, "R loses the sum of KL_t from the response's start on, before it is compared, times 0.1"),
+        ("rloo", {"credit": "turn"}, "R loses the sum of KL_t from its own start on, before it is compared"),
+    ):
+        assert cost in unwrapped(explain(resolved(name, kl_coef=0.1, **more), "engine"))
+
+
+def test_a_dual_clip_of_0_is_none():
+    """The row ppo has one, and null would mean the row's."""
+    assert resolved("ppo", dual_clip=0.0).dual_clip is None
+    assert resolved("ppo").dual_clip == 3.0
 
 
 def test_the_table_needs_no_torch():

@@ -44,7 +44,18 @@ LOSSES = {
     "cispo": (row("cispo"), "cispo", "token-mean", CISPO),
     "cispo, lower bound": (row("cispo", ratio_min=0.8, ratio_max=1.2), "cispo", "token-mean", {}),
     "sapo": (row("sapo"), "sapo", PER_SEQUENCE, {}),
-    "dppo": (row("dppo"), "dppo_tv", "token-mean", DPPO),
+    "dppo": (
+        row("dppo"),
+        "dppo_tv",
+        "seq-mean-token-sum-norm",
+        DPPO | {"clip_ratio_c": NEVER, "loss_scale_factor": MAX_TOKENS},
+    ),
+    "dppo, bounded": (
+        row("dppo", clip="weight", ratio_max=20.0, aggregation="token_mean"),
+        "dppo_tv",
+        "token-mean",
+        DPPO,
+    ),
     "rloo": (row("rloo"), "reinforce", "seq-mean-token-sum", {}),
     "reinforce": (row("reinforce"), "gpg", "token-mean", {}),
 }

@@ -166,8 +166,10 @@ def _kl(row: Algorithm) -> str:
     through = ", with the gradient of d²/2" if str(row.kl_estimator).endswith("_st") else ""
     text = f"{row.kl_estimator}: {formula}{through}, d = {d}"
     if row.kl == "reward":
-        each = "Each token's reward loses" if not row.compares_group else "Each response's reward loses the sum of"
-        return f"{text}. {each} {row.kl_coef:g}·KL_t"
+        cost = {"gae": "r_t loses KL_t", "raw": "A_t loses the sum of KL_t from the token on"}
+        start = "its own start" if row.credit == "turn" else "the response's start"
+        taken = cost.get(row.advantage, f"R loses the sum of KL_t from {start} on, before it is compared")
+        return f"{text}; {taken}, times {row.kl_coef:g} and undiscounted"
     if row.kl_estimator == "k1":
         text += ". Its gradient is 0 on average over fresh samples, so it pulls nowhere: k2, k3 or a straight-through form do"
     return text

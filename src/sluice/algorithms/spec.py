@@ -39,7 +39,7 @@ class Algorithm:
     clip_high: float | None = None
     """Trust region: ratio <= 1 + clip_high."""
     dual_clip: float | None = None
-    """Bound of the ratio where the advantage is negative, above which the surrogate has no gradient."""
+    """Bound of the ratio where the advantage is negative, above which the surrogate has no gradient; 0 is None."""
     ratio_min: float | None = None
     """Lower bound of the clipped weight, a ratio. No row has one: it would keep pushing tokens that the policy has left."""
     ratio_max: float | None = None
@@ -118,8 +118,8 @@ ALGORITHMS = _table(
     Algorithm("unified", "z_score", "token", "weight", "token_mean", "trust_region", ratio_max=5.0, **_PPO_BOUNDS),
     # Soft Adaptive Policy Optimization (arXiv 2511.20347)
     Algorithm("sapo", "z_score", "token", "soft_gate", "sequence_mean", gate_positive=1.0, gate_negative=1.05),
-    # Rethinking the Trust Region in LLM RL (arXiv 2602.04879), Binary-TV, with verl's bound of 20 on the weight
-    Algorithm("dppo", "z_score", "token", "weight", "token_mean", "tv", ratio_max=20.0, tv_low=0.15, tv_high=0.15),
+    # Rethinking the Trust Region in LLM RL (arXiv 2602.04879), Binary-TV; the rest of the row as in verl's example of it
+    Algorithm("dppo", "centred", "token", "none", "constant", "tv", tv_low=0.15, tv_high=0.15),
     # Williams (Machine Learning 8, 1992), eq. 3, without a baseline
     Algorithm("reinforce", "raw", "none", "none", "token_mean"),
     # Back to Basics (arXiv 2402.14740), eq. 6-7: the log-prob of a response is the sum over its tokens
@@ -223,6 +223,8 @@ def resolve(name: str, overrides: Mapping[str, Any], *, max_new_tokens: int, gro
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm.name={name!r} is not a row; the rows are {', '.join(ALGORITHMS)}")
     row = replace(ALGORITHMS[name], **overrides)
+    if row.dual_clip == 0:
+        row = replace(row, dual_clip=None)
     for key, setting in SETTINGS.items():
         if setting.used(row):
             if getattr(row, key) is None:

@@ -68,12 +68,18 @@ def first_update_metrics(samples: Sequence[Sample]) -> Metrics:
     )
 
 
-def critic_metrics(samples: Sequence[Sample]) -> Metrics:
-    """How well the critic foresaw the step's returns; nothing without a critic."""
-    pairs = [
-        (value, target) for s in samples for value, target, weight in zip(s.values, s.returns, s.loss_weights) if weight
-    ]
-    if not pairs:
-        return Metrics()
-    values, returns = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    return Metrics({"train/explained_variance": Last(explained_variance(values, returns))})
+def annotation_metrics(samples: Sequence[Sample]) -> Metrics:
+    """How far the policy was from the reference before the step (k1), and how well the critic foresaw the returns."""
+    metrics = Metrics()
+    if any(s.ref_logprobs for s in samples):
+        metrics["train/ref_kl"] = Mean.of(old - ref for old, ref in _pairs(samples, "old_logprobs", "ref_logprobs"))
+    if any(s.values for s in samples):
+        values, returns = torch.tensor(_pairs(samples, "values", "returns"), dtype=torch.float64).unbind(1)
+        metrics["train/explained_variance"] = Last(explained_variance(values, returns))
+    return metrics
+
+
+def _pairs(samples: Sequence[Sample], *names: str) -> list[tuple[float, ...]]:
+    """Two columns of the samples, at their loss tokens."""
+    rows = ((*(getattr(s, name) for name in names), s.loss_weights) for s in samples)
+    return [tuple(columns) for row in rows for *columns, weight in zip(*row, strict=True) if weight]

@@ -64,13 +64,22 @@ PANELS = (
     Panel("Training", "KL from the old policy", "nats per token", ("train/ppo_kl", "train/*/ppo_kl")),
     Panel("Training", "Clipped tokens", "share", ("train/pg_clipfrac", "train/*/pg_clipfrac")),
     Panel("Training", "Largest ratio", "ratio", ("train/ratio/max",)),
+    Panel("Training", "Ratios by size", "share of tokens", ("train/ratio/share/*",)),
+    Panel("Training", "Effective sample size", "share of tokens", ("train/ratio/ess", "train/mismatch/ess")),
+    Panel("Training", "KL from the reference", "nats per token", ("train/ref_kl", "train/kl_loss")),
     Panel("Training", "Entropy", "nats per token", ("train/entropy",)),
     Panel("Training", "Gradient norm", "L2 norm", ("train/grad_norm",)),
     Panel("Training", "Loss", "loss", ("train/loss", "train/pg_loss")),
     Panel(
         "Training", "Trainer against engine", "nats", ("train/engine_logprob_diff/mean", "train/engine_logprob_diff/*")
     ),
-    Panel("Training", "Learning rate", "per update", ("train/learning_rate",)),
+    Panel("Training", "Engine from trainer, recomputed", "nats per token", ("train/mismatch/kl", "train/mismatch/k3")),
+    Panel("Training", "Trainer / engine by size", "share of tokens", ("train/mismatch/share/*",)),
+    Panel("Training", "Learning rate", "per update", ("train/learning_rate", "train/critic/learning_rate")),
+    Panel("Critic", "Explained variance", "share", ("train/explained_variance",)),
+    Panel("Critic", "Value loss", "loss", ("train/value_loss",)),
+    Panel("Critic", "Clipped values", "share of tokens", ("train/value_clipfrac",)),
+    Panel("Critic", "Gradient norm", "L2 norm", ("train/critic/grad_norm",)),
     Panel("Speed", "Tokens per second", "tokens/s", ("perf/tokens_per_s",)),
     Panel("Speed", "Time per step", "s", ("perf/step_s", "perf/*_s")),
 )
@@ -108,7 +117,7 @@ def _filled(panels: Sequence[Panel], names: Sequence[str]) -> Iterator[tuple[Pan
             found.append((panel, mine))
     sections = {"rollout": "Rollout", "train": "Training", "perf": "Speed"}
     found += [(Panel(sections.get(name.split("/")[0], "Other"), name, "", ()), [name]) for name in left]
-    order = ["Rollout", "Training", "Speed", "Other"]
+    order = ["Rollout", "Training", "Critic", "Speed", "Other"]
     yield from sorted(found, key=lambda entry: order.index(entry[0].section))
 
 
