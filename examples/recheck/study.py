@@ -31,8 +31,8 @@ ALGORITHMS = {
 CELLS = {
     (0.03, 16): ((2.5e-5, 5e-5, 1e-4, 2e-4), 40),
     (0.03, 4): ((1e-4, 2e-4, 4e-4, 8e-4), 40),
-    (0.005, 16): ((1e-5, 2.5e-5, 5e-5, 1e-4), 60),
-    (0.03, 1): ((2e-4, 5e-4, 1e-3, 2e-3), 60),
+    (0.005, 16): ((1e-5, 2.5e-5, 5e-5, 1e-4), 45),
+    (0.03, 1): ((2e-4, 5e-4, 1e-3, 2e-3), 40),
 }
 """Share of demonstrations that recheck and updates per batch → the learning rates that are tried, and the most steps."""
 TUNING_SEEDS = (100, 101)
