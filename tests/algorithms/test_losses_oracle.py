@@ -44,7 +44,9 @@ ORACLES: dict[str, tuple[str, dict[str, Any], oracle.Term, oracle.Aggregate]] = 
 SURROGATES = ("grpo", "dr_grpo", "glm", "dapo", "gspo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
 DUAL = ("ppo", "grpo_dual_clip")
 NO_RATIO = ("reinforce", "rloo")
-BOUNDED = [label for label in ORACLES if label not in ("off_policy_reinforce", "dppo")]  # what these weigh with is unbounded
+BOUNDED = [
+    label for label in ORACLES if label not in ("off_policy_reinforce", "dppo")
+]  # what these weigh with is unbounded
 
 
 def spec_of(label: str) -> Algorithm:

@@ -189,13 +189,13 @@ def test_resolving_leaves_the_table_alone():
         ("reinforce", {"mask": "tv"}, "ratio none leaves mask: tv nothing to look at; set mask: none, or ratio: token"),
         (
             "grpo",
-            {"correction": "icepop", "correction_min": 3.0, "correction_max": 2.0},
-            "algorithm.correction_min=3.0 must be below algorithm.correction_max=2.0",
+            {"correction": "icepop", "correction_min": 3.0},
+            "algorithm.correction_min=3.0 bounds trainer / engine, which is 1 where the two agree",
         ),
         (
             "grpo",
-            {"rejection": "sequence", "rejection_min": 3.0, "rejection_max": 2.5},
-            "algorithm.rejection_min=3.0 must be below algorithm.rejection_max=2.5",
+            {"rejection": "sequence", "rejection_min": 3.0},
+            "algorithm.rejection_min=3.0 bounds trainer / engine, which is 1 where the two agree",
         ),
         ("ppo", {"normalise": "batch_std"}, "batch_std divides one number per response, and advantage gae has one per"),
         (
@@ -366,6 +366,20 @@ def test_explain_gives_the_parts_beside_the_policys_own_term():
         ("rloo", {"credit": "turn"}, "R loses the sum of KL_t from its own start on, before it is compared"),
     ):
         assert cost in unwrapped(explain(resolved(name, kl_coef=0.1, **more), "engine"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"correction": "tis", "correction_max": 0.28},
+        {"correction": "mis", "correction_min": 1.5},
+        {"rejection": "sequence", "rejection_min": 1.5},
+        {"rejection": "geometric", "rejection_max": 0.9},
+    ],
+)
+def test_bounds_that_would_act_where_engine_and_trainer_agree(words: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"which is 1 where the two agree.*keep 1 within the bounds"):
+        resolved("cispo", **words)
 
 
 def test_a_dual_clip_of_0_is_none():

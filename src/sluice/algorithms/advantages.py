@@ -111,28 +111,28 @@ def discounted_sums(values: Tensor, sequence_ids: Tensor, factor: float, start: 
 def assign_advantages(spec: Algorithm, samples: Sequence[Sample]) -> None:
     """Fill `advantages` of every sample (and `returns`, for gae): at each token that the policy wrote, 0 elsewhere.
 
-    A trajectory counts once in its group, however many samples it was cut into. With KL in the reward, each token costs
-    kl_coef times its divergence from the reference: gae takes it token by token, raw from the token on (REINFORCE++,
-    arXiv 2501.03262, eq. 8), and what compares a group takes it from the trajectory's reward (RLOO, arXiv 2402.14740, eq. 3).
+    A trajectory counts once in its group, and what is summed along it goes on from sample to sample, however many it was cut
+    into. With KL in the reward, each token costs kl_coef times its divergence from the reference: gae takes it token by
+    token, raw from the token on (REINFORCE++, arXiv 2501.03262, eq. 8), and what compares a group takes it from the
+    trajectory's reward (RLOO, arXiv 2402.14740). Raises ValueError for samples without the values or log-probs that it needs.
     """
     if not samples:
         return
     own = [[t for t, weight in enumerate(sample.loss_weights) if weight] for sample in samples]
-    sequence = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(tokens) for tokens in own]))
+    names: dict[tuple[int, int], int] = {}
+    trajectories = torch.tensor([names.setdefault((sample.group, sample.index), len(names)) for sample in samples])
+    trajectory = torch.repeat_interleave(trajectories, torch.tensor([len(tokens) for tokens in own]))
     penalties = _penalties(spec, samples, own)
-    returns = None
-    if spec.needs_values:
-        assert spec.gamma is not None
-        assert spec.gae_lambda is not None
-        values = _column(samples, own, "values")
-        rewards = _token_rewards(samples, own) - penalties
-        advantages, returns = gae(rewards, values, sequence, spec.gamma, spec.gae_lambda)
-        advantages = _whitened(spec, advantages)
-    else:
-        advantages = _from_rewards(spec, samples, own, discounted_sums(penalties, sequence, 1.0))
-    _spread(samples, own, "advantages", advantages)
-    if returns is not None:
-        _spread(samples, own, "returns", returns)
+    if not spec.needs_values:
+        advantages = _from_rewards(spec, samples, own, discounted_sums(penalties, trajectory, 1.0))
+        _spread(samples, own, "advantages", advantages)
+        return
+    assert spec.gamma is not None
+    assert spec.gae_lambda is not None
+    rewards = _token_rewards(samples, own) - penalties
+    advantages, returns = gae(rewards, _column(samples, own, "values"), trajectory, spec.gamma, spec.gae_lambda)
+    _spread(samples, own, "advantages", _whitened(spec, advantages))
+    _spread(samples, own, "returns", returns)
 
 
 def _from_rewards(spec: Algorithm, samples: Sequence[Sample], own: list[list[int]], penalties: Tensor) -> Tensor:
@@ -141,27 +141,25 @@ def _from_rewards(spec: Algorithm, samples: Sequence[Sample], own: list[list[int
     What is compared is a unit: a trajectory, or with credit: turn one of its turns, with the same turn of the others.
     """
     units: dict[tuple[int, int, int], int] = {}
-    unit_of, first_of_unit, rewards = [], [], []
+    unit_of: list[int] = []
+    first_token: dict[int, int] = {}
+    rewards: list[float] = []
     for sample, tokens in zip(samples, own, strict=True):
-        turns = [sample.turn_ids[t] for t in tokens] if spec.credit == "turn" and sample.turn_ids else [0] * len(tokens)
-        before = None
+        turns = _turns(sample, tokens) if spec.credit == "turn" else [0] * len(tokens)
         for turn in turns or [0]:  # one without a loss token is compared with the others all the same
             unit = units.setdefault((sample.group, sample.index, turn), len(units))
             if unit == len(rewards):
                 rewards.append(_reward_from(spec, sample, turn))
             if turns:
+                first_token.setdefault(unit, len(unit_of))
                 unit_of.append(unit)
-                first_of_unit.append(unit != before)
-            before = unit
     unit, reward = torch.tensor(unit_of, dtype=torch.int64), torch.tensor(rewards, dtype=torch.float64)
-    group_names: dict[tuple[int, int], int] = {}
-    groups = torch.tensor([group_names.setdefault((group, turn), len(group_names)) for group, _, turn in units])
     if spec.advantage == "raw" and spec.kl == "reward":
         return _whitened(spec, reward[unit] - penalties)
-    first = torch.tensor(first_of_unit, dtype=torch.bool)
-    reward = reward - torch.zeros_like(reward).index_add(0, unit[first], penalties[first])
-    counts = torch.zeros_like(reward).index_add(0, unit, torch.ones(len(unit), dtype=torch.float64))
-    return compute_advantages(reward, groups, spec, counts)[unit]
+    reward[list(first_token)] -= penalties[list(first_token.values())]
+    names: dict[tuple[int, int], int] = {}
+    groups = torch.tensor([names.setdefault((group, turn), len(names)) for group, _, turn in units])
+    return compute_advantages(reward, groups, spec, torch.bincount(unit, minlength=len(units)).double())[unit]
 
 
 def _reward_from(spec: Algorithm, sample: Sample, turn: int) -> float:
@@ -175,26 +173,34 @@ def _turn_rewards(sample: Sample) -> list[float]:
     return sample.turn_rewards or [sample.reward]
 
 
+def _turns(sample: Sample, tokens: list[int]) -> list[int]:
+    return [sample.turn_ids[t] for t in tokens] if sample.turn_ids else [0] * len(tokens)
+
+
 def _token_rewards(samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
-    """[T] each turn's reward at its last token; those of turns after the sample's last one at its last token."""
-    rewards: list[float] = []
+    """[T] each turn's reward at its last token; that of a turn without one at the last token before it."""
+    rewards = [0.0] * sum(map(len, own))
+    last_of: dict[tuple[int, int], dict[int, int]] = {}
+    position = 0
     for sample, tokens in zip(samples, own, strict=True):
-        row = [0.0] * len(tokens)
-        turns = [sample.turn_ids[t] for t in tokens] if sample.turn_ids else [0] * len(tokens)
-        last_of = {turn: i for i, turn in enumerate(turns)}
-        for turn, reward in enumerate(_turn_rewards(sample)):
-            if turn in last_of or (turns and turn > turns[-1]):
-                row[last_of.get(turn, -1)] += reward
-        rewards += row
+        for turn in _turns(sample, tokens):
+            last_of.setdefault((sample.group, sample.index), {})[turn] = position
+            position += 1
+    turn_rewards = {(sample.group, sample.index): _turn_rewards(sample) for sample in samples}
+    for trajectory, last in last_of.items():
+        at = last[min(last)]
+        for turn, reward in enumerate(turn_rewards[trajectory]):
+            at = last.get(turn, at)
+            rewards[at] += reward
     return torch.tensor(rewards, dtype=torch.float64)
 
 
 def _penalties(spec: Algorithm, samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
     """[T] what each own token costs when the divergence from the reference is in the reward."""
-    old = _column(samples, own, "old_logprobs") if spec.kl == "reward" else torch.zeros(sum(map(len, own)))
     if spec.kl != "reward":
-        return old.double()
-    return spec.kl_coef * kl_estimates(str(spec.kl_estimator), old, _column(samples, own, "ref_logprobs"))
+        return torch.zeros(sum(map(len, own)), dtype=torch.float64)
+    old, ref = _column(samples, own, "old_logprobs"), _column(samples, own, "ref_logprobs")
+    return spec.kl_coef * kl_estimates(str(spec.kl_estimator), old, ref)
 
 
 def _whitened(spec: Algorithm, advantages: Tensor) -> Tensor:
@@ -205,6 +211,9 @@ def _whitened(spec: Algorithm, advantages: Tensor) -> Tensor:
 
 
 def _column(samples: Sequence[Sample], own: list[list[int]], name: str) -> Tensor:
+    for sample, tokens in zip(samples, own, strict=True):
+        if tokens and not getattr(sample, name):
+            raise ValueError(f"sample {sample.name} has no {name}, which these advantages need")
     rows = zip((getattr(sample, name) for sample in samples), own, strict=True)
     return torch.tensor([row[t] for row, tokens in rows for t in tokens], dtype=torch.float64)
 

@@ -309,14 +309,20 @@ def _bound_objections(row: Algorithm, group_size: int) -> list[str]:
         found.append(
             f"algorithm.dual_clip={row.dual_clip} bounds the ratio itself where the advantage is negative, and must be above 1"
         )
-    for low, high in (
-        ("ratio_min", "ratio_max"),
-        ("correction_min", "correction_max"),
-        ("rejection_min", "rejection_max"),
+    for key, wrong in (
+        ("correction_max", lambda bound: bound < 1),
+        ("correction_min", lambda bound: bound > 1),
+        ("rejection_max", lambda bound: bound < 1),
+        ("rejection_min", lambda bound: bound > 1),
     ):
-        lowest, highest = getattr(row, low), getattr(row, high)
-        if lowest is not None and highest is not None and lowest >= highest:
-            found.append(f"algorithm.{low}={lowest} must be below algorithm.{high}={highest}")
+        bound = getattr(row, key)
+        if bound is not None and wrong(bound):
+            found.append(
+                f"algorithm.{key}={bound} bounds trainer / engine, which is 1 where the two agree, so it would act on every token; "
+                "keep 1 within the bounds"
+            )
+    if row.ratio_min is not None and row.ratio_max is not None and row.ratio_min >= row.ratio_max:
+        found.append(f"algorithm.ratio_min={row.ratio_min} must be below algorithm.ratio_max={row.ratio_max}")
     if group_size == 1 and row.compares_group:
         found.append(
             f"algorithm.advantage={row.advantage} compares the samples of a group, and rollout.group_size=1 leaves nothing to "
