@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/recheck"))
 
-from compare import first_reaching  # noqa: E402
 from demo import metrics_of  # noqa: E402
 from task import RECHECK, columns, demonstrations, problem, questions, write_task  # noqa: E402
 
@@ -53,13 +51,6 @@ def test_same_seed_same_task(tmp_path: Path) -> None:
     for file in ("demonstrations.jsonl", "questions.jsonl", "model/config.json", "model/tokenizer.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert questions(5, 0) != questions(5, 1)
-
-
-def test_first_batch_that_reaches_a_threshold(tmp_path: Path) -> None:
-    rewards = [0.3, 0.79, 0.8, 0.5]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"rollout/reward": r}) + "\n" for r in rewards))
-    assert first_reaching(tmp_path, 0.8) == 3
-    assert first_reaching(tmp_path, 0.9) is None
 
 
 @pytest.mark.proof
