@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from oracle import Response
 from torch import Tensor
@@ -20,7 +21,9 @@ REWARDS = (0.0, 1.0, 0.1, -0.7, 3.0)
 JUNK = (-np.inf, np.inf, np.nan, 0.0, -3.0)
 WEIGHTS = (1.0, 0.25, 3.0)
 
-modest = settings(max_examples=20, deadline=None, derandomize=True)
+SMALLEST = () if os.environ.get("NO_SHRINKING") else (Phase.shrink,)
+"""Whoever only wants to know whether a test fails need not wait for its smallest example."""
+modest = settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate, *SMALLEST))
 
 
 def row(name: str, **words: Any) -> Algorithm:

@@ -14,7 +14,7 @@ from batches import JUNK, MASKABLE, WEIGHTS, Batch, batches, in_ranks, loss_of, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.algorithms import ALGORITHMS, Algorithm, token_coefficients
+from sluice.algorithms import ALGORITHMS, Algorithm, policy_loss, token_coefficients
 from sluice.tracking.metrics import Metrics
 
 TIS = {"correction": "tis", "correction_level": "sequence", "correction_max": 2.0}
@@ -374,3 +374,34 @@ def test_clipped_says_where_a_bound_changed_the_gradient(spec: Algorithm, unboun
     output, gradient = loss_of(spec, batch)
     _, free = loss_of(replace(spec, **unbounded), batch)
     assert output.clipped.tolist() == (gradient != free).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "advantage"),
+    [
+        (row("dppo"), 1.0),
+        (row("unified", clip="none"), 1.0),
+        (row("sapo", mask="trust_region"), 1.0),
+        (row("grpo", rejection="sequence"), -1.0),
+        (row("cispo", correction="mis"), -1.0),
+        (row("reinforce", ratio="token", correction="icepop"), -1.0),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_what_a_mask_or_a_rejection_takes_out_leaves_no_nan_behind(
+    spec: Algorithm, advantage: float, dtype: torch.dtype
+):
+    """Its ratio is infinite: times a mask of 0 it would be 0 in the loss and nan in the gradient."""
+    logprobs = torch.tensor([-0.1, -1.0], dtype=dtype, requires_grad=True)
+    old = torch.tensor([-1000.0, -1.0], dtype=dtype)
+    engine = torch.tensor([-2000.0, -1.0], dtype=dtype)
+    weights, ids = torch.ones(2, dtype=dtype), torch.tensor([0, 1])
+    output = policy_loss(
+        spec, logprobs, old, torch.tensor([advantage, 1.0], dtype=dtype), weights, ids, engine_logprobs=engine
+    )
+    output.loss.backward()
+    assert logprobs.grad is not None
+    assert float(logprobs.grad[0]) == 0.0
+    assert float(logprobs.grad[1]) < 0
+    assert torch.isfinite(output.loss)

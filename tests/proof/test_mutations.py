@@ -21,12 +21,12 @@ AGGREGATION, KL, DIAGNOSTICS, SPEC = "aggregation.py", "kl.py", "diagnostics.py"
 
 MUTATIONS: list[tuple[str, str, str, str]] = [
     # the losses
-    ("sign of the weight's loss", LOSSES, "per_token = -torch.where(advantages == 0", "per_token = torch.where(advantages == 0"),
+    ("sign of the weight's loss", LOSSES, "return -torch.where(advantages == 0", "return torch.where(advantages == 0"),
     ("sign of the surrogate", LOSSES, "return -torch.where(constant, bounded", "return torch.where(constant, bounded"),
     ("sign of the soft gate", LOSSES, "return -4 / tau", "return 4 / tau"),
     ("factor of the soft gate", LOSSES, "return -4 / tau", "return -2 / tau"),
     ("soft gate's centre", LOSSES, "(current - 1)", "current"),
-    ("temperatures of the soft gate swapped", LOSSES, "torch.where(advantages > 0, ratio.new_tensor(", "torch.where(advantages < 0, ratio.new_tensor("),
+    ("temperatures of the soft gate swapped", LOSSES, ".masked_fill(advantages > 0, spec.gate_positive)", ".masked_fill(advantages < 0, spec.gate_positive)"),
     ("stop-gradient of the weight removed", LOSSES, "ratio = torch.exp(log_ratio.detach())", "ratio = torch.exp(log_ratio)"),
     ("surrogate's gradient stopped", LOSSES, "torch.where(constant, 0.0, log_ratio)) * advantages", "torch.where(constant, 0.0, log_ratio.detach())) * advantages"),
     ("upper clip side without advantage's sign", LOSSES, "((advantages > 0) & (ratio > 1 + spec.clip_high))", "(ratio > 1 + spec.clip_high)"),
@@ -40,14 +40,16 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("bound as a distance from 1", LOSSES, "spec.ratio_min or 0.0, spec.ratio_max)", "spec.ratio_min or 0.0, 1 + spec.ratio_max)"),
     ("lower bound by default", LOSSES, "spec.ratio_min or 0.0", "spec.ratio_min or 0.8"),
     ("clipped weights lose their gradient", LOSSES, "    return bounded, bounded != weight", "    return torch.where(bounded == weight, weight, 0.0), bounded != weight"),
-    ("mask inverted", LOSSES, "torch.where(masked, 0.0, per_token)", "torch.where(masked, per_token, 0.0)"),
-    ("mask not applied", LOSSES, "per_token, clipped = torch.where(masked, 0.0, per_token), clipped | masked", "clipped = clipped | masked"),
+    ("mask inverted", LOSSES, "torch.where(masked | (weights == 0), 0.0, advantages)", "torch.where(masked & (weights != 0), advantages, 0.0)"),
+    ("mask not applied", LOSSES, "torch.where(masked | (weights == 0), 0.0, advantages)", "torch.where(weights == 0, 0.0, advantages)"),
+    ("masked losses times 0", LOSSES, "    advantages = torch.where(masked | (weights == 0), 0.0, advantages)\n", "    weights = torch.where(masked, 0.0, weights)\n"),
+    ("masked tokens are not on record", LOSSES, "(clipped & (advantages != 0)) | masked", "clipped & (advantages != 0)"),
     ("direction of the TV mask", LOSSES, "(moved > spec.tv_high)", "(-moved > spec.tv_high)"),
     ("TV of log-probs", LOSSES, "moved = logprobs.exp() - old_logprobs.exp()", "moved = logprobs - old_logprobs"),
     ("tv_high for tv_low", LOSSES, "(-moved > spec.tv_low)", "(-moved > spec.tv_high)"),
     ("loss masked by a product", LOSSES, "    logprobs = torch.where(own, logprobs, 0.0)\n    old", "    logprobs = logprobs * own\n    old"),
     ("advantages of masked tokens", LOSSES, "    advantages = torch.where(own, advantages, 0.0)\n", ""),
-    ("correction not applied", LOSSES, "torch.where(weights == 0, 0.0, weights * per_token)", "per_token"),
+    ("correction not applied", LOSSES, "    per_token = weights * per_token\n", ""),
     ("KL coefficient ignored", LOSSES, "loss + spec.kl_coef * kl_loss", "loss + kl_loss"),
     ("sign of the KL term", LOSSES, "loss + spec.kl_coef * kl_loss", "loss - spec.kl_coef * kl_loss"),
     ("sign of the entropy bonus", LOSSES, "loss - spec.entropy_coef * entropy", "loss + spec.entropy_coef * entropy"),
@@ -70,11 +72,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("whitening's ddof", ADVANTAGES, "/ (count - ddof).clamp(min=1)", "/ count"),
     ("whitening's eps outside the root", ADVANTAGES, "torch.rsqrt(variance + WHITEN_EPS)", "1 / (variance.sqrt() + WHITEN_EPS)"),
     ("statistics of one rank", ADVANTAGES, "return mean, reduce((weights", "return mean, ((weights"),
-    ("λ forgotten", ADVANTAGES, "sequence_ids, gamma * gae_lambda)", "sequence_ids, gamma)"),
-    ("γ forgotten in the TD error", ADVANTAGES, "rewards + gamma * following - values", "rewards + following - values"),
-    ("value added to the TD error", ADVANTAGES, "gamma * following - values", "gamma * following + values"),
+    ("λ forgotten", ADVANTAGES, "_accumulate(errors, gamma * gae_lambda)", "_accumulate(errors, gamma)"),
+    ("γ forgotten in the TD error", ADVANTAGES, "padded_rewards + gamma * following - padded_values", "padded_rewards + following - padded_values"),
+    ("value added to the TD error", ADVANTAGES, "gamma * following - padded_values", "gamma * following + padded_values"),
     ("returns are the advantages", ADVANTAGES, "return advantages, advantages + values", "return advantages, advantages"),
-    ("sums run on into the next sequence", ADVANTAGES, "row = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)", "row = torch.zeros(len(values), dtype=torch.int64); lengths = lengths.sum()[None]"),
+    ("sums run on into the next sequence", ADVANTAGES, "    place = _places(sequence_ids)\n    return", "    place = _places(torch.zeros_like(sequence_ids))\n    return"),
+    ("the value of the next sequence follows", ADVANTAGES, "    place = _places(sequence_ids)\n    padded", "    place = _places(torch.zeros_like(sequence_ids))\n    padded"),
+    ("sums stop where a trajectory was cut", ADVANTAGES, "names.setdefault((sample.group, sample.index), len(names)) for sample in samples", "i for i, _ in enumerate(samples)"),
     ("KL to-go becomes KL so far", ADVANTAGES, "reward[unit] - penalties", "reward[unit] - penalties.flip(0)"),
     ("sign of KL in the reward", ADVANTAGES, "_token_rewards(samples, own) - penalties", "_token_rewards(samples, own) + penalties"),
     ("discount of later turns", ADVANTAGES, "spec.gamma**k * reward", "reward"),
@@ -92,14 +96,14 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
     ("geometric is the product", RATIOS, 'mean=level == "geometric"', "mean=False"),
     ("rejection keeps what it should drop", RATIOS, "weights = torch.where(kept, weights, 0.0)", "weights = torch.where(kept, 0.0, weights)"),
     # who divides by what
-    ("token mean over sequences", AGGREGATION, 'if spec.aggregation == "token_mean":\n        return loss_weights / reduce(loss_weights.sum())', 'if spec.aggregation == "token_mean":\n        return loss_weights / reduce(torch.unique(sequence_ids[loss_weights != 0]).numel() * loss_weights.new_ones(()))'),
-    ("token mean without weights", AGGREGATION, 'if spec.aggregation == "token_mean":\n        return loss_weights / reduce(loss_weights.sum())', 'if spec.aggregation == "token_mean":\n        return loss_weights / reduce((loss_weights != 0).sum().to(loss_weights.dtype))'),
+    ("token mean over sequences", AGGREGATION, "return _mean(loss_weights, reduce)", "return loss_weights / reduce(torch.unique(sequence_ids[loss_weights != 0]).numel() * loss_weights.new_ones(()))"),
+    ("token mean without weights", AGGREGATION, "total = reduce(loss_weights.sum())", "total = reduce((loss_weights != 0).sum().to(loss_weights.dtype))"),
     ("fully masked sequences count", AGGREGATION, "own = torch.unique(sequence_ids[loss_weights != 0])", "own = torch.unique(sequence_ids)"),
     ("fully masked groups count", AGGREGATION, "num = reduce((totals != 0).sum().to(loss_weights.dtype))", "num = reduce(loss_weights.new_tensor(float(len(totals))))"),
     ("prompt mean by sequence", AGGREGATION, "return _mean_of_means(loss_weights, group_ids, reduce)", "return _mean_of_means(loss_weights, sequence_ids, reduce)"),
     ("the constant forgotten", AGGREGATION, "(num.clamp(min=1) * spec.loss_constant)", "num.clamp(min=1)"),
     ("shares of the blend swapped", AGGREGATION, "spec.token_share * per_token + (1 - spec.token_share) * per_sequence", "(1 - spec.token_share) * per_token + spec.token_share * per_sequence"),
-    ("denominator of one rank", AGGREGATION, 'if spec.aggregation == "token_mean":\n        return loss_weights / reduce(loss_weights.sum())', 'if spec.aggregation == "token_mean":\n        return loss_weights / loss_weights.sum()'),
+    ("denominator of one rank", AGGREGATION, "total = reduce(loss_weights.sum())", "total = loss_weights.sum()"),
     # KL, diagnostics, the table
     ("k2 without its half", KL, "k2 = d.square() / 2", "k2 = d.square()"),
     ("k3 of the other direction", KL, "torch.expm1(-d) + d", "torch.expm1(d) - d"),
@@ -113,9 +117,22 @@ MUTATIONS: list[tuple[str, str, str, str]] = [
 ]  # fmt: skip
 
 
-def run_tests(source: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/algorithms"]
+LIKELIEST = {
+    LOSSES: ["losses_oracle", "terms_oracle", "values", "loss_properties"],
+    ADVANTAGES: ["advantages", "assign_advantages", "values"],
+    RATIOS: ["terms_oracle", "losses_oracle"],
+    AGGREGATION: ["loss_properties", "losses_oracle"],
+    KL: ["terms_oracle"],
+    DIAGNOSTICS: ["values"],
+    SPEC: ["spec"],
+}
+"""The tests to run first; the others follow."""
+
+
+def run_tests(source: Path, first: str = KL) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "NO_SHRINKING": "1"}
+    files = [f"tests/algorithms/test_{name}.py" for name in LIKELIEST[first]]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "tests/algorithms"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -142,7 +159,7 @@ def test_a_planted_mistake_is_caught(source: Path, file: str, right: str, wrong:
     text = path.read_text()
     assert text.count(right) == 1, f"{file} has {text.count(right)} places that read {right!r}"
     path.write_text(text.replace(right, wrong))
-    done = run_tests(source)
+    done = run_tests(source, file)
     assert done.returncode == 1, f"exit code {done.returncode}: {done.stdout[-3000:]}"
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples/recheck"))
 
-from demo import metrics_of, train  # noqa: E402
+from demo import metrics_of, train
 
 ROWS = {
     "ppo": ["critic.learning_rate=3e-4"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -86,26 +87,41 @@ def gae(
     the returns are A + V. Tokens of the environment are not among them: from one turn's end to the next turn's start is
     one step.
     """
-    following = discounted_sums(values, sequence_ids, 0.0, start=1)
-    advantages = discounted_sums(rewards + gamma * following - values, sequence_ids, gamma * gae_lambda)
+    place = _places(sequence_ids)
+    padded_rewards, padded_values = _pad(rewards, place), _pad(values, place)
+    following = torch.cat([padded_values[1:], torch.zeros_like(padded_values[:1])])
+    errors = padded_rewards + gamma * following - padded_values
+    advantages = _accumulate(errors, gamma * gae_lambda)[place]
     return advantages, advantages + values
 
 
-def discounted_sums(values: Tensor, sequence_ids: Tensor, factor: float, start: int = 0) -> Tensor:
-    """y_t = Σ_k factor^k · x_t+start+k inside each sequence, [T] → [T]; the tokens of a sequence are in order, and 0^0 is 1."""
-    if not len(values):
-        return values.clone()
-    order = torch.argsort(sequence_ids, stable=True)
-    _, lengths = torch.unique_consecutive(sequence_ids[order], return_counts=True)
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    column = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[row]
-    padded = values.new_zeros(len(lengths), int(lengths.max()) + 1)
-    padded[row, column] = values[order]
-    for t in reversed(range(padded.shape[1] - 1)):
-        padded[:, t] += factor * padded[:, t + 1]
-    result = torch.empty_like(values)
-    result[order] = padded[row, column + start]
-    return result
+def discounted_sums(values: Tensor, sequence_ids: Tensor, factor: float) -> Tensor:
+    """y_t = x_t + factor · y_t+1 inside each sequence, [T] → [T]; the tokens of a sequence are in order."""
+    place = _places(sequence_ids)
+    return _accumulate(_pad(values, place), factor)[place]
+
+
+def _places(sequence_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[T] positions in the sequence, and [T] numbers of the sequence: indices into a padded [longest, sequences]."""
+    _, ids, lengths = torch.unique(sequence_ids, return_inverse=True, return_counts=True)
+    order = torch.argsort(ids, stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(ids), device=ids.device) - (lengths.cumsum(0) - lengths)[ids[order]]
+    return position, ids
+
+
+def _pad(values: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
+    longest, num = (int(index.max()) + 1 if len(index) else 1 for index in place)
+    padded = values.new_zeros(longest, num)
+    padded[place] = values
+    return padded
+
+
+def _accumulate(padded: Tensor, factor: float) -> Tensor:
+    """In place: each row takes on `factor` times the row after it, from the last one on."""
+    for t in reversed(range(len(padded) - 1)):
+        padded[t] += factor * padded[t + 1]
+    return padded
 
 
 def assign_advantages(spec: Algorithm, samples: Sequence[Sample]) -> None:
@@ -124,8 +140,8 @@ def assign_advantages(spec: Algorithm, samples: Sequence[Sample]) -> None:
     trajectory = torch.repeat_interleave(trajectories, torch.tensor([len(tokens) for tokens in own]))
     penalties = _penalties(spec, samples, own)
     if not spec.needs_values:
-        advantages = _from_rewards(spec, samples, own, discounted_sums(penalties, trajectory, 1.0))
-        _spread(samples, own, "advantages", advantages)
+        to_come = discounted_sums(penalties, trajectory, 1.0) if spec.kl_in_reward else penalties
+        _spread(samples, own, "advantages", _from_rewards(spec, samples, own, to_come))
         return
     assert spec.gamma is not None
     assert spec.gae_lambda is not None
@@ -141,20 +157,22 @@ def _from_rewards(spec: Algorithm, samples: Sequence[Sample], own: list[list[int
     What is compared is a unit: a trajectory, or with credit: turn one of its turns, with the same turn of the others.
     """
     units: dict[tuple[int, int, int], int] = {}
-    unit_of: list[int] = []
-    first_token: dict[int, int] = {}
     rewards: list[float] = []
+    runs: list[tuple[int, int]] = []  # (unit, number of tokens)
+    first_token: dict[int, int] = {}
+    position = 0
     for sample, tokens in zip(samples, own, strict=True):
-        turns = _turns(sample, tokens) if spec.credit == "turn" else [0] * len(tokens)
-        for turn in turns or [0]:  # one without a loss token is compared with the others all the same
+        for turn, length in _runs(sample, tokens) if spec.credit == "turn" else [(0, len(tokens))]:
             unit = units.setdefault((sample.group, sample.index, turn), len(units))
             if unit == len(rewards):
                 rewards.append(_reward_from(spec, sample, turn))
-            if turns:
-                first_token.setdefault(unit, len(unit_of))
-                unit_of.append(unit)
-    unit, reward = torch.tensor(unit_of, dtype=torch.int64), torch.tensor(rewards, dtype=torch.float64)
-    if spec.advantage == "raw" and spec.kl == "reward":
+            if length:
+                first_token.setdefault(unit, position)
+            runs.append((unit, length))
+            position += length
+    unit = torch.repeat_interleave(*torch.tensor(runs).unbind(1))
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    if spec.advantage == "raw" and spec.kl_in_reward:
         return _whitened(spec, reward[unit] - penalties)
     reward[list(first_token)] -= penalties[list(first_token.values())]
     names: dict[tuple[int, int], int] = {}
@@ -171,6 +189,11 @@ def _reward_from(spec: Algorithm, sample: Sample, turn: int) -> float:
 
 def _turn_rewards(sample: Sample) -> list[float]:
     return sample.turn_rewards or [sample.reward]
+
+
+def _runs(sample: Sample, tokens: list[int]) -> list[tuple[int, int]]:
+    """The turns of the own tokens, each with how many it has; one without tokens is compared all the same."""
+    return [(turn, len(list(run))) for turn, run in groupby(_turns(sample, tokens))] or [(0, 0)]
 
 
 def _turns(sample: Sample, tokens: list[int]) -> list[int]:
@@ -197,7 +220,7 @@ def _token_rewards(samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
 
 def _penalties(spec: Algorithm, samples: Sequence[Sample], own: list[list[int]]) -> Tensor:
     """[T] what each own token costs when the divergence from the reference is in the reward."""
-    if spec.kl != "reward":
+    if not spec.kl_in_reward:
         return torch.zeros(sum(map(len, own)), dtype=torch.float64)
     old, ref = _column(samples, own, "old_logprobs"), _column(samples, own, "ref_logprobs")
     return spec.kl_coef * kl_estimates(str(spec.kl_estimator), old, ref)
@@ -233,6 +256,7 @@ def why_rejected(spec: Algorithm, group: Group) -> str:
     needed = 2 if spec.compares_group else 1
     if len(rewards) < needed:
         return f"{len(rewards)} of {len(group.trajectories)} samples scored, {needed} needed"
-    if spec.dynamic_sampling and len(set(rewards)) == 1:
+    by_turn = {tuple(turn.reward for turn in t.turns) for t in group.scored} if spec.credit == "turn" else {()}
+    if spec.dynamic_sampling and len(set(rewards)) == len(by_turn) == 1:
         return f"all rewards equal ({rewards[0]:g})"
     return ""

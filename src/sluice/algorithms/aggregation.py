@@ -43,7 +43,7 @@ def token_coefficients(
     Sequences and groups without a loss token count nowhere.
     """
     if spec.aggregation == "token_mean":
-        return loss_weights / reduce(loss_weights.sum()).clamp(min=1e-30)
+        return _mean(loss_weights, reduce)
     if spec.aggregation == "sequence_mean":
         return _mean_of_means(loss_weights, sequence_ids, reduce)
     if spec.aggregation == "prompt_mean":
@@ -56,9 +56,13 @@ def token_coefficients(
         num = reduce(torch.tensor(float(len(own)), dtype=loss_weights.dtype, device=loss_weights.device))
         return loss_weights / (num.clamp(min=1) * spec.loss_constant)
     assert spec.token_share is not None
-    per_token = loss_weights / reduce(loss_weights.sum()).clamp(min=1e-30)
-    per_sequence = _mean_of_means(loss_weights, sequence_ids, reduce)
+    per_token, per_sequence = _mean(loss_weights, reduce), _mean_of_means(loss_weights, sequence_ids, reduce)
     return spec.token_share * per_token + (1 - spec.token_share) * per_sequence
+
+
+def _mean(loss_weights: Tensor, reduce: Reduce) -> Tensor:
+    total = reduce(loss_weights.sum())
+    return loss_weights / torch.where(total == 0, 1.0, total)
 
 
 def _mean_of_means(loss_weights: Tensor, ids: Tensor, reduce: Reduce) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,15 @@ _BINS = [
 def ratio_metrics(name: str, ratios: Tensor, own: Tensor) -> Metrics:
     """Of the [T] ratios where `own`: effective sample size as a share of their number, (Σ r)² / (n · Σ r²) (Kong 1992), and a
     histogram, as the share of tokens in each bin."""
-    ratios = ratios[own]
-    count = len(ratios)
-    bins = torch.bucketize(ratios, torch.tensor(BIN_EDGES, dtype=ratios.dtype, device=ratios.device))
-    shares = (bins[:, None] == torch.arange(len(_BINS), device=bins.device)).sum(0)
+    count = own.sum()
+    below = [torch.zeros_like(count), *(((ratios <= edge) & own).sum() for edge in BIN_EDGES), count]
+    counted = torch.where(own, ratios, 0.0).double()
     return Metrics(
-        {f"{name}/ess": EffectiveShare(count, ratios.sum(), ratios.square().sum())}
-        | {f"{name}/share/{bin}": Mean(share, count) for bin, share in zip(_BINS, shares, strict=True)}
+        {f"{name}/ess": EffectiveShare(count, counted.sum(), counted.square().sum())}
+        | {
+            f"{name}/share/{bin}": Mean(high - low, count)
+            for bin, (low, high) in zip(_BINS, pairwise(below), strict=True)
+        }
     )
 
 

@@ -13,20 +13,13 @@ def explain(row: Algorithm, old_logprobs: str) -> str:
     """`old_logprobs` is `engine` or `recomputed`: what the ratio divides by."""
     lines = [("loss", f"J = {_divisor(row)} of {_term(row)}{_further_terms(row)}; the loss is -J")]
     lines += [("advantage", text) for text in _advantage(row)] + [("ratio", _ratio(row))]
-    if row.ratio != "none" or row.corrects or row.kl == "reward":
+    if row.ratio != "none" or row.corrects or row.kl_in_reward:
         lines.append(("π_old", _OLD[old_logprobs]))
     lines.append(("bounds", _bounds(row)))
     if row.corrects:
         lines.append(("w_t", _correction(row)))
     if row.needs_reference:
         lines.append(("KL", _kl(row)))
-    if row.needs_values:
-        lines.append(
-            (
-                "value",
-                "V from the critic, trained on ½·max((V - G)², (clip(V, V_old ± value_clip) - G)²), G = A + V_old",
-            )
-        )
     if row.dynamic_sampling:
         lines.append(("sampling", "groups whose rewards are all equal are rejected and replaced"))
     return "\n".join([f"algorithm {row.name}: {words(row)}", *(_line(*line) for line in lines)])
@@ -70,7 +63,8 @@ def _term(row: Algorithm) -> str:
         inner = f"min(r·A, clip(r, {_interval(row)})·A)"
         if row.dual_clip is not None:
             inner = f"{inner}, and where A < 0 max(that, {row.dual_clip:g}·A)"
-        return f"{weight}{inner}{mask}" if not (weight or mask) or row.dual_clip is None else f"{weight}[{inner}]{mask}"
+            inner = f"[{inner}]" if weight or mask else inner
+        return f"{weight}{inner}{mask}"
     if row.clip == "weight":
         return f"{weight}stop_gradient(clip(r, {row.ratio_min or 0:g}, {row.ratio_max:g}))·A·logπ_t{mask}"
     if row.clip == "soft_gate":
@@ -79,7 +73,7 @@ def _term(row: Algorithm) -> str:
 
 
 def _further_terms(row: Algorithm) -> str:
-    kl = f" - {row.kl_coef:g}·KL_t" if row.kl == "loss" else ""
+    kl = f" - {row.kl_coef:g}·KL_t" if row.kl_in_loss else ""
     return kl + (f" + {row.entropy_coef:g}·entropy_t" if row.entropy_coef else "")
 
 
@@ -161,11 +155,11 @@ def _correction(row: Algorithm) -> str:
 
 
 def _kl(row: Algorithm) -> str:
-    d = "logπ_t - logπ_ref_t" if row.kl == "loss" else "logπ_old_t - logπ_ref_t"
+    d = "logπ_t - logπ_ref_t" if row.kl_in_loss else "logπ_old_t - logπ_ref_t"
     formula = {"k1": "d", "k2": "d²/2", "k3": "exp(-d) - 1 + d"}[str(row.kl_estimator)[:2]]
     through = ", with the gradient of d²/2" if str(row.kl_estimator).endswith("_st") else ""
     text = f"{row.kl_estimator}: {formula}{through}, d = {d}"
-    if row.kl == "reward":
+    if row.kl_in_reward:
         cost = {"gae": "r_t loses KL_t", "raw": "A_t loses the sum of KL_t from the token on"}
         start = "its own start" if row.credit == "turn" else "the response's start"
         taken = cost.get(row.advantage, f"R loses the sum of KL_t from {start} on, before it is compared")

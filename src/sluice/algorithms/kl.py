@@ -11,7 +11,7 @@ def kl_estimates(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tens
 
     k1: d. k2: d² / 2. k3: exp(-d) - 1 + d, which is never negative (Schulman 2020, "Approximating KL Divergence").
     k1_st, k3_st: the value of k1 or k3 with the gradient of k2, which is that of the KL itself on fresh samples, while
-    that of k1 is 0 on average and that of k3 is the reverse KL's (Tang & Munos, arXiv 2506.09477, section 3).
+    that of k1 is 0 on average and that of k3 is that of KL(π_ref || π) (Tang & Munos, arXiv 2506.09477, section 3).
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":

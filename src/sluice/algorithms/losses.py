@@ -68,21 +68,23 @@ def policy_loss(
     )
     ratio = torch.exp(log_ratio.detach())
 
-    per_token, clipped = _policy_gradient(spec, logprobs, old_logprobs, log_ratio, ratio, advantages)
-    metrics = Metrics()
+    metrics, weights = Metrics(), torch.ones_like(ratio)
     if engine_logprobs is not None:
         metrics += _mismatch(old_logprobs, engine_logprobs, own)
     if spec.corrects:
         if engine_logprobs is None:
             raise ValueError("a correction needs engine_logprobs")
         weights = correction_weights(spec, old_logprobs, engine_logprobs, loss_weights, sequence_ids)
-        per_token = torch.where(weights == 0, 0.0, weights * per_token)
-        metrics += Metrics({"train/correction/dropped": Mean((weights[own] == 0).sum(), own.sum())})
-    per_token = torch.where(own, per_token, 0.0)
-    clipped = clipped & own & (advantages != 0)  # without an advantage there was no gradient to change
+        metrics["train/correction/dropped"] = Mean(((weights == 0) & own).sum(), own.sum())
+    masked = _masked(spec, logprobs, old_logprobs, ratio, advantages)
+    # a token that is out has no advantage; were its loss multiplied by 0, an infinite ratio would leave nan in the gradient
+    advantages = torch.where(masked | (weights == 0), 0.0, advantages)
+    per_token, clipped = _clipped(spec, logprobs, log_ratio, ratio, advantages)
+    per_token = weights * per_token
+    clipped = (clipped & (advantages != 0)) | masked  # without an advantage there was no gradient to change
     loss = (coefficients * per_token).sum()
     metrics += _policy_metrics(loss, log_ratio, ratio, clipped, own)
-    if spec.kl == "loss":
+    if spec.kl_in_loss:
         if ref_logprobs is None:
             raise ValueError("a KL term needs ref_logprobs")
         kl = kl_estimates(str(spec.kl_estimator), logprobs, torch.where(own, ref_logprobs, 0.0))
@@ -121,22 +123,17 @@ def value_loss(
     return LossOutput(loss, per_token, torch.ones_like(values), clipped & own, metrics)
 
 
-def _policy_gradient(
-    spec: Algorithm, logprobs: Tensor, old_logprobs: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
+def _clipped(
+    spec: Algorithm, logprobs: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each token under clip rule and mask, and where they changed its gradient."""
+    """The loss of each token under the clip rule, and where a bound changed it."""
     if spec.clip == "surrogate":
-        per_token, clipped = _surrogate(spec, log_ratio, ratio, advantages)
-    elif spec.clip == "soft_gate":
-        per_token, clipped = _soft_gate(spec, log_ratio, ratio, advantages), torch.zeros_like(ratio, dtype=torch.bool)
-    else:
-        weight, clipped = _weight(spec, ratio)
-        # without a bound the weight may be inf, and inf · 0 is nan
-        per_token = -torch.where(advantages == 0, 0.0, weight * advantages) * logprobs
-    if spec.mask != "none":
-        masked = _masked(spec, logprobs, old_logprobs, ratio, advantages)
-        per_token, clipped = torch.where(masked, 0.0, per_token), clipped | masked
-    return per_token, clipped
+        return _surrogate(spec, log_ratio, ratio, advantages)
+    if spec.clip == "soft_gate":
+        return _soft_gate(spec, log_ratio, ratio, advantages), torch.zeros_like(ratio, dtype=torch.bool)
+    weight, clipped = _weight(spec, ratio)
+    # without a bound the weight may be inf, and inf · 0 is nan
+    return -torch.where(advantages == 0, 0.0, weight * advantages) * logprobs, clipped
 
 
 def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +153,9 @@ def _surrogate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Te
 
 def _soft_gate(spec: Algorithm, log_ratio: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
     """-4/τ·σ(τ·(r - 1))·A; its gradient, 4·σ·(1 - σ)·r·A, is A at r = 1 and fades on both sides."""
-    tau = torch.where(advantages > 0, ratio.new_tensor(spec.gate_positive), ratio.new_tensor(spec.gate_negative))
+    assert spec.gate_positive is not None
+    assert spec.gate_negative is not None
+    tau = torch.full_like(ratio, spec.gate_negative).masked_fill(advantages > 0, spec.gate_positive)
     # beyond any float's resolution of σ: held constant, since an infinite ratio times a gradient of 0 is nan
     saturated = ratio > 1 + 800 / tau
     current = torch.exp(torch.where(saturated, 0.0, log_ratio))
@@ -177,6 +176,8 @@ def _weight(spec: Algorithm, ratio: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _masked(spec: Algorithm, logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
     """Where the mask is 0."""
+    if spec.mask == "none":
+        return torch.zeros_like(ratio, dtype=torch.bool)
     if spec.mask == "trust_region":
         return _outside(spec, ratio, advantages)
     assert spec.tv_low is not None
@@ -209,10 +210,8 @@ def _policy_metrics(loss: Tensor, log_ratio: Tensor, ratio: Tensor, clipped: Ten
 @torch.no_grad()
 def _mismatch(old_logprobs: Tensor, engine_logprobs: Tensor, own: Tensor) -> Metrics:
     """How far the trainer's policy before the step is from the engine's: KL(engine || trainer) by k1 and k3, and their ratio."""
-    old, engine = old_logprobs[own], engine_logprobs[own]
+    old_logprobs, engine_logprobs = (torch.where(own, x, 0.0) for x in (old_logprobs, engine_logprobs))
+    k1, k3 = (kl_estimates(estimator, engine_logprobs, old_logprobs).sum() for estimator in ("k1", "k3"))
     return Metrics(
-        {
-            "train/mismatch/kl": Mean((engine - old).sum(), len(old)),
-            "train/mismatch/k3": Mean(kl_estimates("k3", engine, old).sum(), len(old)),
-        }
+        {"train/mismatch/kl": Mean(k1, own.sum()), "train/mismatch/k3": Mean(k3, own.sum())}
     ) + ratio_metrics("train/mismatch", torch.exp(old_logprobs - engine_logprobs), own)

@@ -21,7 +21,7 @@ def log_ratios(
     """log r for each token, [T] → [T]; 0 where the loss weight is 0, whatever the log-probs there.
 
     token: log π(t) - log π_old(t). sequence: its mean over the sequence's own loss tokens, the same for all of
-    them (GSPO, arXiv 2507.18071, eq. 7, with eq. 14's gradient: every token's log-prob carries 1/|o|).
+    them (GSPO, arXiv 2507.18071, eq. 7; in its gradient every token's log-prob carries 1/|o|).
     """
     own = loss_weights != 0
     # where, not a product: a masked token may have log-prob -inf, and 0 · inf is nan in the value and in the gradient

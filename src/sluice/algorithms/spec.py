@@ -84,6 +84,14 @@ class Algorithm:
         return self.kl_coef > 0
 
     @property
+    def kl_in_loss(self) -> bool:
+        return self.needs_reference and self.kl == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.needs_reference and self.kl == "reward"
+
+    @property
     def needs_values(self) -> bool:
         return self.advantage == "gae"
 
@@ -120,9 +128,9 @@ ALGORITHMS = _table(
     Algorithm("sapo", "z_score", "token", "soft_gate", "sequence_mean", gate_positive=1.0, gate_negative=1.05),
     # Rethinking the Trust Region in LLM RL (arXiv 2602.04879), Binary-TV; the rest of the row as in verl's example of it
     Algorithm("dppo", "centred", "token", "none", "constant", "tv", tv_low=0.15, tv_high=0.15),
-    # Williams (Machine Learning 8, 1992), eq. 3, without a baseline
+    # Williams (Machine Learning 8, 1992), without a baseline
     Algorithm("reinforce", "raw", "none", "none", "token_mean"),
-    # Back to Basics (arXiv 2402.14740), eq. 6-7: the log-prob of a response is the sum over its tokens
+    # Back to Basics (arXiv 2402.14740): the log-prob of a response is the sum over its tokens
     Algorithm("rloo", "leave_one_out", "none", "none", "constant", loss_constant=1.0, kl="reward", kl_estimator="k1"),
     # REINFORCE++ (arXiv 2501.03262), and its variant with a group baseline
     Algorithm(
@@ -286,12 +294,12 @@ def _rules(row: Algorithm) -> list[tuple[bool, str]]:
             "normalise batch_std divides one number per response, and advantage gae has one per token; set normalise: whiten",
         ),
         (
-            row.advantage == "raw" and row.kl == "reward" and row.normalise == "batch_std",
+            row.advantage == "raw" and row.kl_in_reward and row.normalise == "batch_std",
             "normalise batch_std divides one number per response, and advantage raw with KL in the reward has one per token; "
             "set normalise: whiten",
         ),
         (
-            row.kl == "reward" and row.kl_estimator in ("k1_st", "k3_st"),
+            row.kl_in_reward and row.kl_estimator in ("k1_st", "k3_st"),
             f"kl_estimator {row.kl_estimator} differs from {str(row.kl_estimator)[:2]} by its gradient only, and kl: reward takes none; "
             f"set kl_estimator: {str(row.kl_estimator)[:2]}, or kl: loss",
         ),
