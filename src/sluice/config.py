@@ -279,6 +279,8 @@ class TrainConfig(Section):
         labels = [reward_label(reward) for reward in self.rewards]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"rewards: two parts are called {twice[0]!r}; give one of them another label")
+        if "turns" in labels:
+            raise ValueError("rewards: 'turns' names what an environment gives for single turns; choose another label")
         for i, reward in enumerate(self.rewards):
             if isinstance(reward, MatchReward) and reward.against == "nothing" and reward.pattern is None:
                 raise ValueError(f"rewards.{i}: against=nothing compares with no reference, so it needs a pattern")

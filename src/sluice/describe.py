@@ -41,12 +41,12 @@ def _misfits(config: TrainConfig, row: Algorithm) -> list[tuple[bool, str]]:
         ),
         (
             bool(config.reference.model_fields_set) and not row.needs_reference,
-            f"reference.{next(iter(config.reference.model_fields_set), '')} has no effect: only a KL term needs a reference; set "
+            f"reference.{min(config.reference.model_fields_set, default='')} has no effect: only a KL term needs a reference; set "
             "algorithm.kl_coef above 0, or leave it out",
         ),
         (
             bool(config.critic.model_fields_set) and not row.needs_values,
-            f"critic.{next(iter(config.critic.model_fields_set), '')} has no effect: only advantage: gae has a critic, and this is "
+            f"critic.{min(config.critic.model_fields_set, default='')} has no effect: only advantage: gae has a critic, and this is "
             f"advantage: {row.advantage}; set algorithm.name=ppo, or leave it out",
         ),
         (
@@ -87,9 +87,10 @@ def unused_settings(config: TrainConfig) -> str:
 
 def _critic(critic: CriticSection) -> str:
     what = "a model of its own" if critic.model == "own" else "a head on the policy's hidden states"
-    clip = "no value_clip" if critic.value_clip is None else f"value_clip {critic.value_clip:g}"
+    bounded = f", (clip(V, V_old ± {critic.value_clip:g}) - G)²" if critic.value_clip is not None else ""
+    loss = f"½·max((V - G)²{bounded})" if bounded else "½·(V - G)²"
     alone = f"; the first {critic.pretrain_steps} steps train it alone" if critic.pretrain_steps else ""
-    return f"{what}, learning rate {critic.learning_rate:g}, {clip}{alone}"
+    return f"{what}, learning rate {critic.learning_rate:g}; its loss is {loss}, G = A + V_old before whitening{alone}"
 
 
 def _reference(reference: ReferenceSection) -> str:

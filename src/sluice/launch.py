@@ -168,7 +168,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     settings = config.trainer
     packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
     updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
-    model = _policy_model(config, chat)
+    model = _load(config, chat)
     trainer = Local(model, chat.tokenizer, _optimizer(settings, model, updates), packing)
     if longest := max(samples, key=len, default=None):
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
@@ -288,9 +288,9 @@ def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packi
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
     updates = config.run.num_steps * settings.updates_per_batch
-    model = _policy_model(config, chat)
-    reference = _further_model(config, config.reference.path, chat) if algorithm.needs_reference else None
-    own = _further_model(config, critic.path, chat) if algorithm.needs_values and critic.model == "own" else None
+    model = _load(config, chat)
+    reference = _reference(config, chat, model) if algorithm.needs_reference else None
+    own = _load(config, chat, "critic.path", critic.path) if algorithm.needs_values and critic.model == "own" else None
     return Local(
         model,
         chat.tokenizer,
@@ -304,29 +304,36 @@ def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packi
     )
 
 
-def _policy_model(config: TrainConfig | SftConfig, chat: Chat) -> PolicyModel:
+def _load(config: TrainConfig | SftConfig, chat: Chat, key: str = "model.path", path: str | None = None) -> PolicyModel:
+    """The policy's model, or a second one of the run: from the `path` that `key` names, or else one that begins as the policy."""
     from sluice.trainers.model import load_model
 
     settings = config.model
+    key = key if path else "model.path"
     model = load_model(
-        settings.path,
+        path or settings.path,
+        key=key,
         dtype=settings.dtype,
         device=settings.device,
-        random_weights=settings.random_weights,
+        random_weights=settings.random_weights and not path,
         seed=config.run.seed,
     )
     if len(chat.tokenizer) > model.config.vocab_size:
         raise ConfigError(
-            f"model.path={settings.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
+            f"{key}={path or settings.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
             f"{model.config.vocab_size}; they do not belong together"
         )
     return model
 
 
-def _further_model(config: TrainConfig, path: str | None, chat: Chat) -> PolicyModel:
-    """A second model of the run; without a path one that begins as the policy does."""
-    other = config.model if path is None else config.model.model_copy(update={"path": path, "random_weights": False})
-    return _policy_model(config.model_copy(update={"model": other}), chat)
+def _reference(config: TrainConfig, chat: Chat, policy: PolicyModel) -> PolicyModel:
+    reference = _load(config, chat, "reference.path", config.reference.path)
+    if config.reference.update_every_steps and reference.shapes() != policy.shapes():
+        raise ConfigError(
+            f"reference.update_every_steps copies the policy into the reference, and reference.path={config.reference.path} has "
+            "another architecture; leave one of the two out"
+        )
+    return reference
 
 
 def _optimizer(settings: OptimizerSection, model: PolicyModel, num_updates: int) -> Optimizer:

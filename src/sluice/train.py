@@ -110,11 +110,21 @@ def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample
         raise
 
 
-async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then save the weights if it is their turn; that time counts in the next step.
+def stop_at_reward(run: Run, reward: float) -> None:
+    """The step that reaches the reward to stop at is made the last one."""
+    if run.stop_at_reward is not None and reward >= run.stop_at_reward:
+        run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
+        run.num_steps = run.step
 
-    The step that reaches the reward to stop at is made the last one.
-    """
+
+async def follow_reference(run: Run) -> None:
+    if run.update_reference_every and run.step % run.update_reference_every == 0:
+        await run.trainer.update_reference()
+        run.tracker.event("reference_updated", f"the policy after step {run.step} is the reference from now on")
+
+
+async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
+    """Record and track the step, then save the weights if it is their turn; that time counts in the next step."""
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = (
         rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
@@ -126,12 +136,8 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
     run.tracker.log(run.step, metrics.values_by_name())
-    if run.stop_at_reward is not None and metrics["rollout/reward"].value() >= run.stop_at_reward:
-        run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
-        run.num_steps = run.step
-    if run.update_reference_every and run.step % run.update_reference_every == 0:
-        await run.trainer.update_reference()
-        run.tracker.event("reference_updated", f"the policy after step {run.step} is the reference from now on")
+    stop_at_reward(run, metrics["rollout/reward"].value())
+    await follow_reference(run)
     if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
         with run.timer("checkpoint"):
             save_checkpoint(run.trainer, run.rundir, run.step)

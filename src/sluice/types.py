@@ -85,7 +85,7 @@ class Turn:
     prompt_ids: list[int]
     completion: Completion
     reward: float = 0.0
-    """What the environment gave for this turn alone; the rubric's score comes on top of it, at the last turn."""
+    """What the environment gave for this turn alone. If it gave any, the rubric's score is put on top at the last turn."""
 
 
 @dataclass

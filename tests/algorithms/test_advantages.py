@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sluice.algorithms import Algorithm, assign_advantages, compute_advantages, why_rejected
 from sluice.algorithms.advantages import whiten
-from sluice.types import Group, Prompt, Sample, Trajectory
+from sluice.types import Completion, Group, Prompt, Sample, Trajectory, Turn
 
 Z_SCORE, CENTRED, RAW, OTHERS = row("grpo"), row("dr_grpo"), row("reinforce"), row("rloo")
 BATCH_STD, WHITENED = row("dr_grpo", normalise="batch_std"), row("reinforce_pp_baseline")
@@ -262,3 +262,18 @@ DAPO = row("dapo")
 def test_why_rejected(spec: Algorithm, group: Group, reason: str):
     """Without dynamic sampling a group of equal rewards stays; what has no score is neither a 0 nor an equal reward."""
     assert why_rejected(spec, group) == reason
+
+
+def test_turns_that_differ_carry_a_signal_though_their_sums_do_not():
+    """With credit: turn each turn is compared; the sums of [1, 0] and [0, 1] are equal, and the second turns are not."""
+    completion = Completion([1], [-0.1], "stop", [0], 1.0)
+    trajectories = [
+        Trajectory([Turn([5], completion, reward) for reward in rewards], "", "scored", sum(rewards))
+        for rewards in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    group = Group(3, Prompt("p", []), trajectories)
+    assert why_rejected(row("dapo", credit="turn"), group) == ""
+    assert why_rejected(row("dapo"), group) == "all rewards equal (1)"
+    for trajectory in trajectories:
+        trajectory.turns = trajectories[0].turns
+    assert why_rejected(row("dapo", credit="turn"), group) == "all rewards equal (1)"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from makers import make_char_tokenizer
 from sluice.algorithms import ALGORITHMS
 from sluice.viewer import report
-from small_runs import ALPHABET, events_of, finished, ledger_of, metrics_of, set_up, sluice, workplace
+from small_runs import ALPHABET, events_of, finished, ledger_of, make_model, metrics_of, set_up, sluice, workplace
 
 
 @pytest.fixture
@@ -92,21 +92,29 @@ def test_kl_in_the_loss_is_0_at_the_start_and_grows(ready: Path, estimator: str)
 
 
 def test_kl_in_the_reward_pulls_back(ready: Path):
-    """With a coefficient that outweighs the reward, the policy stays nearer to the reference than without one."""
+    """With a coefficient that outweighs the reward, the policy stays nearer to the reference than with a slight one."""
     distances = {}
-    for name, coefficient in (("free", "0"), ("held", "10")):
+    for name, coefficient in (("free", "1e-9"), ("held", "10")):
         run = trained(
             "algorithm.name=reinforce_pp",
             f"algorithm.kl_coef={coefficient}",
             "trainer.learning_rate=3e-3",
-            "run.num_steps=6",
+            "run.num_steps=8",
             name=name,
         )
-        start = AutoModelForCausalLM.from_pretrained("model").state_dict()
-        weights = AutoModelForCausalLM.from_pretrained(run / "checkpoints/step-000006").state_dict()
-        distances[name] = sum(float((weights[k] - start[k]).square().sum()) for k in start) ** 0.5
-        assert [bool(row["ref_logprobs"]) for row in ledger_of(run, 1)] == [name == "held"] * 16
-    assert distances["held"] != distances["free"]
+        lines = metrics_of(run)
+        assert lines[0]["train/ref_kl"] == pytest.approx(0, abs=1e-6)
+        distances[name] = lines[-1]["train/ref_kl"]
+        rows = ledger_of(run, 8)
+        pairs = [
+            (old, ref)
+            for row in rows
+            for old, ref, weight in zip(row["old_logprobs"], row["ref_logprobs"], row["loss_weights"], strict=True)
+            if weight
+        ]
+        mean = sum(old - ref for old, ref in pairs) / len(pairs)
+        assert distances[name] == pytest.approx(mean, rel=1e-4, abs=1e-6)
+    assert abs(distances["held"]) < abs(distances["free"]) / 2
 
 
 def test_the_reference_follows_when_it_is_told_to(ready: Path):
@@ -168,11 +176,14 @@ def test_turns_are_worth_their_own_reward_and_what_follows(ready: Path, words: l
         if words[0] == "algorithm.name=reinforce":
             worth = {turn: row["advantages"][t] for t, turn in enumerate(row["turn_ids"]) if turn >= 0}
             assert worth.get(0, row["reward"]) == pytest.approx(row["reward"], rel=1e-5)
+            first = sum(row["tokens"][t] == "a" for t, turn in enumerate(row["turn_ids"]) if turn == 0)
+            assert worth.get(1, row["reward"] - first) == pytest.approx(row["reward"] - first, rel=1e-5, abs=1e-6)
 
 
 def test_what_a_loss_needs_and_what_would_have_no_effect_is_said_before_the_run(
     ready: Path, capsys: pytest.CaptureFixture[str]
 ):
+    make_model(ready / "other", "llama")
     for words, reason in (
         (["algorithm.correction=tis"], "set algorithm.old_logprobs=recomputed"),
         (["reference.update_every_steps=3"], "only a KL term needs a reference"),
@@ -180,7 +191,12 @@ def test_what_a_loss_needs_and_what_would_have_no_effect_is_said_before_the_run(
         (["algorithm.name=ppo", "critic.pretrain_steps=3"], "leaves the policy none of the 3 steps"),
         (["algorithm.name=ppo", "critic.model=head", "critic.path=x"], "critic.path has no effect"),
         (["algorithm.kl=reward"], "only kl_coef above 0 uses it"),
-        (["algorithm.kl_coef=0.1", "reference.path=nowhere"], "no model folder there"),
+        (["algorithm.kl_coef=0.1", "reference.path=nowhere"], "reference.path=nowhere: no model folder there"),
+        (["algorithm.name=ppo", "critic.path=nowhere"], "critic.path=nowhere: no model folder there"),
+        (
+            ["algorithm.kl_coef=0.1", "reference.path=other", "reference.update_every_steps=2"],
+            "reference.path=other has another architecture",
+        ),
     ):
         assert sluice("train", "config.yaml", *words) == 2
         assert reason in capsys.readouterr().err, words

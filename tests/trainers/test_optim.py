@@ -39,7 +39,7 @@ def update(optimizer: Optimizer, model: nn.Linear, *gradients: float) -> dict[st
     for gradient in gradients:
         sum((parameter * gradient).sum() for parameter in model.parameters()).backward()
         optimizer.collect_gradients()
-    return optimizer.step().values_by_name()
+    return optimizer.step(optimizer.clip()).values_by_name()
 
 
 def first(model: nn.Linear) -> float:
@@ -152,7 +152,7 @@ def test_a_gradient_norm_that_is_not_finite_is_refused_and_changes_nothing(dtype
     optimizer = Optimizer(model, replace(SETTINGS, weight_decay=0.1, warmup_updates=5), 10)
     update(optimizer, model, 1.0)
     before = state(optimizer, model)
-    with pytest.raises(NonFiniteError, match=rf"gradient norm is {bad} at update 1; the update was refused"):
+    with pytest.raises(NonFiniteError, match=rf"gradient norm of the policy is {bad} at update 1; the update was refused"):
         update(optimizer, model, 1.0, bad)
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer, model), before, strict=True))
     metrics = update(optimizer, model, 1.0)
@@ -192,6 +192,6 @@ def test_frozen_weights_stay(dtype: torch.dtype):
     optimizer = Optimizer(model, replace(SETTINGS, weight_decay=0.5), 10)
     (model.weight.sum() + model.bias.sum()).backward()
     optimizer.collect_gradients()
-    optimizer.step()
+    optimizer.step(optimizer.clip())
     assert model.bias.tolist() == [1.0, 1.0]
     assert first(model) < 1.0

@@ -104,20 +104,17 @@ def pack(samples: Sequence[Sample], packing: Packing, spec: Algorithm) -> list[M
 
 
 def make_minibatch(samples: Sequence[Sample], packing: Packing, spec: Algorithm, index: int) -> Minibatch:
-    """One update; who divides by what is settled here, over all of it, before it is cut."""
-    weights = [[weight for weight in sample.loss_weights if weight] for sample in samples]
-    lengths = torch.tensor([len(row) for row in weights])
-    flat = torch.tensor([weight for row in weights for weight in row], dtype=torch.float64)
-    sequence_ids = torch.repeat_interleave(torch.arange(len(samples)), lengths)
-    group_ids = torch.repeat_interleave(torch.tensor([sample.group for sample in samples]), lengths)
-    shares = token_coefficients(spec, flat, sequence_ids, group_ids).split(lengths.tolist())
-    by_sample = {id(sample): share for sample, share in zip(samples, shares, strict=True)}
-    micro_batches = []
-    for part in under_budget(samples, packing):
-        micro_batch = collate(part, packing.layout)
-        micro_batch.coefficients = torch.cat([by_sample[id(sample)] for sample in part]).float()
-        micro_batches.append(micro_batch)
-    return Minibatch(micro_batches, len(flat), index)
+    """One update. Who divides by what is settled here, over all of it, whatever the cut into micro-batches."""
+    micro_batches = [collate(part, packing.layout) for part in under_budget(samples, packing)]
+    lengths = [len(micro_batch.loss_weights) for micro_batch in micro_batches]
+    first_ids = accumulate((len(micro_batch.samples) for micro_batch in micro_batches), initial=0)
+    sequence_ids = torch.cat([m.sequence_ids + first for m, first in zip(micro_batches, first_ids, strict=False)])
+    groups = torch.tensor([sample.group for micro_batch in micro_batches for sample in micro_batch.samples])
+    weights = torch.cat([micro_batch.loss_weights for micro_batch in micro_batches]).double()
+    coefficients = token_coefficients(spec, weights, sequence_ids, groups[sequence_ids]).float()
+    for micro_batch, share in zip(micro_batches, coefficients.split(lengths), strict=True):
+        micro_batch.coefficients = share
+    return Minibatch(micro_batches, len(weights), index)
 
 
 def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sample]]:

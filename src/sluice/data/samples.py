@@ -28,7 +28,8 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
     samples: list[Sample] = []
     assert trajectory.reward is not None
     turn_rewards = [turn.reward for turn in trajectory.turns]
-    turn_rewards[-1] += trajectory.reward - sum(turn_rewards)
+    if not any(turn_rewards):
+        turn_rewards[-1] = trajectory.reward
     for number, turn in enumerate(trajectory.turns):
         if not turn.completion.token_ids:
             continue
@@ -36,12 +37,15 @@ def _samples_of(group: Group, index: int, trajectory: Trajectory) -> list[Sample
             samples[-1] = _extended(samples[-1], turn, number)
         else:
             start = Sample(
-                *([], [], [], []),
-                turn.completion.temperature,
-                group.id,
-                index,
-                trajectory.reward,
-                group.prompt.id,
+                token_ids=[],
+                loss_weights=[],
+                logprobs=[],
+                policy_versions=[],
+                temperature=turn.completion.temperature,
+                group=group.id,
+                index=index,
+                reward=trajectory.reward,
+                prompt_id=group.prompt.id,
                 turn_rewards=turn_rewards,
             )
             samples.append(_extended(start, turn, number))

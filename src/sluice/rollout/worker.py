@@ -101,8 +101,9 @@ def _add_turn_rewards(trajectory: Trajectory) -> None:
         trajectory.outcome, trajectory.reward = "error", None
         trajectory.error = f"the environment gave rewards that are no finite numbers to turns: {earned}"
         return
-    trajectory.reward += sum(earned)
     trajectory.reward_parts["turns"] = sum(earned)
+    trajectory.turns[-1].reward += trajectory.reward
+    trajectory.reward = sum(turn.reward for turn in trajectory.turns)
 
 
 async def _play(environment: Environment, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:

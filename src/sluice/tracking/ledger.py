@@ -60,7 +60,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "turn_ids": (pa.list_(pa.int32()), "[T] which turn wrote the token, from 0; -1 where the policy did not write."),
     "current_logprobs": (_TOKEN_FLOATS, "[T] log-probability by the trainer at the update that took it, in nats."),
     "ratios": (_TOKEN_FLOATS, "[T] importance ratio at that update; 1 where there is no loss."),
-    "clipped": (pa.list_(pa.bool_()), "[T] whether the bound on the ratio changed the token's gradient."),
+    "clipped": (pa.list_(pa.bool_()), "[T] whether a bound or the mask changed the token's gradient."),
 }
 """Type and meaning of each column; [T] are lists with an entry per token of the sequence."""
 

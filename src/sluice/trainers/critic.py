@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sluice.algorithms.losses import value_loss
 from sluice.data.batch import MicroBatch
+from sluice.errors import NonFiniteError
 from sluice.tracking.metrics import Metrics
 from sluice.trainers.model import PolicyModel, hidden_states_of
 from sluice.trainers.optim import Optimizer, OptimizerSettings
@@ -24,11 +26,11 @@ class Critic:
     ) -> None:
         self.own_model = own_model
         self.value_clip = value_clip
-        self.head = nn.Linear(policy_width(own_model or policy), 1, device=policy.device)
+        self.head = nn.Linear((own_model or policy).head.in_features, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)  # values of 0: the first advantages are the returns themselves
         nn.init.zeros_(self.head.bias)
         trained = [self.head] if own_model is None else [own_model.body, self.head]
-        self.optimizer = Optimizer(nn.ModuleList(trained), settings, num_updates)
+        self.optimizer = Optimizer(nn.ModuleList(trained), settings, num_updates, "critic")
 
     def values(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Tensor:
         """[T] of the tokens that bear a loss; `policy_hidden` [T, H] is needed by a critic without a model of its own."""
@@ -40,16 +42,14 @@ class Critic:
         return self.head(hidden.float())[:, 0]
 
     def forward_backward(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Metrics:
-        """Add the gradient of one micro-batch."""
+        """Add the gradient of one micro-batch. Raises NonFiniteError before a backward that would spoil it."""
         values = self.values(batch, policy_hidden)
         output = value_loss(values, batch.values, batch.returns, batch.coefficients, self.value_clip)
+        if not torch.isfinite(output.loss):
+            raise NonFiniteError(f"loss of the critic is {float(output.loss.detach())}; the update was refused")
         output.loss.backward()
         self.optimizer.collect_gradients()
         return output.metrics
 
-    def optim_step(self) -> Metrics:
-        return Metrics({name.replace("train/", "train/critic/"): m for name, m in self.optimizer.step().items()})
-
-
-def policy_width(model: PolicyModel) -> int:
-    return model.head.in_features
+    def optim_step(self, norm: Tensor) -> Metrics:
+        return Metrics({name.replace("train/", "train/critic/"): m for name, m in self.optimizer.step(norm).items()})

@@ -78,9 +78,10 @@ class LocalTrainer:
         metrics = Metrics()
         for micro_batch in minibatch.micro_batches:
             batch = micro_batch.to(self.model.device)
-            hidden = (
-                hidden_states_of(self.model, batch) if loss or (self.critic and self.critic.own_model is None) else None
-            )
+            hidden = None
+            if loss or (self.critic and self.critic.own_model is None):
+                with torch.set_grad_enabled(loss is not None):  # a head leaves the policy's states as they are
+                    hidden = hidden_states_of(self.model, batch)
             if loss:
                 assert hidden is not None
                 metrics += self._policy_backward(minibatch, micro_batch, batch, hidden, loss)
@@ -118,9 +119,14 @@ class LocalTrainer:
         return output.metrics + own
 
     async def optim_step(self) -> Metrics:
-        metrics = self.optimizer.step() if self._policy_has_gradient else Metrics()
+        """One update of policy and critic, or of neither: raises NonFiniteError before the first of them moves."""
+        policy_norm = self.optimizer.clip() if self._policy_has_gradient else None
+        critic_norm = self.critic.optimizer.clip() if self.critic else None
         self._policy_has_gradient = False
-        return metrics + self.critic.optim_step() if self.critic else metrics
+        metrics = Metrics() if policy_norm is None else self.optimizer.step(policy_norm)
+        if self.critic is not None and critic_norm is not None:
+            metrics += self.critic.optim_step(critic_norm)
+        return metrics
 
     async def update_reference(self) -> None:
         """From now on the policy as it is now is the reference."""

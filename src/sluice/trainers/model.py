@@ -87,6 +87,9 @@ class PolicyModel:
             return mask
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare with the model's own forward, so that an architecture that we do not understand is refused.
@@ -129,10 +132,13 @@ def packed_visible(document_ids: Tensor, position_ids: Tensor) -> Tensor:
     return same & (position_ids[:, :, None] >= position_ids[:, None, :])
 
 
-def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed: int) -> PolicyModel:
+def load_model(
+    path: str, *, key: str = "model.path", dtype: str, device: str, random_weights: bool, seed: int
+) -> PolicyModel:
     """Load a model folder (local files only), or with `random_weights` only its architecture.
 
-    Raises ConfigError when the folder is not a model, or when its architecture is not supported.
+    Raises ConfigError when the folder is not a model, or when its architecture is not supported; `key` is what names the path
+    in the config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -140,13 +146,13 @@ def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed
     logging.disable_progress_bar()
     path = str(Path(path).expanduser())
     if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path={path}: no model folder there (config.json is missing)")
+        raise ConfigError(f"{key}={path}: no model folder there (config.json is missing)")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu")
     target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    with boundary(ConfigError, f"model.path={path}: transformers cannot load it"):
+    with boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _refuse_unknown_layers(path, config.get_text_config())
+        _refuse_unknown_layers(f"{key}={path}", config.get_text_config())
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         settings = {"dtype": _DTYPES[dtype]} | ({"attn_implementation": "eager"} if capped else {})
         if random_weights:
@@ -158,20 +164,20 @@ def load_model(path: str, *, dtype: str, device: str, random_weights: bool, seed
             )  # pyright: ignore[reportGeneralTypeIssues]
             if missing := sorted(info["missing_keys"]):
                 raise ConfigError(
-                    f"model.path={path}: {len(missing)} weights are not in the checkpoint, among them {missing[0]}; they "
+                    f"{key}={path}: {len(missing)} weights are not in the checkpoint, among them {missing[0]}; they "
                     "would be random. Set model.random_weights=true if all of them should be"
                 )
     policy = PolicyModel(model.to(torch.device(target)))  # pyright: ignore[reportArgumentType]
-    with boundary(ConfigError, f"model.path={path}: this architecture is not supported"):
+    with boundary(ConfigError, f"{key}={path}: this architecture is not supported"):
         policy.check()
     return policy
 
 
-def _refuse_unknown_layers(path: str, config: Any) -> None:
+def _refuse_unknown_layers(where: str, config: Any) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(
-            f"model.path={path}: layers of kind {', '.join(sorted(unknown))} are not supported; "
+            f"{where}: layers of kind {', '.join(sorted(unknown))} are not supported; "
             "full and sliding-window attention are"
         )
 

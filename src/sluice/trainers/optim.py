@@ -39,7 +39,9 @@ class Optimizer:
     """Steps FP32 weights. For a BF16 model these are masters of their own, to which every micro-batch's gradients are
     added in FP32 and from which the model's weights are rounded; for an FP32 model they are the model's."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, num_updates: int) -> None:
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, num_updates: int, owner: str = "policy") -> None:
+        """`owner` is whose weights these are, for messages."""
+        self.owner = owner
         self.settings = settings
         self.num_updates = num_updates
         self.update = 0
@@ -66,12 +68,19 @@ class Optimizer:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 param.grad = None
 
-    def step(self) -> Metrics:
-        """One update. Raises NonFiniteError, with weights and state untouched, when the gradient norm is not finite."""
+    def clip(self) -> torch.Tensor:
+        """Scale the gradient down to the largest norm and give its norm before. Raises NonFiniteError, with weights and state
+        untouched, when that is not finite."""
         norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         if not torch.isfinite(norm):
             self.adamw.zero_grad()
-            raise NonFiniteError(f"gradient norm is {float(norm)} at update {self.update}; the update was refused")
+            raise NonFiniteError(
+                f"gradient norm of the {self.owner} is {float(norm)} at update {self.update}; the update was refused"
+            )
+        return norm
+
+    def step(self, norm: torch.Tensor) -> Metrics:
+        """One update with the clipped gradient, whose norm before is reported."""
         learning_rate = self.settings.learning_rate_at(self.update, self.num_updates)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
