@@ -31,10 +31,13 @@ ALGORITHMS = {
 CELLS = {
     (0.03, 16): ((2.5e-5, 5e-5, 1e-4, 2e-4), 40),
     (0.03, 4): ((1e-4, 2e-4, 4e-4, 8e-4), 40),
-    (0.005, 16): ((1e-5, 2.5e-5, 5e-5, 1e-4), 45),
-    (0.03, 1): ((2e-4, 5e-4, 1e-3, 2e-3), 40),
+    (0.03, 1): ((2.5e-4, 5e-4, 1e-3), 40),
+    (0.005, 16): ((2.5e-5, 5e-5), 45),
 }
 """Share of demonstrations that recheck and updates per batch → the learning rates that are tried, and the most steps."""
+ON_POLICY = ("cispo", "grpo")
+"""With one update per batch every ratio is 1 and nothing is clipped: CISPO, its sequence form and DAPO have one gradient, and so
+have GRPO and GSPO."""
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 THRESHOLD = 0.8
@@ -103,6 +106,10 @@ def run_all(settings: list[Setting], processes: int) -> None:
             print(f"{i}/{len(todo)} {line}", flush=True)
 
 
+def algorithms_of(rarity: float, updates: int) -> tuple[str, ...]:
+    return ON_POLICY if updates == 1 else tuple(ALGORITHMS)
+
+
 def tuning(rarity: float, updates: int, algorithm: str) -> list[Setting]:
     rates, _ = CELLS[rarity, updates]
     return [Setting(rarity, updates, algorithm, rate, seed) for rate in rates for seed in TUNING_SEEDS]
@@ -129,9 +136,10 @@ def main() -> None:
     for rarity in sorted({rarity for rarity, _ in CELLS}):
         base_model(rarity, seed=0)
     for cell in CELLS:
-        run_all([s for a in ALGORITHMS for s in tuning(*cell, a)], args.processes)
-        print(f"{cell}, learning rates: {json.dumps({a: tuned_rate(*cell, a) for a in ALGORITHMS})}", flush=True)
-        run_all([s for a in ALGORITHMS for s in measured(*cell, a)], args.processes)
+        algorithms = algorithms_of(*cell)
+        run_all([s for a in algorithms for s in tuning(*cell, a)], args.processes)
+        print(f"{cell}, learning rates: {json.dumps({a: tuned_rate(*cell, a) for a in algorithms})}", flush=True)
+        run_all([s for a in algorithms for s in measured(*cell, a)], args.processes)
 
 
 if __name__ == "__main__":
