@@ -27,14 +27,21 @@ from sluice.analysis.clipped_tokens import Clipping, Pool, analyse
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 from demo import metrics_of
-from study import ALGORITHMS, CELLS, SEEDS, THRESHOLD, Setting, measured, tuned_rate, tuning
+from study import ALGORITHMS, CELLS, SEEDS, THRESHOLD, Setting, algorithms_of, measured, tuned_rate, tuning
 from task import RECHECK
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """The 97.5 % quantile of Student's t by degrees of freedom."""
 MIN_COUNT = 10
 """Tokens that occur less often are not listed among the most clipped."""
-STYLE = {"font.size": 8, "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "sluice"}
+STYLE = {
+    "font.size": 8,
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sluice",
+}
 NOTHING = Clipping(0, 0, 0.0, None, None)
 
 Cell = tuple[float, int]
@@ -51,15 +58,20 @@ def is_tuned(cell: Cell, algorithm: str) -> bool:
 
 
 def done(cell: Cell) -> Runs:
-    runs = {a: [s for s in measured(*cell, a) if s.is_done] for a in ALGORITHMS if is_tuned(cell, a)}
+    runs = {a: [s for s in measured(*cell, a) if s.is_done] for a in algorithms_of(*cell) if is_tuned(cell, a)}
     return {algorithm: settings for algorithm, settings in runs.items() if settings}
 
 
 def missing(cell: Cell) -> str:
     """What the study still owes this cell; empty when it is whole."""
-    tunings = sum(not s.is_done for a in ALGORITHMS for s in tuning(*cell, a))
-    measurements = len(ALGORITHMS) * len(SEEDS) - sum(map(len, done(cell).values()))
+    tunings = sum(not s.is_done for a in algorithms_of(*cell) for s in tuning(*cell, a))
+    measurements = len(algorithms_of(*cell)) * len(SEEDS) - sum(map(len, done(cell).values()))
     return f"Missing: {tunings} tuning runs, {measurements} measured runs.\n" if tunings or measurements else ""
+
+
+def reference(cell: Cell) -> str:
+    """With one update per batch CISPO has the same gradient, and DAPO is not run."""
+    return "dapo" if "dapo" in algorithms_of(*cell) else "cispo"
 
 
 def title(cell: Cell) -> str:
@@ -126,11 +138,11 @@ def average(settings: Sequence[Setting]) -> str:
     return f"median {middle}; {sum(n <= most for n in steps)} of {len(steps)} within {most}"
 
 
-def ratio_to_dapo(runs: Runs, algorithm: str) -> str:
-    ours, theirs = ({s.seed: s for s in runs.get(name, [])} for name in (algorithm, "dapo"))
+def ratio(runs: Runs, algorithm: str, to: str) -> str:
+    ours, theirs = ({s.seed: s for s in runs.get(name, [])} for name in (algorithm, to))
     seeds = sorted(ours.keys() & theirs.keys())
     a, b = (steps_of([of[seed] for seed in seeds]) for of in (ours, theirs))
-    if algorithm == "dapo" or not a or not b or len(seeds) < 2:
+    if algorithm == to or not a or not b or len(seeds) < 2:
         return "–"
     return f"{mean(a) / mean(b):.2f} ({span(bootstrap(a, b), 2)}; {span(fieller(a, b), 2)})"
 
@@ -145,7 +157,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def tuning_table(cell: Cell) -> str:
     rates, _ = CELLS[cell]
     rows, at_the_edge = [], []
-    for algorithm in ALGORITHMS:
+    for algorithm in algorithms_of(*cell):
         chosen = tuned_rate(*cell, algorithm) if is_tuned(cell, algorithm) else None
         steps = [", ".join(said(s) for s in tuning(*cell, algorithm) if s.learning_rate == rate) for rate in rates]
         if chosen in (rates[0], rates[-1]):
@@ -155,12 +167,13 @@ def tuning_table(cell: Cell) -> str:
     return text + (f"\nThe smallest or largest rate is the best of: {', '.join(at_the_edge)}.\n" if at_the_edge else "")
 
 
-def steps_table(runs: Runs) -> str:
-    head = ["", "learning rate", "steps to 0.8 of each seed", "mean (95 %, t)", "ratio to dapo (bootstrap; Fieller)"]
+def steps_table(cell: Cell, runs: Runs) -> str:
+    to = reference(cell)
     rows = [
-        [a, f"{rs[0].learning_rate:g}", ", ".join(map(said, rs)), average(rs), ratio_to_dapo(runs, a), *inside(rs)]
+        [a, f"{rs[0].learning_rate:g}", ", ".join(map(said, rs)), average(rs), ratio(runs, a, to), *inside(rs)]
         for a, rs in runs.items()
     ]
+    head = ["", "learning rate", "steps to 0.8 of each seed", "mean (95 %, t)", f"ratio to {to} (bootstrap; Fieller)"]
     return table([*head, "clip fraction", "entropy, first → last step", "largest ratio"], rows)
 
 
@@ -174,7 +187,7 @@ def inside(runs: Sequence[Setting]) -> Iterator[str]:
 
 def pools(runs: Runs, last_step: int) -> dict[str, Pool]:
     """What `sluice analyze clipped-tokens --steps 1:LAST` counts."""
-    return {a: analyse([s.folder for s in rs], (1, last_step), MIN_COUNT)[0] for a, rs in runs.items()}
+    return {a: analyse([s.folder for s in rs], (1, last_step))[0] for a, rs in runs.items()}
 
 
 def shares(everything: Clipping, recheck: Clipping) -> tuple[float, float]:
@@ -209,8 +222,9 @@ def clipped_table(runs: Runs, clipped: dict[str, Pool], last_step: int) -> str:
     for algorithm, pool in clipped.items():
         (recheck, others), _ = total_and_by_update(pool)
         upwards = map(percent, with_positive_advantage(runs[algorithm], last_step))
-        most = ", ".join(f"`{token.token}` {percent(token.total.share)}" for token in pool.tokens[:4]) or "none"
-        rows.append([algorithm, percent(recheck), percent(others), *upwards, most])
+        frequent = [token for token in pool.tokens if token.total.occurrences >= MIN_COUNT]
+        most = ", ".join(f"`{token.token}` {percent(token.total.share)}" for token in frequent[:4])
+        rows.append([algorithm, percent(recheck), percent(others), *upwards, most or "none"])
     head = ["recheck tokens", "others", "recheck tokens, A > 0", "others, A > 0", "clipped most"]
     return table([f"clipped, first {last_step} steps", *head], rows)
 
@@ -229,31 +243,32 @@ def agreement(runs: Sequence[Setting]) -> str:
 
 
 def panels(cells: Sequence[Cell]) -> tuple[Figure, list[list[Axes]]]:
-    """A row for each cell, a column for each algorithm."""
-    figure = Figure(figsize=(10, 2 * len(cells)), layout="constrained")
-    grid = figure.subplots(len(cells), len(ALGORITHMS), squeeze=False, sharex="row", sharey="row").tolist()
-    for algorithm, panel in zip(ALGORITHMS, grid[0]):
+    """A row for each cell, a column for each algorithm of the first."""
+    algorithms = algorithms_of(*cells[0])
+    figure = Figure(figsize=(2 * len(algorithms), 2 * len(cells)), layout="constrained")
+    grid = figure.subplots(len(cells), len(algorithms), squeeze=False, sharex="row", sharey="row").tolist()
+    for algorithm, panel in zip(algorithms, grid[0]):
         panel.set_title(algorithm)
     for cell, row in zip(cells, grid):
         row[0].set_ylabel(title(cell).replace(", ", "\n"))
-        row[0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        row[0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        row[0].yaxis.set_major_locator(MaxNLocator(nbins=2))
     return figure, grid
 
 
-def draw_rewards(found: dict[Cell, Runs]) -> Figure:
-    """Each seed, and the mean as far as all seeds run; behind it, that of DAPO."""
-    figure, grid = panels(list(found))
-    for runs, row in zip(found.values(), grid):
-        curves = {a: [[m["rollout/reward"] for m in metrics_of(s.folder)] for s in rs] for a, rs in runs.items()}
-        means = {a: [mean(batch) for batch in zip(*of_seeds)] for a, of_seeds in curves.items()}
-        for i, (algorithm, panel) in enumerate(zip(ALGORITHMS, row)):
-            for curve in curves.get(algorithm, []):
-                panel.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.4, linewidth=0.8)
-            for name, style in (("dapo", "k--"), (algorithm, f"C{i}-")):
-                panel.plot(range(1, len(means.get(name, [])) + 1), means.get(name, []), style, linewidth=1.5)
-            panel.axhline(THRESHOLD, color="grey", linestyle=":", linewidth=0.8)
-            panel.set_ylim(0, 1)
-    figure.supxlabel("step; reward of each seed, and their mean as far as all run (dashed: that of dapo)")
+def draw_rewards(cell: Cell, runs: Runs) -> Figure:
+    """Each seed, and the mean as far as all seeds run; behind it, that of the reference."""
+    figure, (row,) = panels([cell])
+    curves = {a: [[m["rollout/reward"] for m in metrics_of(s.folder)] for s in rs] for a, rs in runs.items()}
+    means = {a: [mean(batch) for batch in zip(*of_seeds)] for a, of_seeds in curves.items()}
+    for i, (algorithm, panel) in enumerate(zip(algorithms_of(*cell), row)):
+        for curve in curves.get(algorithm, []):
+            panel.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.4, linewidth=0.8)
+        for name, style in ((reference(cell), "k--"), (algorithm, f"C{i}-")):
+            panel.plot(range(1, len(means.get(name, [])) + 1), means.get(name, []), style, linewidth=1.5)
+        panel.axhline(THRESHOLD, color="grey", linestyle=":", linewidth=0.8)
+        panel.set_ylim(0, 1)
+    figure.supxlabel(f"step; reward of seeds, mean as far as all run (dashed: {reference(cell)}'s)")
     return figure
 
 
@@ -266,11 +281,13 @@ def draw_steps(found: dict[Cell, Runs]) -> Figure:
             panel.plot([s.steps_to_threshold() for s in settings], [i] * len(settings), f"C{i}o", alpha=0.4)
             if (steps := steps_of(settings)) and (interval := t_interval(steps)):
                 panel.plot([interval[0], mean(steps), interval[1]], [i + 0.3] * 3, f"C{i}|-")
-                if algorithm == "dapo":
+                if algorithm == reference(cell):
                     panel.axvline(mean(steps) / 2, color="grey", linestyle="--", linewidth=0.8)
         panel.set_yticks(range(len(ALGORITHMS)), list(ALGORITHMS))
         panel.set(title=title(cell).replace(", ", "\n"), xlim=(0, None), ylim=(len(ALGORITHMS) - 0.4, -0.4))
-    figure.supxlabel("steps to 0.8: seeds, and the mean with 95 % interval (dashed: half of dapo's)")
+    figure.supxlabel(
+        "steps to 0.8: seeds, and the mean with 95 % interval (dashed: half of dapo's, where it was not run half of cispo's)"
+    )
     return figure
 
 
@@ -292,7 +309,8 @@ def save_plots(folder: Path, found: dict[Cell, Runs], clipped: dict[Cell, dict[s
     folder.mkdir(parents=True, exist_ok=True)
     several = {cell: pools for cell, pools in clipped.items() if cell[1] > 1}  # one update clips nothing
     with matplotlib.rc_context(STYLE):
-        figures = {"rewards": draw_rewards(found), "steps": draw_steps(found)}
+        figures = {f"rewards_{100 * cell[0]:g}_{cell[1]}": draw_rewards(cell, runs) for cell, runs in found.items()}
+        figures["steps"] = draw_steps(found)
         if several:
             figures["clipped"] = draw_clipped(several, last_step)
         for name, figure in figures.items():
@@ -312,11 +330,11 @@ def main() -> None:
         print(f"## {title(cell)}\n")
         if owed := missing(cell):
             print(owed)
-        if any(s.is_done for a in ALGORITHMS for s in tuning(*cell, a)):
+        if any(s.is_done for a in algorithms_of(*cell) for s in tuning(*cell, a)):
             print(tuning_table(cell))
         if cell in found:
-            print(steps_table(found[cell]), clipped_table(found[cell], clipped[cell], last), sep="\n")
-    tunings = [s for cell in CELLS for a in ALGORITHMS for s in tuning(*cell, a) if s.is_done]
+            print(steps_table(cell, found[cell]), clipped_table(found[cell], clipped[cell], last), sep="\n")
+    tunings = [s for cell in CELLS for a in algorithms_of(*cell) for s in tuning(*cell, a) if s.is_done]
     if not tunings:
         raise SystemExit(
             f"{args.runs} has no finished run of the study: make some with study.py, or give another --runs"

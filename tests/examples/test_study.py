@@ -165,7 +165,7 @@ def test_the_report_of_two_algorithms(
     assert "| cispo | 0.00 % | 0.00 % | 0.00 % | 0.00 % | none |" in said
     assert f"| dapo | 50.00 % | 0.00 % | 62.50 % | 0.00 % | `{RECHECK}` 50.00 % |" in said
     assert "differs by 2.0e-06 at most, the mean log-ratio by 1.0e-07" in said
-    for name in ("rewards", "steps", "clipped"):
+    for name in ("rewards_3_16", "steps", "clipped"):
         assert (folder / f"plots/{name}.svg").read_text().startswith("<?xml")
 
 
@@ -175,7 +175,7 @@ def test_an_algorithm_that_does_not_always_get_there_has_no_mean() -> None:
         make_run(setting, steps)
     assert study_report.average(settings) == "median 30; 3 of 5 within 40"
     assert study_report.average(settings[1:2]) == "median > 40; 0 of 1 within 40"
-    assert study_report.ratio_to_dapo({"gspo": settings, "dapo": settings}, "gspo") == "–"
+    assert study_report.ratio({"gspo": settings, "dapo": settings}, "gspo", "dapo") == "–"
 
 
 def test_without_runs_the_report_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
