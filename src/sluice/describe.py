@@ -31,8 +31,13 @@ def _misfits(config: TrainConfig, row: Algorithm) -> list[tuple[bool, str]]:
         ),
         (
             row.corrects and not recomputed,
-            f"algorithm.correction={row.correction}, rejection={row.rejection} compare the trainer's log-probs with the engine's, "
+            "algorithm: a correction or rejection compares the trainer's log-probs with the engine's, "
             "and with old_logprobs=engine the ratio divides by the engine's already; set algorithm.old_logprobs=recomputed",
+        ),
+        (
+            row.credit == "turn" and config.rollout.environment == "single_turn",
+            "algorithm.credit=turn has no effect with rollout.environment=single_turn, whose trajectories have one turn; leave it "
+            "out, or name an environment",
         ),
         (
             row.corrects and config.engine.name == "scripted",

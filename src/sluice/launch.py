@@ -20,7 +20,7 @@ from sluice.configtraining import OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, PromptStream, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
-from sluice.describe import algorithm_of
+from sluice.describe import algorithm_of, describe
 from sluice.environments.single_turn import single_turn
 from sluice.errors import ConfigError, DataError
 from sluice.hooks import resolve as resolve_hook
@@ -96,6 +96,7 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
     _set_threads(config.run)
     engine, trainer, packing, eos_ids = _engine_and_trainer(config, checked, chat)
     rundir = _make_rundir(resolved, name)
+    rundir.explained.write_text(describe(config) + "\n")
     rubric = Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log")
     parts = tuple(f"rollout/reward/{spec.label}" for spec in checked.rewards) if len(checked.rewards) > 1 else ()
     tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(config.run.num_steps, extra=parts)])

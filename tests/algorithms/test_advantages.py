@@ -11,7 +11,7 @@ from batches import in_ranks, modest, row
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.algorithms import Algorithm, assign_advantages, compute_advantages, why_rejected
+from sluice.algorithms import ALGORITHMS, Algorithm, assign_advantages, compute_advantages, why_rejected
 from sluice.algorithms.advantages import whiten
 from sluice.types import Completion, Group, Prompt, Sample, Trajectory, Turn
 
@@ -277,3 +277,8 @@ def test_turns_that_differ_carry_a_signal_though_their_sums_do_not():
     for trajectory in trajectories:
         trajectory.turns = trajectories[0].turns
     assert why_rejected(row("dapo", credit="turn"), group) == "all rewards equal (1)"
+
+
+def test_whole_numbers_are_rewards_too():
+    rewards, groups = torch.tensor([1, 0, 0, 1]), torch.tensor([7, 7, 9, 9])
+    assert compute_advantages(rewards, groups, ALGORITHMS["dr_grpo"]).tolist() == [0.5, -0.5, -0.5, 0.5]

@@ -201,7 +201,7 @@ def test_resolving_leaves_the_table_alone():
         (
             "ppo",
             {"credit": "turn"},
-            "advantage gae already gives each token the rewards of its turn and the later ones",
+            "algorithm.credit has no effect: advantage gae gives each token the rewards",
         ),
         (
             "ppo",
@@ -352,7 +352,7 @@ def test_explain_gives_the_parts_beside_the_policys_own_term():
     text = unwrapped(explain(resolved("cispo", **words), "recomputed"))
     for line in (
         "J = 0.5 × the mean over all loss tokens of the update + 0.5 × the mean over sequences",
-        "w_t·stop_gradient(clip(r, 0, 5))·A·logπ_t - 0.1·KL_t + 0.01·entropy_t; the loss is -J",
+        "[w_t·stop_gradient(clip(r, 0, 5))·A·logπ_t - 0.1·KL_t + 0.01·entropy_t]; the loss is -J",
         "R_k = Σ_j≥k γ^(j-k)·(reward of turn j), γ = 0.9",
         "then divided by the std of all A of the batch (ddof 1, + 1e-06)",
         "0 outside of [0.5, 5] (icepop); 0 for a response whose geometric mean of ρ lies outside of [0.99, 1.01]",
@@ -418,3 +418,42 @@ def test_public_names():
 def test_words_that_would_clip_everything_or_reject_for_nothing(name: str, words: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(name, words, max_new_tokens=8, group_size=4)
+
+
+# what scripts use
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_row_of_the_table_is_whole_as_it_stands(name: str):
+    """Scripts take it from there; only Dr. GRPO's and DPPO's constant, the longest response, is for whoever knows it."""
+    row, resolved_row = ALGORITHMS[name], resolved(name)
+    for bound in BOUNDS:
+        if bound != "loss_constant":
+            assert getattr(row, bound) == getattr(resolved_row, bound), bound
+    assert (row.kl_in_loss, row.kl_in_reward) == (False, False)
+
+
+def test_resolve_needs_no_more_than_a_row():
+    assert resolve("grpo") == resolved("grpo")
+    assert resolve("dapo", {"clip_high": 0.3}).clip_high == 0.3
+    with pytest.raises(ConfigError, match="needs algorithm.loss_constant: the longest response"):
+        resolve("dr_grpo")
+    with pytest.raises(ConfigError, match="algorithm.clip_hihg is not a word; the words are advantage, aggregation"):
+        resolve("dapo", {"clip_hihg": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("grpo", {}, ("loss", "k3")),
+        ("grpo", {"kl": "reward"}, ("reward", "k1")),
+        ("grpo", {"kl": "reward", "kl_estimator": "k3"}, ("reward", "k3")),
+        ("reinforce_pp_baseline", {}, ("loss", "k2")),
+        ("reinforce_pp_baseline", {"kl": "reward"}, ("reward", "k1")),
+        ("ppo", {}, ("reward", "k1")),
+    ],
+)
+def test_where_kl_goes_decides_how_it_is_estimated(name: str, words: dict[str, Any], expected: tuple[str, str]):
+    """k1 in the loss has no gradient on average, and in the reward it is the one without bias."""
+    row = resolved(name, kl_coef=0.1, **words)
+    assert (row.kl, row.kl_estimator) == expected

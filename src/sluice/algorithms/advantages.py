@@ -34,6 +34,7 @@ def compute_advantages(
         raise ValueError(
             "advantage gae comes from values, not from rewards alone: see sluice.algorithms.advantages.gae"
         )
+    rewards = rewards if rewards.is_floating_point() else rewards.double()
     advantages = rewards.clone() if spec.advantage == "raw" else _within_groups(rewards, group_ids, spec)
     if spec.normalise == "whiten":
         assert spec.std_ddof is not None

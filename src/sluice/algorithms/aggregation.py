@@ -51,7 +51,8 @@ def token_coefficients(
             raise ValueError("aggregation prompt_mean needs group_ids")
         return _mean_of_means(loss_weights, group_ids, reduce)
     if spec.aggregation == "constant":
-        assert spec.loss_constant is not None
+        if spec.loss_constant is None:
+            raise ValueError("aggregation constant needs a loss_constant: resolve the row, or replace it in the row")
         own = torch.unique(sequence_ids[loss_weights != 0])
         num = reduce(torch.tensor(float(len(own)), dtype=loss_weights.dtype, device=loss_weights.device))
         return loss_weights / (num.clamp(min=1) * spec.loss_constant)

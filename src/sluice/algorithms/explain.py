@@ -11,7 +11,8 @@ WIDTH = 128
 
 def explain(row: Algorithm, old_logprobs: str) -> str:
     """`old_logprobs` is `engine` or `recomputed`: what the ratio divides by."""
-    lines = [("loss", f"J = {_divisor(row)} of {_term(row)}{_further_terms(row)}; the loss is -J")]
+    term, further = _term(row), _further_terms(row)
+    lines = [("loss", f"J = {_divisor(row)} of {f'[{term}{further}]' if further else term}; the loss is -J")]
     lines += [("advantage", text) for text in _advantage(row)] + [("ratio", _ratio(row))]
     if row.ratio != "none" or row.corrects or row.kl_in_reward:
         lines.append(("π_old", _OLD[old_logprobs]))

@@ -6,7 +6,7 @@ A user starts from a row and changes a word; `resolve` refuses words that would 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -101,66 +101,6 @@ class Algorithm:
         return self.correction != "none" or self.rejection != "none"
 
 
-def _table(*rows: Algorithm) -> Mapping[str, Algorithm]:
-    return MappingProxyType({row.name: row for row in rows})
-
-
-_PPO_BOUNDS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
-
-ALGORITHMS = _table(
-    # MiniMax-M1 (arXiv 2506.13585), eq. 4-5
-    Algorithm("cispo", "z_score", "token", "weight", "token_mean", ratio_max=5.0),
-    # DeepSeekMath (arXiv 2402.03300), eq. 3, without its KL term
-    Algorithm("grpo", "z_score", "token", "surrogate", "sequence_mean", **_PPO_BOUNDS),
-    # Understanding R1-Zero-Like Training (arXiv 2503.20783), section 3.2
-    Algorithm("dr_grpo", "centred", "token", "surrogate", "constant", **_PPO_BOUNDS),
-    # GLM-4.5 (arXiv 2508.06471), section 3: group-centred advantages, no KL, token-mean loss
-    Algorithm("glm", "centred", "token", "surrogate", "token_mean", **_PPO_BOUNDS),
-    # DAPO (arXiv 2503.14476), eq. 8-12
-    Algorithm(
-        "dapo", "z_score", "token", "surrogate", "token_mean", clip_low=0.2, clip_high=0.28, dynamic_sampling=True
-    ),
-    # GSPO (arXiv 2507.18071), eq. 5-7
-    Algorithm("gspo", "z_score", "sequence", "surrogate", "sequence_mean", clip_low=3e-4, clip_high=4e-4),
-    # MiniMax-M1, eq. 6-7: CISPO with PPO's trust region as a mask
-    Algorithm("unified", "z_score", "token", "weight", "token_mean", "trust_region", ratio_max=5.0, **_PPO_BOUNDS),
-    # Soft Adaptive Policy Optimization (arXiv 2511.20347)
-    Algorithm("sapo", "z_score", "token", "soft_gate", "sequence_mean", gate_positive=1.0, gate_negative=1.05),
-    # Rethinking the Trust Region in LLM RL (arXiv 2602.04879), Binary-TV; the rest of the row as in verl's example of it
-    Algorithm("dppo", "centred", "token", "none", "constant", "tv", tv_low=0.15, tv_high=0.15),
-    # Williams (Machine Learning 8, 1992), without a baseline
-    Algorithm("reinforce", "raw", "none", "none", "token_mean"),
-    # Back to Basics (arXiv 2402.14740): the log-prob of a response is the sum over its tokens
-    Algorithm("rloo", "leave_one_out", "none", "none", "constant", loss_constant=1.0, kl="reward", kl_estimator="k1"),
-    # REINFORCE++ (arXiv 2501.03262), and its variant with a group baseline
-    Algorithm(
-        "reinforce_pp",
-        *("raw", "token", "surrogate", "token_mean"),
-        normalise="whiten",
-        kl="reward",
-        kl_estimator="k1",
-        **_PPO_BOUNDS,
-    ),
-    Algorithm(
-        "reinforce_pp_baseline",
-        *("centred", "token", "surrogate", "token_mean"),
-        normalise="whiten",
-        kl_estimator="k2",
-        **_PPO_BOUNDS,
-    ),
-    # PPO (arXiv 1707.06347), eq. 7, with GAE (arXiv 1506.02438), eq. 16, and dual clip (arXiv 1912.09729), eq. 5
-    Algorithm(
-        "ppo",
-        *("gae", "token", "surrogate", "token_mean"),
-        normalise="whiten",
-        dual_clip=3.0,
-        kl="reward",
-        kl_estimator="k1",
-        **_PPO_BOUNDS,
-    ),
-)
-
-
 @dataclass(frozen=True)
 class _Setting:
     """A setting that only some words use."""
@@ -223,29 +163,117 @@ SETTINGS: Mapping[str, _Setting] = {
 }
 
 
-def resolve(name: str, overrides: Mapping[str, Any], *, max_new_tokens: int, group_size: int) -> Algorithm:
+def _table(*rows: Algorithm) -> Mapping[str, Algorithm]:
+    return MappingProxyType({row.name: _filled(row) for row in rows})
+
+
+def _filled(row: Algorithm) -> Algorithm:
+    """The row with the default of each setting that its words use and that it leaves open."""
+    for key, setting in SETTINGS.items():
+        if setting.used(row) and getattr(row, key) is None:
+            default = setting.default
+            row = replace(row, **{key: default(row) if callable(default) else default})
+    return row
+
+
+_PPO_BOUNDS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+
+ALGORITHMS = _table(
+    # MiniMax-M1 (arXiv 2506.13585), eq. 4-5
+    Algorithm("cispo", "z_score", "token", "weight", "token_mean", ratio_max=5.0),
+    # DeepSeekMath (arXiv 2402.03300), eq. 3, without its KL term
+    Algorithm("grpo", "z_score", "token", "surrogate", "sequence_mean", **_PPO_BOUNDS),
+    # Understanding R1-Zero-Like Training (arXiv 2503.20783), section 3.2
+    Algorithm("dr_grpo", "centred", "token", "surrogate", "constant", **_PPO_BOUNDS),
+    # GLM-4.5 (arXiv 2508.06471), section 3: group-centred advantages, no KL, token-mean loss
+    Algorithm("glm", "centred", "token", "surrogate", "token_mean", **_PPO_BOUNDS),
+    # DAPO (arXiv 2503.14476), eq. 8-12
+    Algorithm(
+        "dapo", "z_score", "token", "surrogate", "token_mean", clip_low=0.2, clip_high=0.28, dynamic_sampling=True
+    ),
+    # GSPO (arXiv 2507.18071), eq. 5-7
+    Algorithm("gspo", "z_score", "sequence", "surrogate", "sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    # MiniMax-M1, eq. 6-7: CISPO with PPO's trust region as a mask
+    Algorithm("unified", "z_score", "token", "weight", "token_mean", "trust_region", ratio_max=5.0, **_PPO_BOUNDS),
+    # Soft Adaptive Policy Optimization (arXiv 2511.20347)
+    Algorithm("sapo", "z_score", "token", "soft_gate", "sequence_mean", gate_positive=1.0, gate_negative=1.05),
+    # Rethinking the Trust Region in LLM RL (arXiv 2602.04879), Binary-TV; the rest of the row as in verl's example of it
+    Algorithm("dppo", "centred", "token", "none", "constant", "tv", tv_low=0.15, tv_high=0.15),
+    # Williams (Machine Learning 8, 1992), without a baseline
+    Algorithm("reinforce", "raw", "none", "none", "token_mean"),
+    # Back to Basics (arXiv 2402.14740): the log-prob of a response is the sum over its tokens
+    Algorithm("rloo", "leave_one_out", "none", "none", "constant", loss_constant=1.0, kl="reward", kl_estimator="k1"),
+    # REINFORCE++ (arXiv 2501.03262), and its variant with a group baseline
+    Algorithm(
+        "reinforce_pp",
+        *("raw", "token", "surrogate", "token_mean"),
+        normalise="whiten",
+        kl="reward",
+        kl_estimator="k1",
+        **_PPO_BOUNDS,
+    ),
+    Algorithm(
+        "reinforce_pp_baseline",
+        *("centred", "token", "surrogate", "token_mean"),
+        normalise="whiten",
+        kl_estimator="k2",
+        **_PPO_BOUNDS,
+    ),
+    # PPO (arXiv 1707.06347), eq. 7, with GAE (arXiv 1506.02438), eq. 16, and dual clip (arXiv 1912.09729), eq. 5
+    Algorithm(
+        "ppo",
+        *("gae", "token", "surrogate", "token_mean"),
+        normalise="whiten",
+        dual_clip=3.0,
+        kl="reward",
+        kl_estimator="k1",
+        **_PPO_BOUNDS,
+    ),
+)
+
+
+def resolve(
+    name: str,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    max_new_tokens: int | None = None,
+    group_size: int | None = None,
+) -> Algorithm:
     """The row `name` with some words changed.
 
-    Raises ConfigError for an unknown row, for a setting that no word uses, and for words that exclude each other.
+    `max_new_tokens` is what `aggregation: constant` divides by where no loss_constant is given, `group_size` is for refusing
+    what a group of one cannot have. Raises ConfigError for an unknown row or word, for a setting that no word uses, and for
+    words that exclude each other.
     """
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm.name={name!r} is not a row; the rows are {', '.join(ALGORITHMS)}")
+    known = {field.name for field in fields(Algorithm)} - {"name"}
+    for unknown in overrides.keys() - known:
+        raise ConfigError(f"algorithm.{unknown} is not a word; the words are {', '.join(sorted(known))}")
     row = replace(ALGORITHMS[name], **overrides)
     if row.dual_clip == 0:
         row = replace(row, dual_clip=None)
+    if overrides.get("kl") == "reward" and "kl_estimator" not in overrides and ALGORITHMS[name].kl != "reward":
+        row = replace(row, kl_estimator="k1")  # the other rows' estimators are for the loss, where k1 has no gradient
     for key, setting in SETTINGS.items():
-        if setting.used(row):
-            if getattr(row, key) is None:
-                default = setting.default
-                row = replace(row, **{key: default(row) if callable(default) else default})
-        elif key in overrides:
-            raise ConfigError(
-                f"algorithm.{key}={overrides[key]} has no effect: only {setting.user} uses it, and this is {words(row)}"
-            )
-        else:
+        if not setting.used(row):
+            if key in overrides:
+                raise ConfigError(
+                    f"algorithm.{key}={overrides[key]} has no effect: only {setting.user} uses it, and this is {words(row)}"
+                )
             row = replace(row, **{key: None})
+    row = _filled(row)
     if row.aggregation == "constant" and row.loss_constant is None:
+        if max_new_tokens is None:
+            raise ConfigError(
+                "algorithm.aggregation=constant needs algorithm.loss_constant: the longest response in tokens"
+            )
         row = replace(row, loss_constant=float(max_new_tokens))
+    if row.needs_values and "credit" in overrides:
+        raise ConfigError(
+            "algorithm.credit has no effect: advantage gae gives each token the rewards of its turn and the later ones by itself; "
+            "leave it out"
+        )
     for why in _objections(row, group_size):
         raise ConfigError(why)
     return row
@@ -260,7 +288,7 @@ def words(row: Algorithm) -> str:
     return ", ".join([f"{part} {getattr(row, part)}" for part in parts] + kl)
 
 
-def _objections(row: Algorithm, group_size: int) -> list[str]:
+def _objections(row: Algorithm, group_size: int | None) -> list[str]:
     """Why the words cannot work together, and what to set instead."""
     return [f"algorithm: {why}" for wrong, why in _rules(row) if wrong] + _bound_objections(row, group_size)
 
@@ -286,10 +314,6 @@ def _rules(row: Algorithm) -> list[tuple[bool, str]]:
             f"advantage {row.advantage} they are not; set algorithm.advantage=centred, or dynamic_sampling=false",
         ),
         (
-            gae and row.credit == "turn",
-            "advantage gae already gives each token the rewards of its turn and the later ones; leave credit out",
-        ),
-        (
             gae and row.normalise == "batch_std",
             "normalise batch_std divides one number per response, and advantage gae has one per token; set normalise: whiten",
         ),
@@ -306,7 +330,7 @@ def _rules(row: Algorithm) -> list[tuple[bool, str]]:
     ]
 
 
-def _bound_objections(row: Algorithm, group_size: int) -> list[str]:
+def _bound_objections(row: Algorithm, group_size: int | None) -> list[str]:
     found: list[str] = []
     if row.ratio_max is not None and row.ratio_max <= 1:
         found.append(

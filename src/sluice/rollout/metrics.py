@@ -14,7 +14,8 @@ from sluice.types import Group, Sample
 def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
     """Over every group that was sampled, rejected ones too; `version` is that of the weights they were trained with.
 
-    Rewards are means over the scored trajectories only: an error is not a zero.
+    Rewards are means over the scored trajectories only: an error is not a zero. A part that a scored one lacks is one, so that
+    the parts, times their weights, add up to the reward.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     scored = [t for t in trajectories if t.outcome == "scored"]
@@ -37,7 +38,7 @@ def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
     staleness = [version - group.oldest_version for group in groups if not group.rejected]
     metrics["rollout/staleness/max"] = Max(max(staleness, default=0))
     for label in sorted({label for t in scored for label in t.reward_parts}):
-        metrics[f"rollout/reward/{label}"] = Mean.of(t.reward_parts[label] for t in scored if label in t.reward_parts)
+        metrics[f"rollout/reward/{label}"] = Mean.of(t.reward_parts.get(label, 0.0) for t in scored)
     return metrics
 
 

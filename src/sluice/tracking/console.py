@@ -42,13 +42,16 @@ COLUMNS = (
     _Column("reward", "rollout/reward"),
     _Column("length", "rollout/response_len/mean", ".1f"),
     _Column("loss", "train/loss", ".4f"),
+    _Column("reward/turns", "rollout/reward/turns"),
     _Column("ppo_kl", "train/ppo_kl", ".1e", 8),
+    _Column("ref_kl", "train/ref_kl", ".1e", 8),
     _Column("clipped", "train/pg_clipfrac", ".2%"),
     _Column("entropy", "train/entropy"),
     _Column("grad", "train/grad_norm", ".3g"),
+    _Column("expl_var", "train/explained_variance", ".2f"),
     _Column("tok/s", "perf/tokens_per_s", ",.0f"),
 )
-"""Shown where the first step has the metric; the loss only without a reward, beside which it says nothing."""
+"""Shown from the first step on that has the metric; the loss only without a reward, beside which it says nothing."""
 
 
 class ConsoleTracker:
@@ -61,7 +64,8 @@ class ConsoleTracker:
         self.num_steps = num_steps
         self.extra = [_Column(name.removeprefix("rollout/"), name) for name in extra]
         self.console = console or Console(highlight=False)
-        self.columns: list[_Column] | None = None
+        self.columns: list[_Column] = []
+        self._seen: dict[str, float] = {}
         self._start = time.monotonic()
         self._num_lines = 0
         self._bar: Progress | None = None
@@ -72,8 +76,10 @@ class ConsoleTracker:
             self._bar.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.columns is None:
-            self.columns = self._columns_of(metrics)
+        self._seen.update(metrics)
+        columns = self._columns_of(self._seen)
+        if columns != self.columns:
+            self.columns, self._num_lines = columns, 0
         if self._num_lines % LINES_PER_HEADER == 0:
             titles = [column.title.rjust(column.width) for column in self.columns]
             self._print(self._line("step", titles, "left"), "bold")

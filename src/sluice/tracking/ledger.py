@@ -57,6 +57,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "ref_logprobs": (_TOKEN_FLOATS, "[T] log-probability by the reference policy, in nats; empty without a KL term."),
     "values": (_TOKEN_FLOATS, "[T] value by the critic before the step's first update; empty without a critic."),
     "returns": (_TOKEN_FLOATS, "[T] what the critic learned; empty without a critic."),
+    "turn_rewards": (pa.list_(pa.float64()), "Reward of each turn of the trajectory; they add up to the reward."),
     "turn_ids": (pa.list_(pa.int32()), "[T] which turn wrote the token, from 0; -1 where the policy did not write."),
     "current_logprobs": (_TOKEN_FLOATS, "[T] log-probability by the trainer at the update that took it, in nats."),
     "ratios": (_TOKEN_FLOATS, "[T] importance ratio at that update; 1 where there is no loss."),

@@ -56,6 +56,11 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
+    def explained(self) -> Path:
+        """The batch arithmetic and the loss in plain words, as `sluice config explain` prints them; absent after supervised runs."""
+        return self.path / "explained.txt"
+
+    @property
     def environment(self) -> Path:
         """What it ran on: see `describe_environment`."""
         return self.path / "environment.json"

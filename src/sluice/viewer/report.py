@@ -102,6 +102,7 @@ def _page(rundir: RunDir, steps: Sequence[int], metrics: Series, samples: Mappin
         tiles=list(_tiles(steps, metrics, config)),
         settings=_settings(config),
         config=config_text,
+        explained=rundir.explained.read_text(errors="replace") if rundir.explained.exists() else "",
         environment=_environment(rundir),
         sections=[(section, list(drawings)) for section, drawings in groupby(curves, lambda each: each.section)],
         events=events[-MAX_EVENTS:],
