@@ -152,7 +152,9 @@ def test_a_gradient_norm_that_is_not_finite_is_refused_and_changes_nothing(dtype
     optimizer = Optimizer(model, replace(SETTINGS, weight_decay=0.1, warmup_updates=5), 10)
     update(optimizer, model, 1.0)
     before = state(optimizer, model)
-    with pytest.raises(NonFiniteError, match=rf"gradient norm of the policy is {bad} at update 1; the update was refused"):
+    with pytest.raises(
+        NonFiniteError, match=rf"gradient norm of the policy is {bad} at update 1; the update was refused"
+    ):
         update(optimizer, model, 1.0, bad)
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer, model), before, strict=True))
     metrics = update(optimizer, model, 1.0)
