@@ -40,6 +40,7 @@ def trained(group: int, index: int) -> Sample:
     sample.ratios, sample.clipped = [1, 1, 0.99, 1.35], [False, False, False, True]
     sample.ref_logprobs, sample.values, sample.returns = [0, 0, -0.4, -0.7], [0, 0, 0.25, 0.5], [0, 0, 1, 0.75]
     sample.turn_ids, sample.kept_ids = [-1, -1, 0, 0], [[], [], [5, 9], [4, 6, 8]]
+    sample.turn_rewards = [1.0]
     return sample
 
 
@@ -81,6 +82,7 @@ def test_a_trained_sample_is_recorded_with_all_that_its_tokens_saw(rundir: RunDi
         "token_ids": [1, 2, 5, 6],
         "tokens": ["<1>", "<2>", "<5>", "<6>"],
         "policy_versions": [-1, -1, 3, 3],
+        "turn_rewards": [1.0],
         "turn_ids": [-1, -1, 0, 0],
         "kept_ids": [[], [], [5, 9], [4, 6, 8]],
         "clipped": [False, False, False, True],
