@@ -261,14 +261,15 @@ def draw_rewards(cell: Cell, runs: Runs) -> Figure:
     figure, (row,) = panels([cell])
     curves = {a: [[m["rollout/reward"] for m in metrics_of(s.folder)] for s in rs] for a, rs in runs.items()}
     means = {a: [mean(batch) for batch in zip(*of_seeds)] for a, of_seeds in curves.items()}
-    for i, (algorithm, panel) in enumerate(zip(algorithms_of(*cell), row)):
+    for algorithm, panel in zip(algorithms_of(*cell), row):
+        i = list(ALGORITHMS).index(algorithm)
         for curve in curves.get(algorithm, []):
             panel.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.4, linewidth=0.8)
         for name, style in ((reference(cell), "k--"), (algorithm, f"C{i}-")):
             panel.plot(range(1, len(means.get(name, [])) + 1), means.get(name, []), style, linewidth=1.5)
         panel.axhline(THRESHOLD, color="grey", linestyle=":", linewidth=0.8)
         panel.set_ylim(0, 1)
-    figure.supxlabel(f"step; reward of seeds, mean as far as all run (dashed: {reference(cell)}'s)")
+    figure.supxlabel(f"step (dashed: the mean of {reference(cell)})")
     return figure
 
 

@@ -36,7 +36,7 @@ class AlgorithmSection(Section):
     """Over the whole batch: divide by the std of all advantages, or whiten them over all loss tokens."""
     credit: Literal["trajectory", "turn"] | None = None
     """Each turn is worth the whole trajectory's reward, or its own and that of the turns after it."""
-    std_eps: PositiveFloat | None = None
+    std_eps: FinitePositive | None = None
     """Added to the standard deviation (advantage: z_score, normalise: batch_std)."""
     std_ddof: Literal[0, 1] | None = None
     """1: sample standard deviation, over n - 1; 0: over n."""
@@ -50,13 +50,13 @@ class AlgorithmSection(Section):
     """PPO's clipped surrogate, CISPO's clipped weight, SAPO's soft gate, or no bound."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Trust region below: ratio >= 1 - clip_low (clip: surrogate, mask: trust_region)."""
-    clip_high: PositiveFloat | None = None
+    clip_high: FinitePositive | None = None
     """Trust region above: ratio <= 1 + clip_high (clip: surrogate, mask: trust_region)."""
     dual_clip: NonNegativeFloat | None = None
     """Bound of the ratio itself where the advantage is negative (clip: surrogate); above 1, or 0 for none."""
-    ratio_max: PositiveFloat | None = None
+    ratio_max: FinitePositive | None = None
     """Upper bound of the ratio itself, not of its distance from 1 (clip: weight)."""
-    ratio_min: PositiveFloat | None = None
+    ratio_min: FinitePositive | None = None
     """Lower bound of the ratio itself (clip: weight); no row sets one."""
     gate_positive: FinitePositive | None = None
     """Temperature of the soft gate where the advantage is positive (clip: soft_gate)."""
@@ -71,7 +71,7 @@ class AlgorithmSection(Section):
     aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "constant", "blend"] | None = None
     """What divides the sum of token losses: loss tokens; each sequence's tokens, then sequences; each prompt's tokens, then
     prompts; sequences × loss_constant; or a mixture of the first two."""
-    loss_constant: PositiveFloat | None = None
+    loss_constant: FinitePositive | None = None
     """Divisor of `aggregation: constant`; left out, the row's, or else rollout.max_new_tokens."""
     token_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of token_mean in `aggregation: blend`; the rest is sequence_mean."""
@@ -87,15 +87,15 @@ class AlgorithmSection(Section):
     """Weight trainer / engine of a token's loss: truncated, or 0 outside of bounds; needs old_logprobs: recomputed."""
     correction_level: Literal["token", "sequence", "geometric"] | None = None
     """The weight of the token, its product over the response, or its geometric mean."""
-    correction_max: PositiveFloat | None = None
+    correction_max: FinitePositive | None = None
     """Upper bound of the weight: 2 for tis and mis, 5 for icepop when left out."""
-    correction_min: PositiveFloat | None = None
+    correction_min: FinitePositive | None = None
     """Lower bound (mis, icepop): 0.5 for icepop when left out."""
     rejection: Literal["none", "sequence", "geometric"] | None = None
     """Drops a response whose product, or geometric mean, of trainer / engine lies outside of bounds."""
-    rejection_min: PositiveFloat | None = None
+    rejection_min: FinitePositive | None = None
     """When left out, 0.5 (sequence) or 0.99 (geometric)."""
-    rejection_max: PositiveFloat | None = None
+    rejection_max: FinitePositive | None = None
     """When left out, 2 (sequence) or 1.01 (geometric)."""
     dynamic_sampling: bool | None = None
     """Reject groups whose rewards are all equal, and sample others."""
