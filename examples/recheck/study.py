@@ -35,9 +35,6 @@ CELLS = {
     (0.005, 16): ((2.5e-5, 5e-5), 45),
 }
 """Share of demonstrations that recheck and updates per batch → the learning rates that are tried, and the most steps."""
-ON_POLICY = ("cispo", "grpo")
-"""With one update per batch every ratio is 1 and nothing is clipped: CISPO, its sequence form and DAPO have one gradient, and so
-have GRPO and GSPO."""
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 THRESHOLD = 0.8
@@ -66,11 +63,15 @@ class Setting:
 
     @property
     def is_done(self) -> bool:
-        return any(self.folder.glob("checkpoints/step-*"))
+        """It ran to its end, or diverged, as it would again."""
+        events = self.folder / "events.jsonl"
+        diverged = events.exists() and "NonFiniteError" in events.read_text()
+        return diverged or any(self.folder.glob("checkpoints/step-*"))
 
     def steps_to_threshold(self) -> int:
         """The first step with a reward of 0.8, counted from 1; one more than were made when none has it."""
-        rewards = [step["rollout/reward"] for step in metrics_of(self.folder)]
+        steps = metrics_of(self.folder) if (self.folder / "metrics.jsonl").exists() else []
+        rewards = [step["rollout/reward"] for step in steps]
         return next((i for i, reward in enumerate(rewards, 1) if reward >= THRESHOLD), self.most_steps + 1)
 
 
@@ -106,10 +107,6 @@ def run_all(settings: list[Setting], processes: int) -> None:
             print(f"{i}/{len(todo)} {line}", flush=True)
 
 
-def algorithms_of(rarity: float, updates: int) -> tuple[str, ...]:
-    return ON_POLICY if updates == 1 else tuple(ALGORITHMS)
-
-
 def tuning(rarity: float, updates: int, algorithm: str) -> list[Setting]:
     rates, _ = CELLS[rarity, updates]
     return [Setting(rarity, updates, algorithm, rate, seed) for rate in rates for seed in TUNING_SEEDS]
@@ -136,10 +133,9 @@ def main() -> None:
     for rarity in sorted({rarity for rarity, _ in CELLS}):
         base_model(rarity, seed=0)
     for cell in CELLS:
-        algorithms = algorithms_of(*cell)
-        run_all([s for a in algorithms for s in tuning(*cell, a)], args.processes)
-        print(f"{cell}, learning rates: {json.dumps({a: tuned_rate(*cell, a) for a in algorithms})}", flush=True)
-        run_all([s for a in algorithms for s in measured(*cell, a)], args.processes)
+        run_all([s for a in ALGORITHMS for s in tuning(*cell, a)], args.processes)
+        print(f"{cell}, learning rates: {json.dumps({a: tuned_rate(*cell, a) for a in ALGORITHMS})}", flush=True)
+        run_all([s for a in ALGORITHMS for s in measured(*cell, a)], args.processes)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from sluice.analysis.clipped_tokens import Clipping, Pool, analyse
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 from demo import metrics_of
-from study import ALGORITHMS, CELLS, SEEDS, THRESHOLD, Setting, algorithms_of, measured, tuned_rate, tuning
+from study import ALGORITHMS, CELLS, SEEDS, THRESHOLD, Setting, measured, tuned_rate, tuning
 from task import RECHECK
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """The 97.5 % quantile of Student's t by degrees of freedom."""
+BASELINE = "dapo"
 MIN_COUNT = 10
 """Tokens that occur less often are not listed among the most clipped."""
 STYLE = {
@@ -58,20 +59,15 @@ def is_tuned(cell: Cell, algorithm: str) -> bool:
 
 
 def done(cell: Cell) -> Runs:
-    runs = {a: [s for s in measured(*cell, a) if s.is_done] for a in algorithms_of(*cell) if is_tuned(cell, a)}
+    runs = {a: [s for s in measured(*cell, a) if s.is_done] for a in ALGORITHMS if is_tuned(cell, a)}
     return {algorithm: settings for algorithm, settings in runs.items() if settings}
 
 
 def missing(cell: Cell) -> str:
     """What the study still owes this cell; empty when it is whole."""
-    tunings = sum(not s.is_done for a in algorithms_of(*cell) for s in tuning(*cell, a))
-    measurements = len(algorithms_of(*cell)) * len(SEEDS) - sum(map(len, done(cell).values()))
+    tunings = sum(not s.is_done for a in ALGORITHMS for s in tuning(*cell, a))
+    measurements = len(ALGORITHMS) * len(SEEDS) - sum(map(len, done(cell).values()))
     return f"Missing: {tunings} tuning runs, {measurements} measured runs.\n" if tunings or measurements else ""
-
-
-def reference(cell: Cell) -> str:
-    """With one update per batch CISPO has the same gradient, and DAPO is not run."""
-    return "dapo" if "dapo" in algorithms_of(*cell) else "cispo"
 
 
 def title(cell: Cell) -> str:
@@ -157,7 +153,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def tuning_table(cell: Cell) -> str:
     rates, _ = CELLS[cell]
     rows, at_the_edge = [], []
-    for algorithm in algorithms_of(*cell):
+    for algorithm in ALGORITHMS:
         chosen = tuned_rate(*cell, algorithm) if is_tuned(cell, algorithm) else None
         steps = [", ".join(said(s) for s in tuning(*cell, algorithm) if s.learning_rate == rate) for rate in rates]
         if chosen in (rates[0], rates[-1]):
@@ -168,7 +164,7 @@ def tuning_table(cell: Cell) -> str:
 
 
 def steps_table(cell: Cell, runs: Runs) -> str:
-    to = reference(cell)
+    to = BASELINE
     rows = [
         [a, f"{rs[0].learning_rate:g}", ", ".join(map(said, rs)), average(rs), ratio(runs, a, to), *inside(rs)]
         for a, rs in runs.items()
@@ -244,7 +240,7 @@ def agreement(runs: Sequence[Setting]) -> str:
 
 def panels(cells: Sequence[Cell]) -> tuple[Figure, list[list[Axes]]]:
     """A row for each cell, a column for each algorithm of the first."""
-    algorithms = algorithms_of(*cells[0])
+    algorithms = list(ALGORITHMS)
     figure = Figure(figsize=(2 * len(algorithms), 2 * len(cells)), layout="constrained")
     grid = figure.subplots(len(cells), len(algorithms), squeeze=False, sharex="row", sharey="row").tolist()
     for algorithm, panel in zip(algorithms, grid[0]):
@@ -261,15 +257,15 @@ def draw_rewards(cell: Cell, runs: Runs) -> Figure:
     figure, (row,) = panels([cell])
     curves = {a: [[m["rollout/reward"] for m in metrics_of(s.folder)] for s in rs] for a, rs in runs.items()}
     means = {a: [mean(batch) for batch in zip(*of_seeds)] for a, of_seeds in curves.items()}
-    for algorithm, panel in zip(algorithms_of(*cell), row):
+    for algorithm, panel in zip(ALGORITHMS, row):
         i = list(ALGORITHMS).index(algorithm)
         for curve in curves.get(algorithm, []):
             panel.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.4, linewidth=0.8)
-        for name, style in ((reference(cell), "k--"), (algorithm, f"C{i}-")):
+        for name, style in ((BASELINE, "k--"), (algorithm, f"C{i}-")):
             panel.plot(range(1, len(means.get(name, [])) + 1), means.get(name, []), style, linewidth=1.5)
         panel.axhline(THRESHOLD, color="grey", linestyle=":", linewidth=0.8)
         panel.set_ylim(0, 1)
-    figure.supxlabel(f"step (dashed: the mean of {reference(cell)})")
+    figure.supxlabel(f"step (dashed: the mean of {BASELINE})")
     return figure
 
 
@@ -282,7 +278,7 @@ def draw_steps(found: dict[Cell, Runs]) -> Figure:
             panel.plot([s.steps_to_threshold() for s in settings], [i] * len(settings), f"C{i}o", alpha=0.4)
             if (steps := steps_of(settings)) and (interval := t_interval(steps)):
                 panel.plot([interval[0], mean(steps), interval[1]], [i + 0.3] * 3, f"C{i}|-")
-                if algorithm == reference(cell):
+                if algorithm == BASELINE:
                     panel.axvline(mean(steps) / 2, color="grey", linestyle="--", linewidth=0.8)
         panel.set_yticks(range(len(ALGORITHMS)), list(ALGORITHMS))
         panel.set(title=title(cell).replace(", ", "\n"), xlim=(0, None), ylim=(len(ALGORITHMS) - 0.4, -0.4))
@@ -331,11 +327,11 @@ def main() -> None:
         print(f"## {title(cell)}\n")
         if owed := missing(cell):
             print(owed)
-        if any(s.is_done for a in algorithms_of(*cell) for s in tuning(*cell, a)):
+        if any(s.is_done for a in ALGORITHMS for s in tuning(*cell, a)):
             print(tuning_table(cell))
         if cell in found:
             print(steps_table(cell, found[cell]), clipped_table(found[cell], clipped[cell], last), sep="\n")
-    tunings = [s for cell in CELLS for a in algorithms_of(*cell) for s in tuning(*cell, a) if s.is_done]
+    tunings = [s for cell in CELLS for a in ALGORITHMS for s in tuning(*cell, a) if s.is_done]
     if not tunings:
         raise SystemExit(
             f"{args.runs} has no finished run of the study: make some with study.py, or give another --runs"

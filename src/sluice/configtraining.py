@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from sluice.configbase import Beta, FinitePositive, NonNegativeFloat, NonNegativeInt, Section
 
@@ -125,11 +125,11 @@ class OptimizerSection(Section):
     """Where linear and cosine end."""
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     """Of AdamW."""
-    eps: PositiveFloat = 1e-15
+    eps: FinitePositive = 1e-15
     """Of AdamW; RL gradients lie between 1e-18 and 1e-5 (MiniMax-M1, section 3), so a larger one freezes weights."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW; not applied to vectors (norms, biases)."""
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: FinitePositive = 1.0
     """Gradients are scaled down to this global norm."""
 
     def check_schedule(self, key: str) -> None:

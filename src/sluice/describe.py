@@ -25,7 +25,7 @@ def _misfits(config: TrainConfig, row: Algorithm) -> list[tuple[bool, str]]:
     recomputed, dry = config.algorithm.old_logprobs == "recomputed", config.trainer.name == "dry"
     return [
         (
-            recomputed and row.ratio == "none" and not row.corrects and row.kl != "reward",
+            recomputed and row.ratio == "none" and not row.corrects and not row.kl_in_reward,
             "algorithm.old_logprobs=recomputed has no effect: only a ratio divides by old log-probs, and "
             f"algorithm {row.name} has none; leave it out, or set algorithm.ratio=token",
         ),

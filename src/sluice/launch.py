@@ -291,7 +291,8 @@ def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packi
     updates = config.run.num_steps * settings.updates_per_batch
     model = _load(config, chat)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
-    own = _load(config, chat, "critic.path", critic.path) if algorithm.needs_values and critic.model == "own" else None
+    has_own = algorithm.needs_values and critic.model == "own"
+    own = _second(config, chat, "critic.path", critic.path, model) if has_own else None
     return Local(
         model,
         chat.tokenizer,
@@ -327,9 +328,26 @@ def _load(config: TrainConfig | SftConfig, chat: Chat, key: str = "model.path", 
     return model
 
 
+def _second(config: TrainConfig, chat: Chat, key: str, path: str | None, policy: PolicyModel) -> PolicyModel:
+    """A reference or a critic: it sees the policy's tokens, at the policy's positions."""
+    model = _load(config, chat, key, path)
+    window = config.engine.max_model_len or policy.max_length
+    if model.config.vocab_size < policy.config.vocab_size or model.max_length < window:
+        raise ConfigError(
+            f"{key}={path}: {model.config.vocab_size} ids and {model.max_length} positions are fewer than the "
+            f"{policy.config.vocab_size} ids of the policy or the {window} positions of its window"
+        )
+    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
+    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
+        )
+    return model
+
+
 def _reference(config: TrainConfig, chat: Chat, policy: PolicyModel) -> PolicyModel:
-    reference = _load(config, chat, "reference.path", config.reference.path)
-    if config.reference.update_every_steps and reference.shapes() != policy.shapes():
+    reference = _second(config, chat, "reference.path", config.reference.path, policy)
+    if config.reference.update_every_steps and reference.architecture() != policy.architecture():
         raise ConfigError(
             f"reference.update_every_steps copies the policy into the reference, and reference.path={config.reference.path} has "
             "another architecture; leave one of the two out"

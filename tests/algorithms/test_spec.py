@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import fields
@@ -457,3 +458,31 @@ def test_where_kl_goes_decides_how_it_is_estimated(name: str, words: dict[str, A
     """k1 in the loss has no gradient on average, and in the reward it is the one without bias."""
     row = resolved(name, kl_coef=0.1, **words)
     assert (row.kl, row.kl_estimator) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"ratio": "seq"}, "should be token or sequence or none"),
+        ({"correction": "TIS"}, "should be none or tis or mis or icepop"),
+        ({"kl_coef": 0.1, "kl": "rewards"}, "should be loss or reward"),
+        ({"kl_estimator": "k4", "kl_coef": 0.1}, "should be k1 or k2 or k3 or k1_st or k3_st"),
+        ({"kl_coef": math.nan}, "should be a finite number of at least 0"),
+        ({"kl_coef": -1.0}, "should be a finite number of at least 0"),
+        ({"clip_high": math.inf}, "should be a finite number of at least 0"),
+        ({"clip_low": -0.5}, "should be a finite number of at least 0"),
+        ({"clip_low": True}, "should be a finite number of at least 0"),
+        ({"std_ddof": 7}, "should be at most 1"),
+        ({"dynamic_sampling": "no"}, "should be True or False"),
+    ],
+)
+def test_scripts_are_told_of_a_value_that_a_word_cannot_have(words: dict[str, Any], reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        resolve("grpo", words)
+
+
+@pytest.mark.parametrize("words", [{"kl_coef": 0.1, "kl": "reward"}, {"normalise": "whiten"}])
+def test_dynamic_sampling_does_not_reject_what_carries_a_gradient(words: dict[str, Any]):
+    with pytest.raises(ConfigError, match="they are not; set dynamic_sampling=false"):
+        resolved("dapo", **words)
+    assert resolved("dapo", dynamic_sampling=False, **words)

@@ -180,6 +180,48 @@ def test_turns_are_worth_their_own_reward_and_what_follows(ready: Path, words: l
             assert worth.get(1, row["reward"] - first) == pytest.approx(row["reward"] - first, rel=1e-5, abs=1e-6)
 
 
+BAD_TURN = """\
+from decimal import Decimal
+
+from sluice.types import Trajectory
+
+
+async def play(prompt, policy):
+    await policy.respond(prompt.messages)
+    policy.turns[-1].reward = {reward}
+    return Trajectory(policy.turns * {times}, stop_reason="played")
+"""
+
+
+@pytest.mark.parametrize("reward", ["None", "'1'", "[1.0]", "float('nan')", "1e400", "2j"])
+def test_a_turn_reward_that_is_no_number_costs_the_sample_its_score_and_not_the_run(ready: Path, reward: str):
+    (ready / f"bad_{abs(hash(reward))}.py").write_text(BAD_TURN.format(reward=reward, times=1))
+    words = [f"rollout.environment=bad_{abs(hash(reward))}:play", "rollout.max_failed_groups=1", "run.num_steps=1"]
+    assert sluice("train", "config.yaml", "run.name=test", *words) == 1
+    assert "do not add up to a finite number" in str(events_of(Path("runs/test")))
+
+
+def test_a_turn_that_is_listed_twice_has_its_score_once(ready: Path):
+    (ready / "twice.py").write_text(BAD_TURN.format(reward="Decimal('0.5')", times=2))
+    run = trained("rollout.environment=twice:play", "run.num_steps=1", "algorithm.name=reinforce")
+    for row in ledger_of(run, 1):
+        assert row["reward"] == pytest.approx(1.0 + row["reward_parts"]["share_of_small_letters"])
+
+
+def test_the_reward_to_stop_at_waits_until_the_policy_learns(ready: Path):
+    run = trained("algorithm.name=ppo", "critic.pretrain_steps=2", "run.stop_at_reward=0", "run.num_steps=5")
+    assert len(metrics_of(run)) == 3
+
+
+def test_a_second_model_sees_the_policys_tokens(ready: Path, capsys: pytest.CaptureFixture[str]):
+    make_model("reversed")
+    make_char_tokenizer("reversed", ALPHABET[::-1])
+    for words in (["algorithm.kl_coef=0.1", "reference.path=reversed"], ["algorithm.name=ppo", "critic.path=reversed"]):
+        assert sluice("train", "config.yaml", *words) == 2
+        assert f"{words[1].partition('.')[0]}.path=reversed: its tokeniser has other tokens" in capsys.readouterr().err
+    assert not (ready / "runs").exists()
+
+
 def test_what_a_loss_needs_and_what_would_have_no_effect_is_said_before_the_run(
     ready: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -151,7 +151,7 @@ def test_stop_strings_end_a_completion() -> None:
 def test_top_k_and_top_p_bound_what_is_sampled() -> None:
     model = tiny_model("qwen3")
     greedy = generate(engine_of(model), temperature=0.0)
-    for changes in ({"top_k": 1}, {"top_p": 1e-6}):
+    for changes in ({"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-50}):
         completions = generate(engine_of(model), **changes)
         assert [c.token_ids for c in completions] == [c.token_ids for c in greedy]
 

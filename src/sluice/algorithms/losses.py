@@ -85,10 +85,7 @@ def policy_loss(
     loss = (coefficients * per_token).sum()
     metrics += _policy_metrics(loss, log_ratio, ratio, clipped, own)
     if spec.kl_in_loss:
-        if ref_logprobs is None:
-            raise ValueError("a KL term needs ref_logprobs")
-        kl = kl_estimates(str(spec.kl_estimator), logprobs, torch.where(own, ref_logprobs, 0.0))
-        kl_loss = (coefficients * kl).sum()
+        kl_loss = (coefficients * _kl(spec, logprobs, ref_logprobs, own)).sum()
         loss = loss + spec.kl_coef * kl_loss
         metrics["train/kl_loss"] = Sum(kl_loss.detach())
     if spec.entropy_coef:
@@ -98,6 +95,12 @@ def policy_loss(
         loss = loss - spec.entropy_coef * entropy
         metrics["train/entropy_loss"] = Sum(entropy.detach())
     return LossOutput(loss, per_token, ratio, clipped, metrics)
+
+
+def _kl(spec: Algorithm, logprobs: Tensor, ref_logprobs: Tensor | None, own: Tensor) -> Tensor:
+    if ref_logprobs is None:
+        raise ValueError("a KL term needs ref_logprobs")
+    return kl_estimates(str(spec.kl_estimator), logprobs, torch.where(own, ref_logprobs, 0.0))
 
 
 def value_loss(

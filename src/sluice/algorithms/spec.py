@@ -5,10 +5,11 @@ A user starts from a row and changes a word; `resolve` refuses words that would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sluice.errors import ConfigError
 
@@ -250,6 +251,9 @@ def resolve(
     known = {field.name for field in fields(Algorithm)} - {"name"}
     for unknown in overrides.keys() - known:
         raise ConfigError(f"algorithm.{unknown} is not a word; the words are {', '.join(sorted(known))}")
+    for key, value in overrides.items():
+        if why := _why_no_value(key, value):
+            raise ConfigError(f"algorithm.{key}={value!r}: {why}")
     row = replace(ALGORITHMS[name], **overrides)
     if row.dual_clip == 0:
         row = replace(row, dual_clip=None)
@@ -277,6 +281,30 @@ def resolve(
     for why in _objections(row, group_size):
         raise ConfigError(why)
     return row
+
+
+_SHARES = {"gamma", "gae_lambda", "token_share", "clip_low", "tv_low", "tv_high"}
+
+
+def _why_no_value(key: str, value: Any) -> str:
+    """Why a word cannot have this value; empty when it can. The config says the same of its keys, and before it comes here."""
+    choices = [choice for kind in _kinds(key) for choice in get_args(kind)]
+    if choices:
+        return "" if value in choices or value is None else f"should be {' or '.join(map(str, choices))}"
+    if key == "dynamic_sampling":
+        return "" if isinstance(value, bool) else "should be True or False"
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        return "should be a finite number of at least 0"
+    highest = 1 if key in _SHARES or key == "std_ddof" else math.inf
+    return f"should be at most {highest}" if value > highest else ""
+
+
+def _kinds(key: str) -> list[Any]:
+    """The Literals among what a field may be."""
+    kind = get_type_hints(Algorithm)[key]
+    return [option for option in (kind, *get_args(kind)) if get_origin(option) is Literal]
 
 
 def words(row: Algorithm) -> str:
@@ -312,6 +340,11 @@ def _rules(row: Algorithm) -> list[tuple[bool, str]]:
             row.dynamic_sampling and not row.compares_group,
             "dynamic_sampling rejects groups of equal rewards because their advantages are 0, and with "
             f"advantage {row.advantage} they are not; set algorithm.advantage=centred, or dynamic_sampling=false",
+        ),
+        (
+            row.dynamic_sampling and (row.kl_in_reward or row.normalise == "whiten"),
+            "dynamic_sampling rejects groups of equal rewards because their advantages are 0, and with "
+            f"{'kl: reward' if row.kl_in_reward else 'normalise: whiten'} they are not; set dynamic_sampling=false",
         ),
         (
             gae and row.normalise == "batch_std",

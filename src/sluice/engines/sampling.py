@@ -69,4 +69,5 @@ def _kept(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     # a token stays while what comes before it has not reached p, so the likeliest always stays
     probs = ordered.softmax(-1)
     keep &= (probs.cumsum(-1) - probs < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep[:, 0] = True  # also for a p that is 0 in float32
     return torch.zeros_like(keep).scatter(1, order, keep)

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from sluice.algorithms import why_rejected
 from sluice.errors import DataError, EnvironmentError_, PromptTooLongError, boundary, first_error
@@ -93,17 +94,26 @@ async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Traject
 
 
 def _add_turn_rewards(trajectory: Trajectory) -> None:
-    """What the environment gave for single turns counts in the reward, as the part `turns`."""
-    earned = [turn.reward for turn in trajectory.turns]
-    if trajectory.reward is None or not any(earned):
+    """What the environment gave for single turns counts in the reward, as the part `turns`; the score comes with the last."""
+    if trajectory.reward is None:
         return
-    if not math.isfinite(sum(earned)):
+    given = [turn.reward for turn in trajectory.turns]
+    try:
+        earned = [float("nan") if isinstance(reward, str) else float(reward) for reward in given]
+    except (TypeError, ValueError):
+        earned = [math.nan]
+    if not any(earned):
+        return
+    score = trajectory.reward
+    if not math.isfinite(sum(earned) + score):
         trajectory.outcome, trajectory.reward = "error", None
-        trajectory.error = f"the environment gave rewards that are no finite numbers to turns: {earned}"
+        trajectory.error = f"the turns' rewards {given} and the score {score} do not add up to a finite number"
         return
-    trajectory.reward_parts["turns"] = sum(earned)
-    trajectory.turns[-1].reward += trajectory.reward
-    trajectory.reward = sum(turn.reward for turn in trajectory.turns)
+    earned_parts = [*earned[:-1], earned[-1] + score]
+    # new turns: an environment may have listed one twice
+    trajectory.turns = [replace(turn, reward=r) for turn, r in zip(trajectory.turns, earned_parts, strict=True)]
+    trajectory.reward_parts["turns"] = math.fsum(earned)
+    trajectory.reward = math.fsum(earned_parts)
 
 
 async def _play(environment: Environment, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:

@@ -124,7 +124,8 @@ def num_rows(rundir: RunDir, step: int) -> int:
 
 def steps(rundir: RunDir) -> list[int]:
     """The steps in the ledger, in order; empty without one."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in rundir.ledger.glob("step-*.parquet"))
+    names = (path.stem.removeprefix("step-") for path in rundir.ledger.glob("step-*.parquet"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _path(rundir: RunDir, step: int) -> Path:

@@ -87,8 +87,10 @@ class PolicyModel:
             return mask
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+    def architecture(self) -> dict[str, Any]:
+        """All of the config that decides what the weights compute."""
+        ignored = {"dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
+        return {k: v for k, v in self.config.to_dict().items() if not k.startswith("_") and k not in ignored}
 
     @torch.no_grad()
     def check(self) -> None:
