@@ -21,7 +21,7 @@ LEVELS = [
         "errors",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
-    ["interfaces", "hooks", "config+configbase+configtraining+configtree+configfile"],
+    ["interfaces", "hooks", "config+configbase+configsafety+configtraining+configtree+configfile"],
     ["tracking"],
     ["run"],
     ["algorithms"],
@@ -47,7 +47,7 @@ HOMES = {
 # The table of algorithms is read by `--help` and the config, and so is the first file of its folder.
 NO_TORCH = {"algorithms", "algorithms.spec", "algorithms.explain"}
 # `launch` sets the number of threads; the protocol of a language model speaks of tensors and loads none.
-ELSEWHERE = {("launch", "torch"): "in a function", ("interfaces", "torch"): "under TYPE_CHECKING"}
+ELSEWHERE = {("launch.models", "torch"): "in a function", ("interfaces", "torch"): "under TYPE_CHECKING"}
 
 
 def place(module: str) -> tuple[int, str] | None:
@@ -137,13 +137,13 @@ PLANTED = {
     "algorithms/spec.py": ("from torch import Tensor", "1 imports torch at the top"),
     "algorithms/__init__.py": ("import torch.nn", "1 imports torch at the top"),
     "rollout/worker.py": ("def f():\n    import torch", "2 imports torch in a function"),
-    "launch.py": ("import torch", "1 imports torch at the top"),
+    "launch/models.py": ("import torch", "1 imports torch at the top"),
     "interfaces.py": ("def f():\n    import torch", "2 imports torch in a function"),
     "tracking/console.py": ("import matplotlib.pyplot as plt", "1 imports matplotlib at the top"),
     "engines/embedded.py": ("from multiprocessing import Pool", "1 imports multiprocessing at the top"),
 }
 ALLOWED = {
-    "launch.py": "def f():\n    import torch\n    from sluice.train import train",
+    "launch/models.py": "def f():\n    import torch\n    from sluice.train import train",
     "interfaces.py": "if TYPE_CHECKING:\n    import torch\n    from sluice.tracking.metrics import Metrics",
     "configfile.py": "from sluice.config import TrainConfig",
     "viewer/report.py": "from sluice.viewer.curves import draw\nfrom sluice.tracking import ledger, rundir",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from sluice.configsafety import CheckpointSection
 from sluice.configtraining import (
     AlgorithmSection,
     CriticSection,
@@ -201,11 +202,6 @@ AnyReward = Annotated[
     | Annotated[CustomReward, Tag("module:function")],
     Discriminator(_reward_tag),
 ]
-
-
-class CheckpointSection(Section):
-    every_steps: PositiveInt | None = None
-    """Steps between checkpoints; one is always written at the end."""
 
 
 class TrainConfig(Section):

@@ -1,0 +1,170 @@
+"""From a config to its models, engine and trainer. Rooms that load torch are imported when they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sluice.algorithms import Algorithm
+from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
+from sluice.configtraining import OptimizerSection
+from sluice.data.chat import Chat, load_tokenizer
+from sluice.errors import ConfigError
+from sluice.launch.checked import Checked
+
+if TYPE_CHECKING:
+    from sluice.data.batch import Packing
+    from sluice.interfaces import Engine, Trainer
+    from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.model import PolicyModel
+    from sluice.trainers.optim import Optimizer, OptimizerSettings
+
+
+def engine_and_trainer(
+    config: TrainConfig, checked: Checked, chat: Chat
+) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
+    from sluice.data.batch import Packing
+
+    if isinstance(config.trainer, LocalTrainer):
+        packing = Packing(
+            config.trainer.updates_per_batch, config.trainer.tokens_per_micro_batch, config.trainer.layout
+        )
+        trainer = _policy_trainer(config, checked.algorithm, chat, packing)
+        model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
+    else:
+        from sluice.trainers.dry import DryTrainer
+
+        packing = Packing(config.trainer.updates_per_batch, 2**20, "rows")
+        trainer, model, eos_ids = DryTrainer(), None, chat.eos_ids
+    if isinstance(config.engine, ScriptedEngine):
+        from sluice.engines.scripted import ScriptedEngine as Scripted
+
+        assert checked.script is not None
+        scripted = Scripted(
+            checked.script, max_model_len=config.engine.max_model_len, max_delay_s=config.engine.max_delay_s
+        )
+        return scripted, trainer, packing, eos_ids
+
+    from sluice.engines.embedded import EmbeddedEngine
+
+    assert model is not None  # the config refuses an embedded engine beside a dry trainer
+    if config.engine.max_model_len and config.engine.max_model_len > model.max_length:
+        raise ConfigError(
+            f"engine.max_model_len={config.engine.max_model_len} is longer than the {model.max_length} positions of the "
+            "model; lower it, or leave it out"
+        )
+    if unknown := [i for i in config.rollout.stop_token_ids if i >= model.config.vocab_size]:
+        raise ConfigError(
+            f"rollout.stop_token_ids: {unknown[0]} is not among the {model.config.vocab_size} ids of the model"
+        )
+    window = config.engine.max_model_len or model.max_length
+    if config.rollout.max_new_tokens >= window:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
+            "tokens (engine.max_model_len, or else the model's positions); lower it"
+        )
+    embedded = EmbeddedEngine(
+        model,
+        chat.decode,
+        vocab_size=model.config.vocab_size,
+        num_slots=config.engine.num_slots,
+        max_model_len=config.engine.max_model_len,
+        prefill_tokens=config.engine.prefill_tokens,
+    )
+    return embedded, trainer, packing, eos_ids
+
+
+def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
+    """With the reference and the critic that the algorithm needs."""
+    from sluice.trainers.critic import Critic
+    from sluice.trainers.local import LocalTrainer as Local
+
+    settings, critic = config.trainer, config.critic
+    assert isinstance(settings, LocalTrainer)
+    updates = config.run.num_steps * settings.updates_per_batch
+    model = load_policy(config, chat)
+    reference = _reference(config, chat, model) if algorithm.needs_reference else None
+    has_own = algorithm.needs_values and critic.model == "own"
+    own = _second(config, chat, "critic.path", critic.path, model) if has_own else None
+    return Local(
+        model,
+        chat.tokenizer,
+        optimizer_of(settings, model, updates - critic.pretrain_steps * settings.updates_per_batch),
+        packing,
+        reference=reference,
+        critic=Critic(model, own, _optimizer_settings(critic), updates, critic.value_clip)
+        if algorithm.needs_values
+        else None,
+        entropy_gradient=algorithm.entropy_coef > 0,
+    )
+
+
+def load_policy(
+    config: TrainConfig | SftConfig, chat: Chat, key: str = "model.path", path: str | None = None
+) -> PolicyModel:
+    """The policy's model, or a second one of the run: from the `path` that `key` names, or else one that begins as the policy."""
+    from sluice.trainers.model import load_model
+
+    settings = config.model
+    key = key if path else "model.path"
+    model = load_model(
+        path or settings.path,
+        key=key,
+        dtype=settings.dtype,
+        device=settings.device,
+        random_weights=settings.random_weights and not path,
+        seed=config.run.seed,
+    )
+    if len(chat.tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"{key}={path or settings.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+    return model
+
+
+def _second(config: TrainConfig, chat: Chat, key: str, path: str | None, policy: PolicyModel) -> PolicyModel:
+    """A reference or a critic: it sees the policy's tokens, at the policy's positions."""
+    model = load_policy(config, chat, key, path)
+    window = config.engine.max_model_len or policy.max_length
+    if model.config.vocab_size < policy.config.vocab_size or model.max_length < window:
+        raise ConfigError(
+            f"{key}={path}: {model.config.vocab_size} ids and {model.max_length} positions are fewer than the "
+            f"{policy.config.vocab_size} ids of the policy or the {window} positions of its window"
+        )
+    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
+    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
+        )
+    return model
+
+
+def _reference(config: TrainConfig, chat: Chat, policy: PolicyModel) -> PolicyModel:
+    reference = _second(config, chat, "reference.path", config.reference.path, policy)
+    if config.reference.update_every_steps and reference.architecture() != policy.architecture():
+        raise ConfigError(
+            f"reference.update_every_steps copies the policy into the reference, and reference.path={config.reference.path} has "
+            "another architecture; leave one of the two out"
+        )
+    return reference
+
+
+def optimizer_of(settings: OptimizerSection, model: PolicyModel, num_updates: int) -> Optimizer:
+    from sluice.trainers.optim import Optimizer
+
+    return Optimizer(model.model, _optimizer_settings(settings), num_updates)
+
+
+def _optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
+    from sluice.trainers.optim import OptimizerSettings
+
+    return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
+
+
+def set_threads(run: RunSection) -> None:
+    if run.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(run.num_threads)
