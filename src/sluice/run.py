@@ -46,7 +46,7 @@ class Run:
     """Messages to ids, and ids to text."""
     buffer: Any
     prompts: Any
-    """`prompts.next()` gives the next prompt, for ever."""
+    """`prompts[ticket]` gives the prompt of a ticket; there is no last one."""
     algorithm: Any
     packing: Any
     sampling: Sampling
