@@ -19,11 +19,12 @@ LEVELS = [
     [
         "types",
         "errors",
+        "waits",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
     ["interfaces", "hooks", "config+configbase+configsafety+configtraining+configtree+configfile"],
     ["tracking"],
-    ["run"],
+    ["run", "watchdog+dump"],
     ["algorithms"],
     ["data", "rewards"],
     ["environments", "weights"],
@@ -39,7 +40,16 @@ PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in 
 READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
-    "torch": {"algorithms", "data.batch", "engines", "trainers", "rollout.metrics", "update", "checkpoint", "analysis.binary_reward"},
+    "torch": {
+        "algorithms",
+        "data.batch",
+        "engines",
+        "trainers",
+        "rollout.metrics",
+        "update",
+        "checkpoint",
+        "analysis.binary_reward",
+    },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},

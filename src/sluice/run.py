@@ -12,19 +12,23 @@ from sluice.interfaces import Engine, Environment, Tracker, Trainer
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.tracking.rundir import RunDir
 from sluice.types import Group, Sampling
+from sluice.waits import Wait, Waits
 
 
 class Timer:
-    """Seconds spent per phase of a step, as `perf/PHASE_s`."""
+    """Seconds spent per phase of a step, as `perf/PHASE_s`; while it lasts, a phase is on the list of what is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Waits, name: Callable[[], str]) -> None:
+        """`name` says whose phase it is, as it begins."""
+        self._waits, self._name = waits, name
         self._metrics = Metrics()
 
     @contextmanager
-    def __call__(self, phase: str) -> Generator[None]:
+    def __call__(self, phase: str, *, queued: bool = False) -> Generator[Wait]:
         start = time.perf_counter()
         try:
-            yield
+            with self._waits(self._name(), phase, queued=queued) as wait:
+                yield wait
         finally:
             self._metrics += Metrics({f"perf/{phase}_s": Sum(time.perf_counter() - start)})
 
@@ -41,7 +45,7 @@ class Run:
     trainer: Trainer
     environment: Environment
     rubric: Any
-    """Scores a trajectory: `await rubric.score(prompt, trajectory)`."""
+    """Scores a trajectory: `await rubric.score(prompt, trajectory, wait)`, and tells the wait what it waits for."""
     chat: Any
     """Messages to ids, and ids to text."""
     buffer: Any
@@ -66,10 +70,22 @@ class Run:
     long_prompts: Literal["error", "skip"]
     group_filter: Callable[[Group], bool] | None
     attempt_timeout_s: float
+    engine_retries: int
+    """Times that a failed generation is tried again, with the same seed."""
+    vocab_size: int | None
+    """Of the model; token ids from it on are foreign. None without a model."""
+    max_length: int | None
+    """Positions of the model."""
     stop_at_reward: float | None
     checkpoint_every: int | None
     """Steps between checkpoints, besides the one at the end; None for a trainer without weights."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""
-    timer: Timer = field(default_factory=Timer)
+    engine_failure: str = ""
+    """The failure of the engine that was told last."""
+    waits: Waits = field(default_factory=Waits)
+    timer: Timer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timer = Timer(self.waits, lambda: f"the loop after step {self.step}")

@@ -24,13 +24,13 @@ async def train(run: Run) -> None:
     await run.engine.update_weights(run.trainer.weights(), run.step)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
-            with run.timer("rollout"), rejected_on_record(run):
+            with run.timer("rollout", queued=True), rejected_on_record(run):
                 groups = await run.buffer.take(run.groups_per_step)  # oldest first
                 check_staleness(run, groups)
             samples = to_samples(groups)
-            with run.timer("train"), saved_on_failure(run, groups, samples):
+            with run.timer("train") as wait, saved_on_failure(run, groups, samples):
                 minibatches = await prepare(run, samples)  # log-probs, advantages, packing
-                stats = await update(run, minibatches)
+                stats = await update(run, minibatches, lambda place: wait.at("train", place))
             run.step += 1
             with run.timer("publish"):
                 await run.engine.update_weights(run.trainer.weights(), run.step)

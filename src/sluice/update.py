@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -44,11 +44,14 @@ async def prepare(learner: Learner, samples: Sequence[Sample]) -> list[Minibatch
     return pack(samples, packing, algorithm)
 
 
-async def update(learner: Learner, minibatches: Sequence[Minibatch]) -> Metrics:
-    """The updates of a step, one after the other; their metrics together."""
+async def update(
+    learner: Learner, minibatches: Sequence[Minibatch], tell: Callable[[str], None] = lambda place: None
+) -> Metrics:
+    """The updates of a step, one after the other; their metrics together. `tell` hears which one begins."""
     loss = partial(loss_of, learner) if learner.step >= learner.pretrain_steps else None
     stats = Metrics()
-    for minibatch in minibatches:
+    for number, minibatch in enumerate(minibatches, start=1):
+        tell(f"update {number} of {len(minibatches)}")
         stats += await learner.trainer.forward_backward(minibatch, loss)
         stats += await learner.trainer.optim_step()
         await asyncio.sleep(0)  # lets Ctrl-C and failing workers in

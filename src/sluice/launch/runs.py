@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.rundir import RunDir, describe_environment
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
+from sluice.watchdog import Watchdog
 
 
 def train(resolved: Resolved[TrainConfig], name: str) -> Path:
@@ -43,7 +43,9 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
     rundir.explained.write_text(describe(config) + "\n")
     rubric = Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log")
     parts = tuple(f"rollout/reward/{spec.label}" for spec in checked.rewards) if len(checked.rewards) > 1 else ()
-    tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(config.run.num_steps, extra=parts)])
+    # the console first: it hears of a disk that hangs
+    tracker = Trackers([ConsoleTracker(config.run.num_steps, extra=parts), FileTracker(rundir, chat.pieces)])
+    model = trainer.weights().model
     run = Run(
         engine=engine,
         trainer=trainer,
@@ -79,17 +81,36 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         long_prompts=config.data.long_prompts,
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
+        engine_retries=rollout.engine_retries,
+        vocab_size=model.config.vocab_size if model else None,
+        max_length=model.max_length if model else None,
         stop_at_reward=config.run.stop_at_reward,
         checkpoint_every=_checkpoint_every(config),
     )
 
+    watchdog = Watchdog(
+        run.waits,
+        tracker,
+        rundir,
+        config.watchdog.warn_after_s,
+        {
+            "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
+            "buffer": run.buffer.status,
+            "engine": engine.status,
+            "reward processes": rubric.status,
+        },
+    )
+
     async def whole() -> None:
-        try:
-            await rubric.start()
-            await loop(run)
-        finally:
-            await engine.close()
-            rubric.close()
+        with watchdog.watching():
+            try:
+                with run.waits("the run", "reward processes starting"):
+                    await rubric.start()
+                await loop(run)
+            finally:
+                with run.waits("the run", "its end"):
+                    await engine.close()
+                    rubric.close()
 
     _to_the_end(rundir, tracker, whole())
     return rundir.path
@@ -165,7 +186,7 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
 
 def _make_rundir(resolved: Resolved[Any], name: str) -> RunDir:
     run: RunSection = resolved.config.run
-    rundir = RunDir.create(run.folder, run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    rundir = RunDir.create(run.folder, run.name) if run.name else RunDir.create_stamped(run.folder, name)
     rundir.config.write_text(dump(resolved))
     rundir.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return rundir
