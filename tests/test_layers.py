@@ -39,7 +39,16 @@ PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in 
 READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
-    "torch": {"algorithms", "data.batch", "engines", "trainers", "rollout.metrics", "update", "checkpoint", "analysis.binary_reward"},
+    "torch": {
+        "algorithms",
+        "data.batch",
+        "engines",
+        "trainers",
+        "rollout.metrics",
+        "update",
+        "checkpoint",
+        "analysis.binary_reward",
+    },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},

@@ -158,5 +158,6 @@ class GroupBuffer:
             )
         return RolloutError(
             f"{num_rejected} groups were rejected while one step was filled (limit: rollout.max_rejected_groups); "
-            f"the last was prompt {group.prompt.id}: {group.rejected}" + (f"; its last error: {errors[-1]}" if errors else "")
+            f"the last was prompt {group.prompt.id}: {group.rejected}"
+            + (f"; its last error: {errors[-1]}" if errors else "")
         )
