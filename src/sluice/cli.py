@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from sluice import __version__
-from sluice.errors import ConfigError, SluiceError
+from sluice.errors import ConfigError, RunStopped, SluiceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when all went well, 2 when the input was wrong, 1 when the run failed, 130 after Ctrl-C."""
+    """0 when all went well, 2 when the input was wrong, 1 when the run failed, 130 after Ctrl-C, 143 after SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show × or π does not end a run
     args = _parser().parse_args(argv)
     try:
         args.command(args)
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     except SluiceError as error:
         from sluice.errors import DataError
 
@@ -47,15 +50,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=action)
         return sub
 
-    def takes_config(sub: argparse.ArgumentParser) -> None:
+    def takes_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument(
             "config",
-            nargs="+",
+            nargs="+" if required else "*",
             metavar="CONFIG [KEY=VALUE]",
             help="YAML files, later ones over earlier ones, then settings such as trainer.learning_rate=1e-5",
         )
 
-    takes_config(command("train", _train, "train a policy by reinforcement learning"))
+    train = command("train", _train, "train a policy by reinforcement learning")
+    takes_config(train, required=False)
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on in this run folder from its newest checkpoint; instead of config files, perhaps with settings",
+    )
     takes_config(command("sft", _sft, "fine-tune a model on given responses"))
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
@@ -129,16 +138,23 @@ def _load(args: argparse.Namespace, sft: bool) -> Any:
 
 
 def _name(args: argparse.Namespace) -> str:
-    return Path(args.config[0]).stem if "=" not in args.config[0] else "run"
+    return Path(args.config[0]).stem if args.config and "=" not in args.config[0] else "run"
 
 
 def _train(args: argparse.Namespace) -> None:
-    resolved = _load(args, sft=False)
     from sluice.describe import describe
-    from sluice.launch import train
+    from sluice.launch import resolve_resume, train
 
+    if args.resume:
+        if files := [word for word in args.config if "=" not in word]:
+            raise ConfigError(
+                f"--resume goes on with the config in the run folder, so {files[0]} has no effect; leave it out"
+            )
+        resolved, resume = resolve_resume(args.resume, args.config)
+    else:
+        resolved, resume = _load(args, sft=False), None
     print(describe(resolved.config), flush=True)
-    _done(train(resolved, _name(args)))
+    _done(train(resolved, resume.path.name if resume else _name(args), resume))
 
 
 def _sft(args: argparse.Namespace) -> None:

@@ -77,8 +77,10 @@ class Run:
     max_length: int | None
     """Positions of the model."""
     stop_at_reward: float | None
+    checkpoints: Any
+    """`await checkpoints.save(run, metrics)` copies the state and writes it while the run goes on."""
     checkpoint_every: int | None
-    """Steps between checkpoints, besides the one at the end; None for a trainer without weights."""
+    """Steps between checkpoints, besides the one at the end."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from sluice.checkpoint import save_checkpoint
 from sluice.data.samples import to_samples
 from sluice.errors import NonFiniteError, RolloutError
 from sluice.rollout.metrics import annotation_metrics, first_update_metrics, rollout_metrics
@@ -84,7 +83,7 @@ async def follow_reference(run: Run) -> None:
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then save the weights if it is their turn; that time counts in the next step."""
+    """Record and track the step, then write a checkpoint if it is its turn; that time counts in the next step."""
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = (
         rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
@@ -98,6 +97,6 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     run.tracker.log(run.step, metrics.values_by_name())
     stop_at_reward(run, metrics["rollout/reward"].value())
     await follow_reference(run)
-    if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
+    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
         with run.timer("checkpoint"):
-            save_checkpoint(run.trainer, run.rundir, run.step)
+            await run.checkpoints.save(run, metrics.values_by_name())

@@ -230,7 +230,9 @@ def prompts_of(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=60)
-@given(count=st.integers(1, 12), positions=st.lists(st.integers(0, 60)), seed=st.integers(0, 2**32), shuffle=st.booleans())
+@given(
+    count=st.integers(1, 12), positions=st.lists(st.integers(0, 60)), seed=st.integers(0, 2**32), shuffle=st.booleans()
+)
 def test_a_position_has_one_prompt(prompts_of, count, positions, seed, shuffle):
     """Exact resume: whatever was asked before, in whatever process."""
     stream = PromptStream(prompts_of(count), seed, shuffle)

@@ -131,7 +131,7 @@ def hand_in(*groups: Group, take: int, limits: Limits) -> list[int]:
 
     async def work() -> list[int]:
         buffer = GroupBuffer(len(groups), 0, limits)
-        for ticket in range(len(groups)):
+        for _ in groups:
             await buffer.admit()
         for one in groups:
             await buffer.put(one)

@@ -181,13 +181,14 @@ class LocalTrainer:
 
 def copied(state: Any) -> Any:
     """A copy of a tree of tensors on the CPU, in which what was one tensor is one again (weights may be tied)."""
-    copies: dict[int, Tensor] = {}
+    copies: dict[Any, Tensor] = {}
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if value.data_ptr() not in copies:
-                copies[value.data_ptr()] = value.detach().to("cpu", copy=True)
-            return copies[value.data_ptr()]
+            key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else object()
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
         if isinstance(value, dict):
             return {key: copy(item) for key, item in value.items()}
         return [copy(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,70 @@
+"""Which run folder is gone on in, and with which config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sluice.config import TrainConfig
+from sluice.configfile import Resolved, dump, load
+from sluice.configsafety import RESUMABLE
+from sluice.configtree import dotted, inline, leaves
+from sluice.errors import ConfigError
+from sluice.tracking.rundir import RunDir, write_atomically
+
+
+def resolve_resume(folder: str, settings: Sequence[str]) -> tuple[Resolved[TrainConfig], RunDir]:
+    """The config of a run folder with `settings` over it, which is written there when it is another.
+
+    Raises ConfigError for a folder that is no run, and for settings that would change what the run is.
+    """
+    rundir = RunDir(Path(folder))
+    if not rundir.config.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder: {rundir.config.name} is missing in it; name one that `sluice train` has made"
+        )
+    old = load(TrainConfig, [str(rundir.config)])
+    new = load(TrainConfig, [str(rundir.config)], settings)
+    _refuse_other(rundir, old.config, new.config)
+    if new.config != old.config:
+        write_atomically(rundir.config, dump(new).encode())
+    return new, rundir
+
+
+def resumable(config: TrainConfig) -> RunDir | None:
+    """The folder in which checkpoint.auto_resume goes on; None when there is none.
+
+    Raises ConfigError when it is the folder of a run with another config.
+    """
+    if not config.checkpoint.auto_resume:
+        return None
+    assert config.run.name is not None  # the config sees to it
+    rundir = RunDir(Path(config.run.folder) / config.run.name)
+    if not rundir.config.is_file():
+        return None
+    _refuse_other(rundir, load(TrainConfig, [str(rundir.config)]).config, config)
+    return rundir
+
+
+def _refuse_other(rundir: RunDir, old: TrainConfig, new: TrainConfig) -> None:
+    if different := list(_differences(old, new)):
+        raise ConfigError(
+            f"{rundir.path} was run with another config: {'; '.join(different[:4])}"
+            + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
+            + f". Only {', '.join(key.removesuffix('.') for key in RESUMABLE)} may change when a run goes on; to begin a new run "
+            f"from its weights, set model.path to one of {rundir.checkpoints}"
+        )
+
+
+def _differences(old: TrainConfig, new: TrainConfig) -> Iterator[str]:
+    values = [{dotted(path): _at(tree, path) for path in leaves(tree)} for tree in (old.model_dump(), new.model_dump())]
+    for key in sorted(values[0].keys() | values[1].keys()):
+        was, now = (inline(side[key]) if key in side else "nothing" for side in values)
+        if was != now and not key.startswith(RESUMABLE):
+            yield f"{key} was {was} and is {now}"
+
+
+def _at(tree: object, path: Sequence[str | int]) -> object:
+    for part in path:
+        tree = tree[part]  # type: ignore[index]
+    return tree
