@@ -50,14 +50,15 @@ class Watchdog:
     def watching(self) -> Generator[None]:
         """Watch the running event loop as long as the block, and heed SIGUSR1. Called in the loop's own thread."""
         loop, main = asyncio.get_running_loop(), threading.get_ident()
-        with open(self._rundir.stacks, "ab+", buffering=0) as stacks:
+        stacks = self._rundir.stacks
+        with open(stacks, "ab+", buffering=0) as file:
             thread = threading.Thread(
-                target=self._watch, args=(loop, main, stacks.fileno()), name="watchdog", daemon=True
+                target=self._watch, args=(loop, main, file.fileno()), name="watchdog", daemon=True
             )
             # A handler in C writes the stacks of all threads, also while Python cannot run; that the file grows is what the
             # thread sees. A handler in Python would wait for the main thread, which may be what hangs.
             if hasattr(signal, "SIGUSR1"):  # not on Windows
-                faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+                faulthandler.register(signal.SIGUSR1, file, all_threads=True)
             thread.start()
             try:
                 yield
@@ -66,8 +67,8 @@ class Watchdog:
                 thread.join(END_LIMIT_S)
                 if hasattr(signal, "SIGUSR1"):
                     faulthandler.unregister(signal.SIGUSR1)
-        if not self._rundir.stacks.stat().st_size:
-            self._rundir.stacks.unlink()
+                if not stacks.stat().st_size:
+                    stacks.unlink()
 
     def _watch(self, loop: asyncio.AbstractEventLoop, main: int, stacks: int) -> None:
         pulse = _Pulse(loop)
