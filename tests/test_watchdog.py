@@ -232,12 +232,12 @@ def test_the_list_can_be_read_while_it_is_written():
                 wait.at("b", "turn 1")
                 wait.at("c", "", queued=True)
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(2)]
     for thread in threads:
         thread.start()
     try:
         seen: set[tuple[str, str, bool]] = set()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while len(seen) < 3 and time.monotonic() < deadline:
             seen |= {(s.stage.name, s.stage.place, s.stage.queued) for s in waits.standing()}
             time.sleep(0)
@@ -335,7 +335,9 @@ def test_a_run_says_what_it_waits_for_and_everything_on_sigusr1_and_goes_on(tmp_
     assert "groups in a row without a single score" in output
     assert output.count("dump: the state of the run is in runs/test/dump-") == 2
     waiting = [event["message"] for event in events_of(tmp_path / "runs/test") if event["kind"] == "waiting"]
-    assert len(waiting) == output.count("waiting: ") == 2, "after 2 and 4 of 6 seconds"
+    assert len(waiting) == output.count("waiting: ")
+    waiting = [message for message in waiting if "reward processes starting" not in message]  # on a busy machine
+    assert len(waiting) == 2, "after 2 and 4 of 6 seconds"
     assert re.match(r"2\.\d s on rollout 0\.0, turn 1, environment, prompt prompts-\d+; 16 others: ", waiting[0])
     first, second = dumps(tmp_path)
     assert first != second
