@@ -30,7 +30,7 @@ LEVELS = [
     ["engines", "trainers"],
     ["rollout"],
     ["checkpoint", "update"],
-    ["train", "viewer", "describe", "analysis"],
+    ["train", "replay", "viewer", "describe", "analysis"],
     ["launch"],
     ["cli"],
 ]

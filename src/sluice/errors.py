@@ -50,6 +50,10 @@ class RunStopped(SluiceError):
     """Somebody asked the run to leave; nothing went wrong."""
 
 
+class ReplayError(SluiceError):
+    """A step that was made again came out otherwise."""
+
+
 class RunFolderError(SluiceError):
     """A run folder that is in use, or whose record could not be written or read."""
 
