@@ -29,6 +29,7 @@ LEVELS = [
     ["environments", "weights"],
     ["engines", "trainers"],
     ["rollout"],
+    ["checks"],
     ["checkpoint"],
     ["train", "viewer", "describe", "analysis"],
     ["launch"],
@@ -39,7 +40,10 @@ PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in 
 READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
-    "torch": {"algorithms", "data.batch", "engines", "trainers", "rollout.metrics", "train", "analysis.binary_reward"},
+    "torch": {
+        *("algorithms", "data.batch", "weights.fingerprint", "engines", "trainers"),
+        *("rollout.metrics", "train", "analysis.binary_reward"),
+    },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},

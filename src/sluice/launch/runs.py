@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sluice.config import LocalTrainer, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
@@ -27,6 +27,9 @@ from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.rundir import RunDir, describe_environment
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
+
+if TYPE_CHECKING:
+    from sluice.checks import Checker
 
 
 def train(resolved: Resolved[TrainConfig], name: str) -> Path:
@@ -68,6 +71,7 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         ),
         tracker=tracker,
         rundir=rundir,
+        checks=_checker(config),
         seed=config.run.seed,
         num_steps=config.run.num_steps,
         groups_per_step=rollout.groups_per_step,
@@ -135,6 +139,17 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
 
     _to_the_end(rundir, tracker, whole())
     return rundir.path
+
+
+def _checker(config: TrainConfig) -> Checker:
+    from sluice.checks import Checker
+
+    tolerance = 2e-4 if config.model.dtype == "float32" else 0.05
+    return Checker(
+        {**config.checks.severities(), **dict.fromkeys(config.idle_checks(), "off")},
+        logprob_tolerance=config.checks.logprob_tolerance or tolerance,
+        max_error_share=config.checks.max_error_share,
+    )
 
 
 def _checkpoint_every(config: TrainConfig) -> int | None:

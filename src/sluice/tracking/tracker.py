@@ -23,8 +23,10 @@ class FileTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         append_line(self.rundir.metrics, {"step": step, **metrics})
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        write_step(self.rundir, step, groups, samples, self.pieces)
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
+        write_step(self.rundir, step, groups, samples, self.pieces, fingerprint)
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -41,9 +43,11 @@ class Trackers(list[Tracker]):
         for tracker in self:
             tracker.log(step, metrics)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
         for tracker in self:
-            tracker.log_groups(step, groups, samples)
+            tracker.log_groups(step, groups, samples, fingerprint)
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         for tracker in self:
