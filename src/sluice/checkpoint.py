@@ -208,6 +208,7 @@ def position_of(run: Run, metric: float | None) -> dict[str, Any]:
     return {
         "metric": metric,
         "prompts": run.prompts.identity(),
+        "checks": run.checks.state_dict(),
         "buffer": {
             "head": buffer.head,
             "next_ticket": buffer.next_ticket,

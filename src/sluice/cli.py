@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice import __version__
-from sluice.errors import ConfigError, RunStopped, SluiceError
+from sluice.errors import ConfigError, ReplayError, RunStopped, SluiceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         help="go on in this run folder from its newest checkpoint; instead of config files, perhaps with settings",
     )
     takes_config(command("sft", _sft, "fine-tune a model on given responses"))
+    replay = command("replay", _replay, "make recorded steps again and compare every number")
+    replay.add_argument("run", help="run folder")
+    replay.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="what if: settings of algorithm and trainer for the last step"
+    )
+    replay.add_argument("--step", type=_step_or_steps, required=True, metavar="N|A:B", help="a step, or from A to B")
+    replay.add_argument("--algorithm", metavar="NAME", help="what if: another row of the table for the last step")
+    replay.add_argument("--rewards", action="store_true", help="score the recorded responses again instead")
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
 
@@ -114,6 +122,13 @@ def _steps(text: str) -> tuple[int | None, int | None]:
     if not colon or not all(part.isdecimal() or not part for part in (first, last)):
         raise argparse.ArgumentTypeError(f"{text!r} is no range of steps; write A:B, A: or :B, both ends included")
     return int(first) if first else None, int(last) if last else None
+
+
+def _step_or_steps(text: str) -> tuple[int, int]:
+    first, last = _steps(text) if ":" in text else (_count(text), _count(text))
+    if first is None or last is None or not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step and no range of steps; write N or A:B, counted from 1")
+    return first, last
 
 
 def _output(text: str) -> Path:
@@ -168,6 +183,30 @@ def _done(run: Path) -> None:
     print(f"run folder: {run}\nreport:     {run / 'report.html'}")
     if checkpoints := sorted((run / "checkpoints").glob("step-*")):
         print(f"checkpoint: {checkpoints[-1]}")
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from sluice.launch import replay, score_again
+
+    first, last = args.step
+    what_if = args.algorithm is not None or args.settings
+    if args.rewards:
+        if what_if:
+            raise ConfigError(
+                "--rewards scores what was recorded, so an algorithm or a setting has no effect; leave it out"
+            )
+        count, lines = score_again(args.run, first, last)
+        print("\n".join([*lines, f"{len(lines)} of {count} scores are other than recorded"]))
+        return
+    outcomes = replay(args.run, first, last, args.algorithm, args.settings)
+    for outcome in outcomes[: -1 if what_if else None]:
+        print(f"step {outcome.step}: {outcome.difference or f'identical ({outcome.num_samples} samples)'}")
+    if what_if:
+        print(f"step {outcomes[-1].step}".ljust(32), "recorded".rjust(13), "now".rjust(13))
+        for name, (was, now) in outcomes[-1].metrics.items():
+            print(name.ljust(32), f"{was:13.6g}", f"{now:13.6g}")
+    elif different := [outcome for outcome in outcomes if outcome.difference]:
+        raise ReplayError(f"{len(different)} of {len(outcomes)} steps are not as they were recorded")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -38,6 +38,10 @@ class RewardError(RolloutError):
     """A reward raised, never returned, or returned something that is no score."""
 
 
+class CheckError(SluiceError):
+    """An invariant of the run that does not hold; what is wrong with it, and where."""
+
+
 class TrainingError(SluiceError):
     """An update that must not be made."""
 
@@ -48,6 +52,10 @@ class NonFiniteError(TrainingError):
 
 class RunStopped(SluiceError):
     """Somebody asked the run to leave; nothing went wrong."""
+
+
+class ReplayError(SluiceError):
+    """A step that was made again came out otherwise."""
 
 
 class RunFolderError(SluiceError):

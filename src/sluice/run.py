@@ -16,21 +16,35 @@ from sluice.waits import Wait, Waits
 
 
 class Timer:
-    """Seconds spent per phase of a step, as `perf/PHASE_s`; while it lasts, a phase is on the list of what is waited for."""
+    """Seconds spent per phase of a step, as `perf/PHASE_s`; a phase inside another counts for itself only.
+
+    While it lasts, a phase is on the list of what is waited for.
+    """
 
     def __init__(self, waits: Waits, name: Callable[[], str]) -> None:
         """`name` says whose phase it is, as it begins."""
         self._waits, self._name = waits, name
         self._metrics = Metrics()
+        self._inner_s = 0.0
+        """What phases inside the present one have taken."""
+        self._wait: Wait | None = None
 
     @contextmanager
     def __call__(self, phase: str, *, queued: bool = False) -> Generator[Wait]:
-        start = time.perf_counter()
+        start, before, self._inner_s = time.perf_counter(), self._inner_s, 0.0
+        outer = self._wait
+        if outer:
+            outer.at(outer.stage.name, queued=True)  # it waits for the one inside
         try:
-            with self._waits(self._name(), phase, queued=queued) as wait:
-                yield wait
+            with self._waits(self._name(), phase, queued=queued) as self._wait:
+                yield self._wait
         finally:
-            self._metrics += Metrics({f"perf/{phase}_s": Sum(time.perf_counter() - start)})
+            self._wait = outer
+            if outer:
+                outer.at(outer.stage.name)
+            seconds = time.perf_counter() - start
+            self._metrics += Metrics({f"perf/{phase}_s": Sum(seconds - self._inner_s)})
+            self._inner_s = before + seconds
 
     def drain(self) -> Metrics:
         metrics, self._metrics = self._metrics, Metrics()
@@ -56,6 +70,8 @@ class Run:
     sampling: Sampling
     tracker: Tracker
     rundir: RunDir
+    checks: Any
+    """The invariants that hold while it runs: see `sluice.checks`."""
 
     seed: int
     num_steps: int
@@ -84,6 +100,8 @@ class Run:
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""
+    fingerprint: str | None = None
+    """Of these weights; None without any."""
     engine_failure: str = ""
     """The failure of the engine that was told last."""
     waits: Waits = field(default_factory=Waits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -45,14 +45,15 @@ async def prepare(learner: Learner, samples: Sequence[Sample]) -> list[Minibatch
 
 
 async def update(
-    learner: Learner, minibatches: Sequence[Minibatch], tell: Callable[[str], None] = lambda place: None
+    learner: Learner, minibatches: Iterable[Minibatch], look: Callable[[Minibatch], None] | None = None
 ) -> Metrics:
-    """The updates of a step, one after the other; their metrics together. `tell` hears which one begins."""
+    """The updates of a step, one after the other; their metrics together. `look` is called before each moves the weights."""
     loss = partial(loss_of, learner) if learner.step >= learner.pretrain_steps else None
     stats = Metrics()
-    for number, minibatch in enumerate(minibatches, start=1):
-        tell(f"update {number} of {len(minibatches)}")
+    for minibatch in minibatches:
         stats += await learner.trainer.forward_backward(minibatch, loss)
+        if look:
+            look(minibatch)
         stats += await learner.trainer.optim_step()
         await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
     return stats

@@ -24,6 +24,7 @@ from sluice.errors import EngineError
 from sluice.hooks import first_line
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
+from sluice.weights.fingerprint import fingerprint
 
 
 @dataclass(eq=False)
@@ -99,6 +100,9 @@ class EmbeddedEngine:
         self.version = version
         self._prefixes.clear()
         self._cache = SlotCache()  # training needs the memory
+
+    async def fingerprint(self) -> str:
+        return fingerprint(self.model.named_weights())
 
     async def close(self) -> None:
         self._closed = True

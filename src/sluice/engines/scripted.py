@@ -59,5 +59,8 @@ class ScriptedEngine:
         """What it does at the moment, for people."""
         return f"{self._num_open} completions wait for their delay; weights of version {self.version}"
 
+    async def fingerprint(self) -> None:
+        """There are no weights."""
+
     async def close(self) -> None:
         pass

@@ -33,6 +33,7 @@ from sluice.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sluice.checkpoint import Saved
+    from sluice.checks import Checker
 
 
 def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = None) -> Path:
@@ -164,6 +165,7 @@ def _assembled(
         ),
         tracker=tracker,
         rundir=rundir,
+        checks=_checker(config),
         seed=config.run.seed,
         num_steps=config.run.num_steps,
         groups_per_step=rollout.groups_per_step,
@@ -202,6 +204,7 @@ def _go_on(run: Run, saved: Saved | None) -> None:
     if saved:
         run.step = saved.step
         run.trainer.restore(str(saved.folder), saved.trainer)
+        run.checks.load_state_dict(saved.position["checks"])
         restore_random_state(saved.rng)
     aside = set_aside(run.rundir, run.step)
     where = f"checkpoint {saved.folder}" if saved else "the first step: there is no checkpoint"
@@ -264,6 +267,17 @@ def _stopping_on_sigterm(run: Run) -> Generator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _checker(config: TrainConfig) -> Checker:
+    from sluice.checks import Checker
+
+    tolerance = 2e-4 if config.model.dtype == "float32" else 0.05
+    return Checker(
+        {**config.checks.severities(), **dict.fromkeys(config.idle_checks(), "off")},
+        logprob_tolerance=config.checks.logprob_tolerance or tolerance,
+        max_error_share=config.checks.max_error_share,
+    )
 
 
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:

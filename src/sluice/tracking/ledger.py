@@ -74,10 +74,18 @@ _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()
 """Columns worth a dictionary; for the other floats it makes the file a third larger."""
 
 
-def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequence[Sample], pieces: Pieces) -> Path:
+def write_step(
+    rundir: RunDir,
+    step: int,
+    groups: Sequence[Group],
+    samples: Sequence[Sample],
+    pieces: Pieces,
+    fingerprint: str | None = None,
+) -> Path:
     """Write one row per sample, and one per unbroken history of a trajectory that gave none (rejected, no score).
 
-    The file appears whole or not at all. Raises ValueError for a sample of a group that is not given.
+    `fingerprint` is that of the weights after the step; it goes into the file's metadata. The file appears whole or not at
+    all. Raises ValueError for a sample of a group that is not given.
     """
     by_trajectory: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
@@ -95,7 +103,7 @@ def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequ
         row["tokens"] = [_text(next(texts)) for _ in row["token_ids"]]
     rundir.ledger.mkdir(exist_ok=True)
     path = _path(rundir, step)
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"fingerprint": fingerprint} if fingerprint else None))
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": _REPEATING}
     write_atomically(path, lambda file: pq.write_table(table, file, **options))
     return path
@@ -113,11 +121,20 @@ def read_step(rundir: RunDir, step: int, columns: Sequence[str] | None = None) -
         raise _broken(path, error) from None
 
 
+def read_fingerprint(rundir: RunDir, step: int) -> str | None:
+    """Of the weights after the step; None when it was refused, or there are no weights. Raises DataError as `read_step`."""
+    return (_metadata(rundir, step).metadata or {}).get(b"fingerprint", b"").decode() or None
+
+
 def num_rows(rundir: RunDir, step: int) -> int:
     """How many rows a step has, without reading them. Raises DataError as `read_step`."""
+    return _metadata(rundir, step).num_rows
+
+
+def _metadata(rundir: RunDir, step: int) -> pq.FileMetaData:
     path = _path(rundir, step)
     try:
-        return pq.read_metadata(path).num_rows
+        return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, error) from None
 

@@ -30,8 +30,13 @@ class FileTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._write(lambda: append_line(self.rundir.metrics, {"step": step, **metrics}), self.rundir.metrics)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        self._write(lambda: write_step(self.rundir, step, groups, samples, self.pieces), f"step {step} of the ledger")
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
+        def write() -> None:
+            write_step(self.rundir, step, groups, samples, self.pieces, fingerprint)
+
+        self._write(write, f"step {step} of the ledger")
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         """Never waits: one that finds no room on the disk is written with the next that does."""
@@ -56,9 +61,11 @@ class Trackers(list[Tracker]):
         for tracker in self:
             tracker.log(step, metrics)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
         for tracker in self:
-            tracker.log_groups(step, groups, samples)
+            tracker.log_groups(step, groups, samples, fingerprint)
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         for tracker in self:
