@@ -88,7 +88,9 @@ def _restored(rundir: RunDir, config: TrainConfig, other: TrainConfig, first: in
     packing = packing_of(config)
     richer = other if other_row.needs_reference and not row.needs_reference else config
     trainer = policy_trainer(richer, algorithm_of(richer), chat, packing)
-    saved = read_newest(rundir, lambda kind, message: print(f"{kind}: {message}"), before=first)
+    saved, damage = read_newest(rundir, before=first)
+    for message in damage:
+        print(message)
     if saved:
         trainer.restore(str(saved.folder), saved.trainer)
     return Replay(
