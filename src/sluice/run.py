@@ -100,6 +100,8 @@ class Run:
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""
+    reward_reached: bool = False
+    """Whether `stop_at_reward` has made the present step the last."""
     fingerprint: str | None = None
     """Of these weights; None without any."""
     engine_failure: str = ""

@@ -95,7 +95,7 @@ def stop_at_reward(run: Run, reward: float) -> None:
     """The step that reaches the reward to stop at is made the last one, unless the policy has not learned yet."""
     if run.stop_at_reward is not None and reward >= run.stop_at_reward and run.step > run.pretrain_steps:
         run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
-        run.num_steps = run.step
+        run.num_steps, run.reward_reached = run.step, True
 
 
 async def follow_reference(run: Run) -> None:

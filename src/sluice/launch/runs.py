@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,30 +42,31 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
     With `resume`, or with checkpoint.auto_resume and a folder of that name, it goes on from the newest whole checkpoint there.
     Raises RunStopped when it was asked to leave, with a checkpoint on disk.
     """
+    from sluice.checkpoint import read_newest, seed_random_state
+
     config = resolved.config
-    resume = resume or resumable(config)
+    resume = resume or resumable(resolved)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(resume))
         checked = check(config)
         chat = Chat(load_tokenizer(config.model.path))
         chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
+        saved, damage = read_newest(resume) if resume else (None, [])
+        if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
+            print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
+            return resume.path
         set_threads(config.run)
         parts = engine_and_trainer(config, checked, chat)
-        if resume:
-            rundir = resume
-        else:
-            rundir = _make_rundir(resolved, name)
+        rundir = resume or _make_rundir(resolved, name)
+        if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
-        labels = [spec.label for spec in checked.rewards]
-        tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-        run = _assembled(config, checked, chat, parts, rundir, tracker, resume is not None)
-        if resume and run.step >= run.num_steps:
-            tracker.close()
-            print(f"{rundir.path} has made its {run.step} steps; with a higher run.num_steps it would go on")
-            return rundir.path
-        _to_the_end(rundir, tracker, _whole(run, config.watchdog.warn_after_s))
+        run = _assembled(config, checked, chat, parts, rundir, saved)
+        seed_random_state(config.run.seed)
+        if resume:
+            _go_on(run, saved, damage)
+        _to_the_end(rundir, run.tracker, _whole(run, config.watchdog.warn_after_s))
     return rundir.path
 
 
@@ -130,20 +131,21 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, tracker: Trackers, resume: bool
+    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
 ) -> Run:
-    """The run at its first step, or where the newest checkpoint in its folder was written."""
-    from sluice.checkpoint import Checkpoints, read_newest, seed_random_state
+    """All of a run but its state, of which only the buffer has its own from the beginning."""
+    from sluice.checkpoint import Checkpoints
 
     engine, trainer, packing, eos_ids = parts
     rollout, checkpoint = config.rollout, config.checkpoint
     model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
-    saved = read_newest(rundir, tracker.event) if resume else None
     if saved:
         prompts.check_identity(saved.position["prompts"])
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
-    run = Run(
+    labels = [spec.label for spec in checked.rewards]
+    tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
+    return Run(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
@@ -191,16 +193,14 @@ def _assembled(
         ),
         checkpoint_every=checkpoint.every_steps,
     )
-    seed_random_state(config.run.seed)
-    if resume:
-        _go_on(run, saved)
-    return run
 
 
-def _go_on(run: Run, saved: Saved | None) -> None:
-    """Put the trainer where the checkpoint was written, and what was recorded later out of the way."""
+def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
+    """Put trainer and checks where the checkpoint was written, and what was recorded later out of the way."""
     from sluice.checkpoint import restore_random_state
 
+    for message in damage:
+        run.tracker.event("checkpoint_damaged", f"{message}; the one before it is taken")
     if saved:
         run.step = saved.step
         run.trainer.restore(str(saved.folder), saved.trainer)
