@@ -151,6 +151,19 @@ def test_a_reward_that_hangs_is_named_and_not_those_that_wait_for_its_process(
     assert "5 a free reward process" in told.messages[0]
 
 
+def test_a_queue_behind_nothing_is_named_too(workshop: Workshop, tmp_path: Path):
+    """As when a ticket was lost: nobody works, and the loop waits. Between two groups that is so for a moment only."""
+    run = workshop.run()
+
+    async def lost(count: int) -> Any:
+        await asyncio.Event().wait()
+
+    run.buffer.take = lost
+    told = told_of(run, tmp_path, once)
+    assert re.fullmatch(r"0\.\d s on the loop after step 0, rollout", told.messages[0])
+    assert told.details[0]["age_s"] < 3 * WARN_AFTER_S
+
+
 def test_training_is_named_with_the_update(workshop: Workshop, tmp_path: Path):
     class Slow(DryTrainer):
         async def forward_backward(self, minibatch: Any, loss: Any) -> Any:
@@ -240,7 +253,7 @@ def test_the_list_can_be_read_while_it_is_written():
         deadline = time.monotonic() + 20
         while len(seen) < 3 and time.monotonic() < deadline:
             seen |= {(s.stage.name, s.stage.place, s.stage.queued) for s in waits.standing()}
-            time.sleep(0)
+            time.sleep(1e-4)
     finally:
         end.set()
         for thread in threads:

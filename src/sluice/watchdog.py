@@ -44,6 +44,7 @@ class Watchdog:
         self._told_after_s: dict[str, float] = {}
         """By stage, how long one may stand before it is told (again). It only grows: what takes long in every step is told
         in the first."""
+        self._last_unqueued = time.monotonic()
         self._end = threading.Event()
 
     @contextmanager
@@ -80,8 +81,11 @@ class Watchdog:
 
     def _warn(self, loop: asyncio.AbstractEventLoop, main: int, silent_s: float) -> None:
         standing = self._waits.standing()
-        # what is queued waits for the others; it is told when there are none
-        candidates = [s for s in standing if s.stage.queued == standing[0].stage.queued]
+        candidates = [s for s in standing if not s.stage.queued]
+        if candidates:
+            self._last_unqueued = time.monotonic()
+        elif time.monotonic() - self._last_unqueued >= self._warn_after_s:
+            candidates = standing  # what is queued waits for the others, and there have been none for long
         due = [s for s in candidates if s.age_s >= self._told_after_s.get(s.stage.name, self._warn_after_s)]
         if not due:
             return

@@ -16,7 +16,7 @@ from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
-from sluice.errors import DataError, RunStopped
+from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_threads
@@ -24,6 +24,7 @@ from sluice.launch.resuming import resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
+from sluice.threads import DaemonThreads
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.resuming import locked, set_aside
 from sluice.tracking.rundir import RunDir, describe_environment
@@ -213,10 +214,13 @@ def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
 
 
 async def _whole(run: Run, warn_after_s: float | None) -> None:
+    asyncio.get_running_loop().set_default_executor(DaemonThreads())
     with _watchdog(run, warn_after_s).watching():
         try:
             await _work(run)
         finally:
+            with run.waits("the run", "last checkpoint"), suppress(SluiceError):  # what ended the work is the news
+                await run.checkpoints.finish()
             with run.waits("the run", "engine and reward processes ending"):
                 await run.engine.close()
                 run.rubric.close()
