@@ -21,7 +21,7 @@ class CheckpointSection(Section):
     best: Literal["max", "min"] = "max"
     """Which value of `best_metric` is the best."""
     auto_resume: bool = False
-    """Go on in the folder of run.name when there is one, as `sluice train --resume` does: for jobs that a cluster starts again."""
+    """Go on in the folder of run.name when there is one, as `--resume` does: for jobs that a cluster starts again."""
 
     @model_validator(mode="after")
     def _kept(self) -> CheckpointSection:
