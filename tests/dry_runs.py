@@ -32,7 +32,12 @@ EOS = 1
 GROUPS_PER_STEP = 3
 GROUP_SIZE = 2
 NUM_STEPS = 14
-SEVERITIES = {**ChecksSection().severities(), "weights_match": "off", "first_update_ratio": "off", "padded_packed": "off"}
+SEVERITIES = {
+    **ChecksSection().severities(),
+    "weights_match": "off",
+    "first_update_ratio": "off",
+    "padded_packed": "off",
+}
 """All checks that need no model, as they are by default."""
 
 

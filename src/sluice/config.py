@@ -301,7 +301,9 @@ class TrainConfig(Section):
                 raise ValueError(f"checks.{name}={severities[name]} has no effect: {why}; leave it out")
         default = ChecksSection.model_fields["max_error_share"].default
         if severities["outcome_budget"] == "off" and self.checks.max_error_share != default:
-            raise ValueError("checks.max_error_share has no effect with checks.outcome_budget=off; leave one of them out")
+            raise ValueError(
+                "checks.max_error_share has no effect with checks.outcome_budget=off; leave one of them out"
+            )
         compared = {"first_update_ratio", "padded_packed"} - self.idle_checks().keys()
         if self.checks.logprob_tolerance is not None and all(severities[name] == "off" for name in compared):
             raise ValueError(

@@ -55,4 +55,6 @@ class ChecksSection(Section):
 
     def severities(self) -> dict[str, Severity]:
         """Of every check, by its name."""
-        return {name: getattr(self, name) for name, field in type(self).model_fields.items() if field.annotation == Severity}
+        return {
+            name: getattr(self, name) for name, field in type(self).model_fields.items() if field.annotation == Severity
+        }

@@ -100,7 +100,15 @@ def stops(name: str, *settings: str, step: int = 1) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [[], FAILING, SMALL_MICRO_BATCHES, EQUAL, ["rollout.temperature=0.7"], ["model.path=gpt2"], ["model.dtype=bfloat16"]],
+    [
+        [],
+        FAILING,
+        SMALL_MICRO_BATCHES,
+        EQUAL,
+        ["rollout.temperature=0.7"],
+        ["model.path=gpt2"],
+        ["model.dtype=bfloat16"],
+    ],
     ids=" ".join,
 )
 def test_a_sound_run_is_left_alone(here: Path, settings: list[str]):
@@ -242,7 +250,9 @@ def keeps_a_copy(monkeypatch: pytest.MonkeyPatch, delivered: Callable[[int], boo
 
 
 @pytest.mark.parametrize("check", ["weights_match", "first_update_ratio"])
-def test_z6_new_weights_that_reach_the_engine_only_at_the_start(here: Path, monkeypatch: pytest.MonkeyPatch, check: str):
+def test_z6_new_weights_that_reach_the_engine_only_at_the_start(
+    here: Path, monkeypatch: pytest.MonkeyPatch, check: str
+):
     """At once by the fingerprint; without it, by the next step's log-probs, before they are trained on."""
     keeps_a_copy(monkeypatch, lambda version: version == 0)
     settings = [] if check == "weights_match" else ["checks.weights_match=off"]
@@ -297,7 +307,11 @@ def test_z7_a_verifier_that_crashes(here: Path):
 
 
 def test_z8_a_verifier_that_hangs(here: Path):
-    settings = ["rewards=[{name: zoo_rewards:hangs_for_some, timeout_s: 0.1}]", "rollout.group_size=2", "data.shuffle=false"]
+    settings = [
+        "rewards=[{name: zoo_rewards:hangs_for_some, timeout_s: 0.1}]",
+        "rollout.group_size=2",
+        "data.shuffle=false",
+    ]
     code, run = run_of(*settings, "rollout.groups_per_step=10", "checks.max_error_share=0.05", "reward_workers=2")
     assert (code, checks_of(run)) == (1, [("outcome_budget", 1)])
     assert "2 of them ran out of time" in events_of(run)[-1]["message"]
@@ -356,7 +370,9 @@ def test_z20_the_spread_of_equal_rewards(here: Path, monkeypatch: pytest.MonkeyP
 
     def by_the_book(samples: list[Sample]) -> list[float]:
         rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64).view(-1, 3)
-        means = rewards[:, 0] if exact else torch.tensor([sum(row) / 3 for row in rewards.tolist()], dtype=torch.float64)
+        means = (
+            rewards[:, 0] if exact else torch.tensor([sum(row) / 3 for row in rewards.tolist()], dtype=torch.float64)
+        )
         off = rewards - means[:, None]
         return (off / (off.square().sum(1, keepdim=True) / 2).sqrt()).flatten().tolist()
 

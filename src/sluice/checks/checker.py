@@ -43,9 +43,7 @@ PROBE_SIZE = 4
 class Checker:
     """Holds how severe each check is, and the little that some must remember from step to step."""
 
-    def __init__(
-        self, severities: Mapping[str, Severity], *, logprob_tolerance: float, max_error_share: float
-    ) -> None:
+    def __init__(self, severities: Mapping[str, Severity], *, logprob_tolerance: float, max_error_share: float) -> None:
         """`severities` has every name in CHECKS; `logprob_tolerance` is in nats."""
         self.severities = severities
         self.logprob_tolerance = logprob_tolerance

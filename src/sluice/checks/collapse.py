@@ -38,7 +38,9 @@ class Trend:
         return fmean(self.latest)
 
     def __str__(self) -> str:
-        return f"{self.before:.3g} in the mean of the first {WINDOW} steps and {self.now:.3g} in that of the last {WINDOW}"
+        return (
+            f"{self.before:.3g} in the mean of the first {WINDOW} steps and {self.now:.3g} in that of the last {WINDOW}"
+        )
 
 
 def entropy(entropy: Trend, reward: Trend) -> str:

@@ -35,7 +35,9 @@ def trained_once(groups: Sequence[Group], last_ticket: int) -> str:
     newest = trained[-1].id if trained else last_ticket
     for ticket in range(last_ticket + 1, newest):
         if ticket not in known:
-            return f"group {ticket} was neither trained nor rejected, and group {newest} after it is about to be trained"
+            return (
+                f"group {ticket} was neither trained nor rejected, and group {newest} after it is about to be trained"
+            )
     return ""
 
 
@@ -57,7 +59,9 @@ def groups_whole(groups: Sequence[Group], samples: Sequence[Sample], group_size:
     trained = {group.id: group for group in groups if not group.rejected}
     for group in trained.values():
         if len(group.trajectories) != group_size:
-            return f"group {group.id} (prompt {group.prompt.id}) has {len(group.trajectories)} attempts, not {group_size}"
+            return (
+                f"group {group.id} (prompt {group.prompt.id}) has {len(group.trajectories)} attempts, not {group_size}"
+            )
         for index, trajectory in enumerate(group.trajectories):
             if trajectory.outcome == "scored" and trajectory.error:
                 return f"attempt {index} of group {group.id} is scored, and bears an error: {trajectory.error}"
