@@ -75,6 +75,11 @@ class Notes:
         pass
 
 
+class NoCheckpoints:
+    async def save(self, run: Run, metrics: dict[str, float]) -> None:
+        """The last step of every run wants one."""
+
+
 @dataclass
 class TimedRubric:
     """Scores by a function of (prompt, trajectory), after a random time."""
@@ -153,7 +158,7 @@ class Workshop:
             "sampling": Sampling(max_new_tokens=16),
             "tracker": Notes(),
             "checks": Checker(SEVERITIES, logprob_tolerance=2e-4, max_error_share=0.5),
-            "rundir": SimpleNamespace(checkpoints=self.data.parent / "checkpoints"),
+            "rundir": SimpleNamespace(),
             "seed": seed,
             "num_steps": NUM_STEPS,
             "groups_per_step": GROUPS_PER_STEP,
@@ -166,6 +171,7 @@ class Workshop:
             "pretrain_steps": 0,
             "update_reference_every": None,
             "stop_at_reward": None,
+            "checkpoints": NoCheckpoints(),
             "checkpoint_every": None,
         }
         return Run(**(parts | changes))

@@ -30,8 +30,8 @@ LEVELS = [
     ["engines", "trainers"],
     ["rollout"],
     ["checks"],
-    ["checkpoint"],
-    ["train", "viewer", "describe", "analysis"],
+    ["checkpoint", "update"],
+    ["train", "replay", "viewer", "describe", "analysis"],
     ["launch"],
     ["cli"],
 ]
@@ -42,7 +42,7 @@ ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms
 HOMES = {
     "torch": {
         *("algorithms", "data.batch", "weights.fingerprint", "engines", "trainers"),
-        *("rollout.metrics", "train", "analysis.binary_reward"),
+        *("rollout.metrics", "update", "checkpoint", "analysis.binary_reward"),
     },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
-from torch import Tensor
-
-from sluice.algorithms import LossOutput, assign_advantages, policy_loss
-from sluice.checkpoint import save_checkpoint
-from sluice.data.batch import MicroBatch, pack
+from sluice.data.batch import Minibatch
 from sluice.data.samples import to_samples
 from sluice.errors import CheckError, NonFiniteError, RolloutError
 from sluice.rollout.metrics import annotation_metrics, first_update_metrics, repetition, rollout_metrics
@@ -19,6 +13,7 @@ from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
 from sluice.types import Group, Sample
+from sluice.update import prepare, update
 
 
 async def train(run: Run) -> None:
@@ -37,30 +32,25 @@ async def train(run: Run) -> None:
                 with run.timer("checks"):
                     run.checks.taken(run, everything, samples)
                 with run.timer("train"):
-                    stats = await update(run, samples)
+                    stats = await learn(run, samples)
                 run.step += 1
                 await publish(run)
             await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
             await after_step(run, everything, samples, stats)
 
 
-async def update(run: Run, samples: Sequence[Sample]) -> Metrics:
-    """All updates of a step."""
-    stats = Metrics()
-    await annotate(run, samples)
-    assign_advantages(run.algorithm, samples)
-    minibatches = pack(samples, run.packing, run.algorithm)
+async def learn(run: Run, samples: Sequence[Sample]) -> Metrics:
+    """Log-probs, advantages and all updates of a step, with the checks in between."""
+    minibatches = await prepare(run, samples)
     with run.timer("checks"):
         await run.checks.assigned(run, samples, minibatches)
-    loss = partial(loss_of, run) if run.step >= run.pretrain_steps else None
-    for minibatch in minibatches:
-        stats += await run.trainer.forward_backward(minibatch, loss)
+
+    def before_the_weights_move(minibatch: Minibatch) -> None:
         if minibatch.index == 0:
             with run.timer("checks"):
                 run.checks.first_update(run, samples)
-        stats += await run.trainer.optim_step()
-        await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
-    return stats
+
+    return await update(run, minibatches, before_the_weights_move)
 
 
 async def publish(run: Run) -> None:
@@ -70,35 +60,6 @@ async def publish(run: Run) -> None:
         run.fingerprint = await run.trainer.fingerprint()
     with run.timer("checks"):
         await run.checks.published(run)
-
-
-def loss_of(run: Run, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
-    """The run's loss of one micro-batch."""
-    return policy_loss(
-        run.algorithm,
-        logprobs,
-        batch.old_logprobs,
-        batch.advantages,
-        batch.loss_weights,
-        batch.sequence_ids,
-        coefficients=batch.coefficients,
-        engine_logprobs=batch.logprobs if run.old_logprobs == "recomputed" else None,
-        ref_logprobs=batch.ref_logprobs,
-        entropies=entropies,
-    )
-
-
-async def annotate(run: Run, samples: Sequence[Sample]) -> None:
-    """Fill what advantages and loss need: the log-probs that the ratio divides by, the reference's, the critic's values."""
-    if run.old_logprobs == "recomputed":
-        await run.trainer.forward(samples, "old_logprobs")
-    else:
-        for sample in samples:
-            sample.old_logprobs = sample.logprobs
-    if run.algorithm.needs_reference:
-        await run.trainer.forward(samples, "ref_logprobs")
-    if run.algorithm.needs_values:
-        await run.trainer.forward(samples, "values")
 
 
 @contextmanager
@@ -128,7 +89,7 @@ def stop_at_reward(run: Run, reward: float) -> None:
     """The step that reaches the reward to stop at is made the last one, unless the policy has not learned yet."""
     if run.stop_at_reward is not None and reward >= run.stop_at_reward and run.step > run.pretrain_steps:
         run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
-        run.num_steps = run.step
+        run.num_steps, run.reward_reached = run.step, True
 
 
 async def follow_reference(run: Run) -> None:
@@ -138,7 +99,7 @@ async def follow_reference(run: Run) -> None:
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then judge its trend, and save the weights if it is their turn; that time counts in the next."""
+    """Record and track the step, judge its trend, then write a checkpoint if it is its turn; that time counts in the next."""
     metrics = (
         rollout_metrics(groups, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
     )
@@ -156,6 +117,6 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
         run.checks.after_step(run, values)
     stop_at_reward(run, metrics["rollout/reward"].value())
     await follow_reference(run)
-    if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
+    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
         with run.timer("checkpoint"):
-            save_checkpoint(run.trainer, run.rundir, run.step)
+            await run.checkpoints.save(run, values)

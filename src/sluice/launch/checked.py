@@ -35,7 +35,7 @@ def check(config: TrainConfig) -> Checked:
     rollout, engine = config.rollout, config.engine
     return Checked(
         algorithm=algorithm_of(config),
-        rewards=[_checked_reward(reward) for reward in config.rewards],
+        rewards=[checked_reward(reward) for reward in config.rewards],
         environment=single_turn
         if rollout.environment == "single_turn"
         else _hook("rollout.environment", rollout.environment, "prompt", "policy", awaited=True),
@@ -72,7 +72,7 @@ def _rows(data: FileData) -> Rows:
     return open_rows(data.path, data.format, data.split)
 
 
-def _checked_reward(reward: Any) -> RewardSpec:
+def checked_reward(reward: Any) -> RewardSpec:
     arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
     spec = RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
     build(spec)

@@ -84,8 +84,8 @@ def write_step(
 ) -> Path:
     """Write one row per sample, and one per unbroken history of a trajectory that gave none (rejected, no score).
 
-    `fingerprint` is that of the weights after the step, for the file's metadata. The file appears whole or not at all.
-    Raises ValueError for a sample of a group that is not given.
+    `fingerprint` is that of the weights after the step; it goes into the file's metadata. The file appears whole or not at
+    all. Raises ValueError for a sample of a group that is not given.
     """
     by_trajectory: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
