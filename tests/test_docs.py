@@ -163,7 +163,9 @@ def checkpoint_of(run: str) -> str:
 def test_every_kind_of_command_is_found():
     """The pages have not changed their form under this file."""
     said = " ".join(found.text for found in commands())
-    ours = (f"sluice {name}" for name in ("train", "train --resume", "sft", "report", "replay", "config check", "analyze"))
+    ours = (
+        f"sluice {name}" for name in ("train", "train --resume", "sft", "report", "replay", "config check", "analyze")
+    )
     for word in ("make demo", "pip install", *ours):
         assert word in said
     assert not EXCEPTIONS.keys() - {found.text for found in commands()}, "exceptions of commands that are gone"

@@ -44,6 +44,8 @@ class ChecksSection(Section):
     """No group is trained more than rollout.max_staleness updates after it was sampled."""
     trained_once: Severity = "stop"
     """Every group is trained or rejected, once, in order, also across a resume."""
+    data_unchanged: Severity = "stop"
+    """The data files have the content that they had when the run began."""
     groups_whole: Severity = "stop"
     """Every sample says of its tokens, reward and group what the engine and the reward said."""
     advantages: Severity = "stop"
