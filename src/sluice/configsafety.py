@@ -35,6 +35,12 @@ class CheckpointSection(Section):
         return self
 
 
+class WatchdogSection(Section):
+    warn_after_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] | None = 120.0
+    """Seconds after which what holds the run up is named, on the console and in events.jsonl; then after twice as many, and so
+    on. null: never."""
+
+
 class ChecksSection(Section):
     weights_match: Severity = "stop"
     """The engine decodes with the weights that the trainer has published."""
@@ -81,5 +87,8 @@ class ChecksSection(Section):
         }
 
 
-RESUMABLE = ("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers", "checkpoint.", "checks.")
+RESUMABLE = (
+    *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
+    *("checkpoint.", "checks.", "watchdog."),
+)
 """Keys that may be other when a run goes on: none of them changes what was done until then."""
