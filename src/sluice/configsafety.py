@@ -21,7 +21,7 @@ class CheckpointSection(Section):
     best: Literal["max", "min"] = "max"
     """Which value of `best_metric` is the best."""
     auto_resume: bool = False
-    """Go on in the folder of run.name when there is one, as `sluice train --resume` does: for jobs that a cluster starts again."""
+    """Go on in the folder of run.name when there is one, as `--resume` does: for jobs that a cluster starts again."""
 
     @model_validator(mode="after")
     def _kept(self) -> CheckpointSection:
@@ -50,6 +50,8 @@ class ChecksSection(Section):
     """No group is trained more than rollout.max_staleness updates after it was sampled."""
     trained_once: Severity = "stop"
     """Every group is trained or rejected, once, in order, also across a resume."""
+    data_unchanged: Severity = "stop"
+    """The data files have the content that they had when the run began."""
     groups_whole: Severity = "stop"
     """Every sample says of its tokens, reward and group what the engine and the reward said."""
     advantages: Severity = "stop"
@@ -86,12 +88,7 @@ class ChecksSection(Section):
 
 
 RESUMABLE = (
-    "run.num_steps",
-    "run.stop_at_reward",
-    "run.disk_wait_s",
-    "reward_workers",
-    "checkpoint.",
-    "checks.",
-    "watchdog.",
+    *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
+    *("checkpoint.", "checks.", "watchdog."),
 )
 """Keys that may be other when a run goes on: none of them changes what was done until then."""

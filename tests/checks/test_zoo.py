@@ -18,15 +18,15 @@ import torch
 import sluice.data.batch as batch
 import sluice.train as loop
 import sluice.trainers.local as local
-from dry_runs import Notes, Timing, Workshop, finish
+import sluice.update as learning
+from dry_runs import GROUPS_PER_STEP, Notes, Timing, Workshop, finish
 from sluice.algorithms import Algorithm, token_coefficients
-from sluice.checks import Checker
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing
 from sluice.data.samples import to_samples
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import CheckError
 from sluice.rewards.rubric import Rubric
-from sluice.rollout.buffer import GroupBuffer
+from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.rollout.policy import SamplingPolicy
 from sluice.run import Run
 from sluice.types import Completion, Group, Sample, Trajectory
@@ -135,7 +135,7 @@ def test_z1_one_baseline_for_groups_of_uneven_size(here: Path, monkeypatch: pyte
         assert len({sum(s.group == group for s in samples) for group in {s.group for s in samples}}) > 1
         return centred([s.reward for s in samples])
 
-    monkeypatch.setattr(loop, "assign_advantages", assigned(whole_batch))
+    monkeypatch.setattr(learning, "assign_advantages", assigned(whole_batch))
     stops("advantages", *FAILING)
 
 
@@ -144,7 +144,7 @@ def test_z2_groups_by_position_after_a_filter(here: Path, monkeypatch: pytest.Mo
         rewards = [s.reward for s in samples]
         return [a for start in range(0, len(rewards), 6) for a in centred(rewards[start : start + 6])]
 
-    monkeypatch.setattr(loop, "assign_advantages", assigned(by_position))
+    monkeypatch.setattr(learning, "assign_advantages", assigned(by_position))
     stops("advantages", *FAILING)
 
 
@@ -376,7 +376,7 @@ def test_z20_the_spread_of_equal_rewards(here: Path, monkeypatch: pytest.MonkeyP
         off = rewards - means[:, None]
         return (off / (off.square().sum(1, keepdim=True) / 2).sqrt()).flatten().tolist()
 
-    monkeypatch.setattr(loop, "assign_advantages", assigned(by_the_book))
+    monkeypatch.setattr(learning, "assign_advantages", assigned(by_the_book))
     stops(name, *EQUAL)
 
 
@@ -404,8 +404,8 @@ def test_z10_groups_taken_as_they_are_ready(workshop: Workshop, monkeypatch: pyt
 
     async def newest_first(self: GroupBuffer, num: int) -> list[Group]:
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._done) >= num)
-            return [self._done.pop(max(self._done)) for _ in range(num)]
+            await self._changed.wait_for(lambda: len(self.done) >= num)
+            return [self.done.pop(max(self.done)) for _ in range(num)]
 
     monkeypatch.setattr(GroupBuffer, "take", newest_first)
     ends_with("trained_once", workshop.run(SLOW_ROLLOUT))
@@ -437,23 +437,20 @@ def test_z11_a_rejected_group_gives_its_slot_back_twice(workshop: Workshop, monk
 @pytest.mark.parametrize("first_ticket", [3, 9])
 def test_z12_a_resume_that_replays_or_skips(workshop: Workshop, first_ticket: int):
     """After two steps of three groups the next is 6."""
-    before = workshop.run(num_steps=2)
-    finish(loop.train(before))
-    run = resumed(workshop, before.checks)
-    run.buffer.next_ticket = run.buffer._head = first_ticket
-    ends_with("trained_once", run)
+    ends_with("trained_once", resumed_at(workshop, first_ticket))
 
 
-def test_a_resume_where_the_run_was_left_alone(workshop: Workshop):
-    before = workshop.run(num_steps=2)
-    finish(loop.train(before))
-    run = resumed(workshop, before.checks)
-    run.buffer.next_ticket = run.buffer._head = 6
+def test_a_resume_where_the_run_was_left_is_left_alone(workshop: Workshop):
+    run = resumed_at(workshop, 6)
     finish(loop.train(run))
     assert run.checks.last_ticket == 8
 
 
-def resumed(workshop: Workshop, checks: Checker) -> Run:
-    run = workshop.run(num_steps=3, step=2)
-    run.checks.load_state_dict(checks.state_dict())
+def resumed_at(workshop: Workshop, first_ticket: int) -> Run:
+    before = workshop.run(num_steps=2)
+    finish(loop.train(before))
+    state = replace(before.buffer.state(), head=first_ticket, next_ticket=first_ticket)
+    buffer = GroupBuffer(GROUPS_PER_STEP, 0, Limits(rejected=30, failed=4), state)
+    run = workshop.run(num_steps=3, step=2, buffer=buffer)
+    run.checks.load_state_dict(before.checks.state_dict())
     return run

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sluice.types import Sample
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 def column(samples: Sequence[Sample], field: str, dtype: type = float) -> Array:

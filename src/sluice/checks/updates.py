@@ -52,31 +52,38 @@ def advantages(spec: Algorithm, samples: Sequence[Sample]) -> str:
     values, own = column(samples, "advantages"), column(samples, "loss_weights") != 0
     if (at := first((values != 0) & ~own)) is not None:
         return f"{place(samples, at)}: an advantage of {values[at]:g} where there is no loss"
+    if not own.any():
+        return ""
     if spec.normalise == "whiten" and abs(values[own].mean()) > 1e-6:
         return f"whitened advantages have a mean of {values[own].mean():g} over {own.sum()} tokens, not 0"
     if spec.needs_values or (spec.advantage == "raw" and spec.kl_in_reward):
         return ""
     names: dict[tuple[int, int], int] = {}
-    numbers = np.array([names.setdefault((s.group, s.index), len(names)) for s in samples])
-    rewards = {number: s.reward for number, s in zip(numbers, samples, strict=True)}
-    unit = np.repeat(numbers, [len(s) for s in samples])[own]
-    turn = column(samples, "turn_ids", int)[own] if spec.credit == "turn" else np.zeros(len(unit), int)
-    units, start, of_token = np.unique(np.stack([unit, turn], 1), axis=0, return_index=True, return_inverse=True)
-    group = np.array([ticket for ticket, _ in names])[units[:, 0]]
-    reward, value = np.array([rewards[number] for number in units[:, 0]]), values[own][start]
-    if (at := first(values[own] != value[of_token.ravel()])) is not None:
-        return f"{place(samples, int(np.flatnonzero(own)[at]))}: its advantage is not that of the other tokens of its attempt"
-    compared = group if spec.credit == "trajectory" else group * (units[:, 1].max() + 1) + units[:, 1]
-    if spec.compares_group and spec.normalise != "whiten" and (why := _sums(compared, value, reward, group)):
+    attempt = np.array([names.setdefault((s.group, s.index), len(names)) for s in samples])
+    rewards = dict(zip(attempt.tolist(), (s.reward for s in samples), strict=True))
+    of_token = np.repeat(attempt, [len(s) for s in samples])[own]
+    turn = column(samples, "turn_ids", int)[own] if spec.credit == "turn" else np.zeros_like(of_token)
+    num_turns = turn.max(initial=0) + 1
+    units, start, unit = np.unique(of_token * num_turns + turn, return_index=True, return_inverse=True)
+    value, attempt, turn = values[own][start], units // num_turns, units % num_turns
+    if (at := first(values[own] != value[unit])) is not None:
+        return f"{place(samples, int(np.flatnonzero(own)[at]))}: its advantage is not that of the other tokens of its {spec.credit}"
+    group = np.array([ticket for ticket, _ in names])[attempt]
+    reward = np.array([rewards[number] for number in attempt.tolist()])
+    if spec.compares_group and spec.normalise != "whiten" and (why := _sums(group, turn, value, reward)):
         return why
+    if spec.advantage == "raw" and spec.normalise == "none" and spec.credit == "trajectory":
+        at = first(value != reward)
+        return "" if at is None else f"in group {group[at]} a reward of {reward[at]:g} has the advantage {value[at]:g}"
     ordered = spec.credit == "trajectory" and not spec.kl_in_reward
     return _order(group, value, reward) if ordered else ""
 
 
-def _sums(compared: Array, value: Array, reward: Array, group: Array) -> str:
-    _, start, number = np.unique(compared, return_index=True, return_inverse=True)
-    total, size = np.bincount(number, value), np.bincount(number, np.abs(value))
-    largest = np.maximum(1.0, np.abs(reward).max())
+def _sums(group: Array, turn: Array, value: Array, reward: Array) -> str:
+    """Of what was compared: the attempts of a group, or with credit: turn one turn of each."""
+    _, start, compared = np.unique(group * (turn.max() + 1) + turn, return_index=True, return_inverse=True)
+    total, size = np.bincount(compared, value), np.bincount(compared, np.abs(value))
+    largest = max(1.0, float(np.abs(reward).max()))
     at = first(~(np.abs(total) <= 1e-6 * size + 1e-8 * largest))
     return "" if at is None else f"the advantages of group {group[start[at]]} sum to {total[at]:g}, not to 0"
 

@@ -27,7 +27,7 @@ from sluice.run import Run
 from sluice.threads import DaemonThreads
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.resuming import locked, set_aside
-from sluice.tracking.rundir import RunDir, describe_environment
+from sluice.tracking.rundir import RunDir, describe_environment, write_atomically
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
 from sluice.watchdog import Watchdog
@@ -59,10 +59,11 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
             return resume.path
         set_threads(config.run)
         parts = engine_and_trainer(config, checked, chat)
-        rundir = resume or _make_rundir(resolved, name)
+        rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
+            write_atomically(rundir.config, dump(resolved).encode())
         run = _assembled(config, checked, chat, parts, rundir, saved)
         seed_random_state(config.run.seed)
         if resume:
@@ -94,6 +95,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     if longest := max(samples, key=len, default=None):
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)
+    write_atomically(rundir.config, dump(resolved).encode())
     tracker = _trackers(config, rundir, chat, updates)
 
     async def whole() -> None:
@@ -304,10 +306,9 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
             print(f"no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _make_rundir(resolved: Resolved[Any], name: str) -> RunDir:
+def _make_rundir(resolved: Resolved[Any], name: str, adopt: bool = False) -> RunDir:
     run: RunSection = resolved.config.run
-    rundir = RunDir.create(run.folder, run.name) if run.name else RunDir.create_stamped(run.folder, name)
-    rundir.config.write_text(dump(resolved))
+    rundir = RunDir.create(run.folder, run.name, adopt) if run.name else RunDir.create_stamped(run.folder, name)
     rundir.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return rundir
 

@@ -39,16 +39,19 @@ class FileTracker:
         self._write(write, f"step {step} of the ledger")
 
     def event(self, kind: str, message: str, **details: Any) -> None:
-        """Never waits: one that finds no room on the disk is written with the next that does."""
+        """Never waits: one that finds no room on the disk is written later."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._events.append({"time": now, "kind": kind, "message": message, "details": details})
+        self._write_events()
+
+    def close(self) -> None:
+        self._write_events()
+
+    def _write_events(self) -> None:
         with suppress(OSError), self._telling:
             while self._events:
                 append_line(self.rundir.events, self._events[0])
                 del self._events[0]
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _write(self, write: Callable[[], object], what: object) -> None:
         patiently(write, str(what), self._disk_wait_s, self._tell)
