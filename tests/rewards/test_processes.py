@@ -14,7 +14,9 @@ import pytest
 from rubrics import a_prompt, an_answer, rubric_of, score, score_all, users
 
 from sluice.rewards.rubric import Rubric
+from sluice.rewards.spec import RewardSpec
 from sluice.types import Trajectory
+from sluice.waits import Wait
 
 
 def wait_for(condition, seconds: float, what: str):
@@ -141,3 +143,54 @@ def test_a_child_that_a_reward_forks_answers_for_no_sample():
     with rubric_of(users("forks")) as rubric:
         scored = score_all(rubric, [(a_prompt(), "x" * n) for n in range(12)])
     assert [t.reward for t in scored] == list(range(12))
+
+
+DIES_AT_IMPORT = """\
+import os, signal
+from pathlib import Path
+
+starts = Path(__file__).with_name("starts")
+with starts.open("a") as file:
+    file.write("x")
+if {parent} != os.getpid() and len(starts.read_text()) <= {deaths} + 1:  # the first import is the check of the config
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one(prompt, trajectory):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(("deaths", "outcome"), [(2, "scored"), (100, "error")])
+def test_a_process_killed_while_it_starts_is_started_again_so_many_times(
+    deaths: int, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when memory is short for a moment; and not for ever."""
+    module = f"dies_{deaths}"
+    (tmp_path / f"{module}.py").write_text(DIES_AT_IMPORT.format(parent=os.getpid(), deaths=deaths))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with rubric_of(RewardSpec("part", f"{module}:one")) as rubric:
+        trajectory = score(rubric, a_prompt())
+    assert trajectory.outcome == outcome
+    assert len((tmp_path / "starts").read_text()) == 1 + 3
+    if outcome == "error":
+        assert "a reward process could not start: its process was killed (SIGKILL" in trajectory.error
+
+
+def test_it_says_what_each_process_does(tmp_path: Path):
+    async def look() -> tuple[str, str]:
+        task = asyncio.create_task(
+            rubric.score(a_prompt(folder=str(tmp_path)), an_answer(""), Wait("rollout 3.1", "prompt p"))
+        )
+        pid = (await asyncio.to_thread(pids_in, tmp_path, 2))[0]
+        while_busy = rubric.status()
+        os.kill(pid, signal.SIGKILL)
+        (tmp_path / "pids").unlink()
+        os.kill((await asyncio.to_thread(pids_in, tmp_path, 2))[0], signal.SIGKILL)
+        await asyncio.wait_for(task, 15)
+        return str(pid), while_busy
+
+    with rubric_of(users("busy_with_a_child", timeout_s=30)) as rubric:
+        assert rubric.status() == "no process: idle"
+        pid, busy = asyncio.run(look())
+    assert busy.startswith(f"process {pid}: reward part for rollout 3.1, prompt p, for ")
