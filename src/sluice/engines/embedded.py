@@ -131,9 +131,8 @@ class EmbeddedEngine:
                 self._step()
                 await asyncio.sleep(0)
         except Exception as cause:
-            traceback.clear_frames(
-                cause.__traceback__
-            )  # they hold the tensors of the step, and memory may be what is wanted
+            # the frames hold the tensors of the step, and memory may be what is wanted
+            traceback.clear_frames(cause.__traceback__)
             in_flight = len(self._active) + len(self._waiting)
             self._fail(f"decoding failed: {first_line(cause)} ({in_flight} completions were in flight)", cause)
         finally:
