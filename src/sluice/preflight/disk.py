@@ -1,0 +1,91 @@
+"""Whether the record of a run has a place, and room there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sluice.algorithms import Algorithm
+from sluice.config import SftConfig, TrainConfig
+from sluice.preflight.findings import Item, size
+from sluice.preflight.folder import ModelFolder
+
+SAMPLED_TOKEN_BYTES = 28
+"""In the ledger, for text that does not compress at all: 24 measured with 16,000 tokens, and ratios of later updates."""
+FURTHER_COLUMN_BYTES = 3.2
+"""A log-prob or value of a token in FP32, which compresses badly."""
+KEPT_ID_BYTES = 1.9
+"""One id that top-k kept for a token."""
+PROMPT_TOKEN_BYTES = 1
+"""The samples of a group repeat it."""
+ROW_BYTES = 200
+SHORT = 0.1
+"""Responses are taken to be at least this share of rollout.max_new_tokens."""
+MIN_CHECKPOINTS = 3
+
+
+def check_disk(config: TrainConfig | SftConfig, checkpoint_bytes: float, num_checkpoints: int, ledger: float) -> Item:
+    """`ledger` is its size at most, in bytes."""
+    item, run = Item("disk"), config.run
+    folder = Path(run.folder).expanduser()
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if run.name and (folder / run.name).exists():
+        item.fail(
+            f"the run folder {folder / run.name} exists already; choose another name with run.name=…, or remove the folder"
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".sluice-check-"):
+            pass
+    except OSError as error:
+        item.fail(
+            f"run.folder={run.folder}: nothing can be written in {parent}: {error.strerror}; choose another place with run.folder=…"
+        )
+        return item
+    free, checkpoints = shutil.disk_usage(parent).free, checkpoint_bytes * num_checkpoints
+    total = checkpoints + ledger
+    item.summary = f"at most about {size(total)}; {size(free)} are free in {parent}"
+    if ledger:
+        item.note(f"ledger {size(ledger)}, checkpoints {num_checkpoints} × {size(checkpoint_bytes)}")
+    if checkpoints + SHORT * ledger > free:
+        item.fail(
+            f"{num_checkpoints} checkpoints take {size(checkpoints)}, and the ledger {size(ledger)} or, with responses of a tenth of "
+            f"the allowed length, a tenth of that; {size(free)} are free. Set run.folder to a larger disk"
+            + (", raise checkpoint.every_steps" if num_checkpoints > 1 else "")
+            + ", or make fewer steps"
+        )
+    elif total > free:
+        item.warn(
+            f"with responses as long as they may be the record takes {size(total)}, and {size(free)} are free; look after it, or set "
+            "run.folder to a larger disk"
+        )
+    return item
+
+
+def ledger_bytes(config: TrainConfig, algorithm: Algorithm, longest_prompt: int) -> float:
+    """Of all steps, when every response has rollout.max_new_tokens."""
+    rollout = config.rollout
+    per_token = SAMPLED_TOKEN_BYTES + KEPT_ID_BYTES * rollout.top_k
+    per_token += FURTHER_COLUMN_BYTES * sum(_further_columns(config, algorithm))
+    per_row = ROW_BYTES + PROMPT_TOKEN_BYTES * longest_prompt + per_token * rollout.max_new_tokens
+    return config.run.num_steps * rollout.groups_per_step * rollout.group_size * per_row
+
+
+def checkpoint_bytes(model: ModelFolder, config: TrainConfig | SftConfig, critic: ModelFolder | None = None) -> float:
+    """Weights, and the state of the optimiser: two moments, and FP32 masters of BF16 weights."""
+    half = config.model.dtype == "bfloat16"
+    per_parameter = (2 + 4 if half else 4) + 8
+    return per_parameter * (model.num_parameters + (critic.num_parameters if critic else 0))
+
+
+def num_checkpoints(config: TrainConfig) -> int:
+    """Those that lie on the disk at the end."""
+    every, steps = config.checkpoint.every_steps, config.run.num_steps
+    return max(MIN_CHECKPOINTS, -(-steps // every)) if every else 1
+
+
+def _further_columns(config: TrainConfig, algorithm: Algorithm) -> Iterator[int]:
+    yield algorithm.needs_reference
+    yield 2 * algorithm.needs_values
+    yield config.algorithm.old_logprobs == "recomputed"

@@ -1,0 +1,199 @@
+"""The order of a check. What is cheap, and what others need, comes first; a failure skips only what cannot do without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from sluice.algorithms import Algorithm
+from sluice.config import SftConfig, TrainConfig
+from sluice.data.chat import Chat
+from sluice.data.prompts import PromptSet, SftSet
+from sluice.describe import algorithm_of
+from sluice.launch.checked import (
+    check_fits,
+    check_sft as pairs_of,
+    check_vocabulary,
+    environment_of,
+    filter_of,
+    prompts_of,
+    reward_of,
+    script_of,
+    window_of,
+)
+from sluice.preflight.disk import check_disk, checkpoint_bytes, ledger_bytes, num_checkpoints
+from sluice.preflight.findings import Item, plural
+from sluice.preflight.folder import ModelFolder, read_chat, read_folder
+from sluice.preflight.gold import check_gold
+from sluice.preflight.memory import check_memory, sft_parts, training_parts
+from sluice.preflight.prompts import check_ends, check_pairs, check_prompts
+from sluice.preflight.trial import Trial
+
+NO_MODEL = "trainer.name=dry loads no model"
+OFFLINE = "not with --offline"
+
+
+def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterator[Item]:
+    """The items of a config of `sluice train`, each as soon as it is known. `num_rows`: whose gold answers are scored.
+
+    `offline` leaves out what needs torch.
+    """
+    names, algorithm = _names(config)
+    yield names
+    data, prompts = _data(config)
+    yield data
+    model, chat, models = _model(config, algorithm)
+    yield model
+    policy = models.get("policy")
+    with ExitStack() as stack:
+        trial = None
+        broken = [item.name for item in (names, data, model) if item.level == "failure"]
+        if not offline and not broken:
+            trial = stack.enter_context(Trial(config))  # beside the rest, since it takes longest
+        longest = 0
+        if prompts is not None and chat is not None:
+            found, longest = check_prompts(config, prompts, chat, policy)
+            yield found
+        else:
+            yield Item.skipped("prompts", _needs("rows and a tokeniser"))
+        if prompts is not None and chat is not None and names.level != "failure":
+            yield check_gold(config, prompts, chat, num_rows)
+        else:
+            yield Item.skipped("rewards", _needs("rows, a tokeniser and rewards"))
+        if policy is not None:
+            window = window_of(config, policy.max_length)
+            yield check_memory(config, training_parts(config, models, longest or window, window))
+        else:
+            yield Item.skipped("memory", NO_MODEL if config.trainer.name == "dry" else _needs("the model's config"))
+        yield _disk(config, algorithm, models, longest)
+        if trial is not None:
+            yield trial.result()
+        else:
+            yield Item.skipped("trial", OFFLINE if offline else f"not before {' and '.join(broken)} are mended")
+
+
+def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
+    """The items of a config of `sluice sft`."""
+    data, pairs = _pairs(config)
+    yield data
+    model, chat, models = _model(config, None)
+    yield model
+    with ExitStack() as stack:
+        trial, longest = None, 0
+        broken = [item.name for item in (data, model) if item.level == "failure"]
+        if not offline and not broken:
+            trial = stack.enter_context(Trial(config, pairs))
+        if pairs is not None and chat is not None and "policy" in models:
+            found, longest = check_pairs(config, pairs, chat, models["policy"])
+            yield found
+        else:
+            yield Item.skipped("pairs", _needs("rows and a tokeniser"))
+        if "policy" in models:
+            yield check_memory(config, sft_parts(config, models["policy"], longest or models["policy"].max_length))
+        else:
+            yield Item.skipped("memory", _needs("the model's config"))
+        yield check_disk(config, checkpoint_bytes(models["policy"], config) if models else 0, 1, 0)
+        if trial is not None:
+            yield trial.result()
+        else:
+            yield Item.skipped("trial", OFFLINE if offline else f"not before {' and '.join(broken)} are mended")
+
+
+def _needs(what: str) -> str:
+    return f"needs {what}, which failed above"
+
+
+def _names(config: TrainConfig) -> tuple[Item, Algorithm | None]:
+    """Everything that the config calls by name."""
+    item, algorithm = Item("config"), None
+    with item.failing():
+        algorithm = algorithm_of(config)
+    for reward in config.rewards:
+        with item.failing():
+            reward_of(reward)
+    for resolve in (environment_of, filter_of, script_of):
+        with item.failing():
+            resolve(config)
+    rollout, run = config.rollout, config.run
+    item.summary = (
+        f"{config.algorithm.name}, {plural(run.num_steps, 'step')} of {rollout.groups_per_step} groups × {rollout.group_size} "
+        f"samples, {plural(config.trainer.updates_per_batch, 'update')} each"
+    )
+    return item, algorithm
+
+
+def _data(config: TrainConfig) -> tuple[Item, PromptSet | None]:
+    item, prompts = Item("data"), None
+    with item.failing():
+        prompts = prompts_of(config)
+        item.summary = f"{plural(len(prompts), 'row')} of {config.data.path}"
+    if prompts is not None and len(prompts) < config.rollout.groups_per_step:
+        item.warn(
+            f"{plural(len(prompts), 'row')} for rollout.groups_per_step={config.rollout.groups_per_step}: every step "
+            "has some of them several times; lower it, or take more data"
+        )
+    return item, prompts
+
+
+def _pairs(config: SftConfig) -> tuple[Item, SftSet | None]:
+    item, pairs = Item("data"), None
+    with item.failing():
+        pairs = pairs_of(config)
+        item.summary = f"{plural(len(pairs), 'row')} of {config.data.path}"
+    return item, pairs
+
+
+def _model(
+    config: TrainConfig | SftConfig, algorithm: Algorithm | None
+) -> tuple[Item, Chat | None, dict[str, ModelFolder]]:
+    """The tokeniser, and the folders of the policy and of the reference and the critic that the algorithm needs."""
+    item, chat, models = Item("model"), None, dict[str, ModelFolder]()
+    settings = config.model
+    with item.failing():
+        chat = read_chat(settings.path)
+    if isinstance(config, SftConfig) or config.trainer.name == "local":
+        with item.failing():
+            models["policy"] = read_folder(settings.path, random_weights=settings.random_weights)
+    else:
+        item.summary = f"the tokeniser of {settings.path}; {NO_MODEL}"
+    if policy := models.get("policy"):
+        positions = f"{policy.max_length} positions" if policy.max_length < 2**31 else "no limit of positions"
+        item.summary = (
+            f"{policy.config.model_type}, {policy.num_parameters:,} parameters ({policy.counted}), {policy.vocab_size} ids, {positions}"
+        )
+        if chat is not None:
+            with item.failing():
+                check_vocabulary(f"model.path={settings.path}", len(chat.tokenizer), policy.vocab_size)
+    if isinstance(config, TrainConfig):
+        if policy and config.engine.name == "embedded":
+            with item.failing():
+                check_fits(config, policy.vocab_size, policy.max_length)
+        if policy and algorithm is not None:
+            _second_models(item, config, algorithm, models)
+        if chat is not None and config.engine.name == "embedded":
+            check_ends(item, config, chat, policy.eos_ids if policy else frozenset())
+    return item, chat, models
+
+
+def _second_models(item: Item, config: TrainConfig, algorithm: Algorithm, models: dict[str, ModelFolder]) -> None:
+    policy = models["policy"]
+    wanted = {
+        "reference": algorithm.needs_reference,
+        "critic": algorithm.needs_values and config.critic.model == "own",
+    }
+    for name, path in (("reference", config.reference.path), ("critic", config.critic.path)):
+        if not wanted[name]:
+            continue
+        models[name] = policy
+        if path is not None:
+            with item.failing():
+                models[name] = second = read_folder(path, key=f"{name}.path")
+                check_second(config, f"{name}.path={path}", second, policy)
+
+
+def _disk(
+    config: TrainConfig, algorithm: Algorithm | None, models: dict[str, ModelFolder], longest_prompt: int
+) -> Item:
+    ledger = ledger_bytes(config, algorithm, longest_prompt) if algorithm else 0
+    each = checkpoint_bytes(models["policy"], config, models.get("critic")) if "policy" in models else 0
+    return check_disk(config, each, num_checkpoints(config) if each else 0, ledger)
