@@ -64,6 +64,11 @@ class Notes:
         pass
 
 
+class NoCheckpoints:
+    async def save(self, run: Run, metrics: dict[str, float]) -> None:
+        """The last step of every run wants one."""
+
+
 @dataclass
 class TimedRubric:
     """Scores by a function of (prompt, trajectory), after a random time."""
@@ -141,7 +146,7 @@ class Workshop:
             "packing": Packing(updates_per_batch=2, tokens_per_micro_batch=256, layout="rows"),
             "sampling": Sampling(max_new_tokens=16),
             "tracker": Notes(),
-            "rundir": SimpleNamespace(checkpoints=self.data.parent / "checkpoints"),
+            "rundir": SimpleNamespace(),
             "seed": seed,
             "num_steps": NUM_STEPS,
             "groups_per_step": GROUPS_PER_STEP,
@@ -154,6 +159,7 @@ class Workshop:
             "pretrain_steps": 0,
             "update_reference_every": None,
             "stop_at_reward": None,
+            "checkpoints": NoCheckpoints(),
             "checkpoint_every": None,
         }
         return Run(**(parts | changes))

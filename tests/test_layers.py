@@ -29,9 +29,10 @@ LEVELS = [
     ["environments", "weights"],
     ["engines", "trainers"],
     ["rollout"],
-    ["checkpoint"],
-    ["train", "viewer", "describe", "analysis"],
+    ["checkpoint", "update"],
+    ["train", "replay", "viewer", "describe", "analysis"],
     ["launch"],
+    ["preflight"],
     ["cli"],
 ]
 PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in rooms for name in room.split("+")}
@@ -39,7 +40,16 @@ PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in 
 READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
-    "torch": {"algorithms", "data.batch", "engines", "trainers", "rollout.metrics", "train", "analysis.binary_reward"},
+    "torch": {
+        "algorithms",
+        "data.batch",
+        "engines",
+        "trainers",
+        "rollout.metrics",
+        "update",
+        "checkpoint",
+        "analysis.binary_reward",
+    },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},

@@ -296,8 +296,14 @@ def test_what_ends_a_worker_is_what_the_caller_sees(
 
 def test_prompts_that_end_are_an_error_of_the_run(workshop: Workshop):
     run = workshop.run()
-    fails, given = failing_from(5, DataError("the file is gone")), run.prompts.next
-    run.prompts.next = lambda: fails() or given()
+    fails, prompts = failing_from(5, DataError("the file is gone")), run.prompts
+
+    class Ending:
+        def __getitem__(self, position: int) -> Prompt:
+            fails()
+            return prompts[position]
+
+    run.prompts = Ending()
     with pytest.raises(DataError, match="the file is gone"):
         finish(train(run))
 

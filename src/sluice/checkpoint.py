@@ -1,26 +1,277 @@
-"""Checkpoints that `transformers` loads, and that are never half-written."""
+"""Checkpoints: model folders that `transformers` loads, with all that a run needs to go on as if it had never stopped.
+
+A checkpoint is written beside its final name by a thread, brought to disk, and renamed: it is there as a whole or not at
+all. `checksums.json` is the last of its files, so that one that was damaged later is recognised.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
+import math
+import os
+import random
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-from sluice.errors import TrainingError, boundary
-from sluice.interfaces import Trainer
-from sluice.tracking.rundir import RunDir
+import numpy as np
+import torch
+
+from sluice.errors import RunFolderError, TrainingError, boundary
+from sluice.rollout.buffer import BufferState
+from sluice.run import Run
+from sluice.tracking.rundir import RunDir, patiently, sync_folder
+from sluice.types import Completion, Group, Trajectory, Turn
+
+STATE, POSITION, CHECKSUMS = "trainer_state.pt", "run_state.json", "checksums.json"
+Write = Callable[[str], dict[str, Any]]
+"""What a trainer's snapshot returns."""
 
 
-def save_checkpoint(trainer: Trainer, rundir: RunDir, step: int) -> Path:
-    """Write `checkpoints/step-000100` beside its final name, then rename it."""
-    final = rundir.checkpoints / f"step-{step:06d}"
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, and removes those that are not to be kept."""
+
+    def __init__(
+        self,
+        rundir: RunDir,
+        *,
+        keep_last: int | None,
+        best_metric: str | None,
+        best: Literal["max", "min"],
+        disk_wait_s: float,
+        tell: Callable[[str, str], None],
+    ) -> None:
+        """`tell` takes the kind and the text of an event; `keep_last` None keeps all."""
+        self.rundir = rundir
+        self.keep_last, self.best_metric = keep_last, best_metric
+        self._sign = 1 if best == "max" else -1
+        self._disk_wait_s, self._tell = disk_wait_s, tell
+        self._writing: asyncio.Task[None] | None = None
+
+    async def save(self, run: Run, metrics: dict[str, float]) -> None:
+        """Copy the state of a run between two steps and write it while the run goes on, once the last one is written.
+
+        Raises what went wrong with the last one.
+        """
+        await self.finish()
+        metric = metrics.get(self.best_metric) if self.best_metric else None
+        work = partial(self._write, run.step, run.trainer.snapshot(), position_of(run, metric), random_state())
+        self._writing = asyncio.create_task(asyncio.to_thread(work))
+
+    async def save_now(self, run: Run) -> None:
+        """The same, if the step has no checkpoint yet, and wait until it is on disk."""
+        await self.finish()
+        if not checkpoint_folder(self.rundir, run.step).exists():
+            await self.save(run, {})
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Wait until the checkpoint that is being written is on disk. Raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    def _write(self, step: int, write: Write, position: dict[str, Any], rng: dict[str, Any]) -> None:
+        what = f"checkpoint {checkpoint_folder(self.rundir, step)}"
+        with boundary(TrainingError, f"{what} could not be written"):
+            work = partial(write_checkpoint, self.rundir, step, write, position, rng)
+            patiently(work, what, self._disk_wait_s, partial(self._tell, "disk_full"))
+            self._prune()
+
+    def _prune(self) -> None:
+        """Keep the last ones, and besides the one with the best metric."""
+        if self.keep_last is None:
+            return
+        old = checkpoint_folders(self.rundir)
+        scored = [(self._sign * value, folder) for folder in old if (value := _metric_of(folder)) is not None]
+        kept = {*old[-self.keep_last :], *([max(scored)[1]] if scored else [])}
+        for folder in old:
+            if folder not in kept:
+                shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it is read."""
+
+    folder: Path
+    step: int
+    position: dict[str, Any]
+    trainer: dict[str, Any]
+    rng: dict[str, Any]
+
+    def buffer_state(self, prompts: Any) -> BufferState:
+        """`prompts` gives the prompt of a ticket."""
+        state = self.position["buffer"]
+        done = {
+            int(ticket): Group(
+                int(ticket), prompts[int(ticket)], [*map(_trajectory, group["trajectories"])], group["rejected"]
+            )
+            for ticket, group in state["done"].items()
+        }
+        return BufferState(**{**state, "done": done})
+
+
+def write_checkpoint(
+    rundir: RunDir, step: int, write: Write, position: dict[str, Any], rng: dict[str, Any] | None = None
+) -> Path:
+    """Write `checkpoints/step-000100` beside its final name, bring it to disk, and rename it."""
+    final = checkpoint_folder(rundir, step)
+    unfinished = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        with boundary(TrainingError, f"checkpoint {final} could not be written"):
-            trainer.save(str(partial))
-            partial.rename(final)
+        trainer = write(str(unfinished))
+        with open(unfinished / STATE, "wb") as file:
+            torch.save({"trainer": trainer, "rng": rng or {}}, file)
+        (unfinished / POSITION).write_text(json.dumps({"step": step, **position}))
+        if rundir.config.exists():
+            shutil.copyfile(rundir.config, unfinished / "run_config.yaml")
+        _seal(unfinished)
+        unfinished.rename(final)
+        sync_folder(final.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk has better uses
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk has better uses
         raise
     return final
+
+
+def read_newest(rundir: RunDir, tell: Callable[[str, str], None], before: int | None = None) -> Saved | None:
+    """The newest whole checkpoint (of a step below `before`), or None where there never was one.
+
+    One that is damaged is passed over with an event. Raises RunFolderError when there are some and none is whole.
+    """
+    folders = [folder for folder in checkpoint_folders(rundir) if before is None or step_of(folder) < before]
+    for folder in reversed(folders):
+        if damage := damage_of(folder):
+            tell("checkpoint_damaged", f"{folder} cannot be used, and the one before it is taken: {damage}")
+        else:
+            return read_checkpoint(folder)
+    if folders and before is None:
+        raise RunFolderError(
+            f"none of the {len(folders)} checkpoints in {rundir.checkpoints} is whole; restore one from a backup, or remove the "
+            "folder to begin again from the first step"
+        )
+    return None
+
+
+def read_checkpoint(folder: Path) -> Saved:
+    position = json.loads((folder / POSITION).read_text())
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return Saved(folder, position["step"], position, state["trainer"], state["rng"])
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty when all are as they were written."""
+    try:
+        expected: dict[str, dict[str, Any]] = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read ({type(error).__name__}: {error})"
+    for name, checksum in expected.items():
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != checksum:
+            return (
+                f"{name} was written with {checksum['bytes']} bytes and checksum {checksum['blake2b']}, and has {found}"
+            )
+    return ""
+
+
+def checkpoint_folder(rundir: RunDir, step: int) -> Path:
+    return rundir.checkpoints / f"step-{step:06d}"
+
+
+def checkpoint_folders(rundir: RunDir) -> list[Path]:
+    """In the order of their steps; unfinished ones are none."""
+    folders = [path for path in rundir.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def position_of(run: Run, metric: float | None) -> dict[str, Any]:
+    """Where a run stands between two steps, as JSON; of prompts only what they depend on, since tickets are positions."""
+    buffer: BufferState = run.buffer.state()
+    done = {
+        ticket: {"trajectories": [asdict(t) for t in group.trajectories], "rejected": group.rejected}
+        for ticket, group in buffer.done.items()
+    }
+    return {
+        "metric": metric,
+        "prompts": run.prompts.identity(),
+        "buffer": {
+            "head": buffer.head,
+            "next_ticket": buffer.next_ticket,
+            "failed_in_a_row": buffer.failed_in_a_row,
+            "done": done,
+        },
+    }
+
+
+def seed_random_state(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Of the global generators: sluice's own draws have seeds by ticket, but environments may use these."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(rng: dict[str, Any]) -> None:
+    version, keys, gauss = rng["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = rng["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(rng["torch"])
+    if len(rng["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+def _trajectory(saved: dict[str, Any]) -> Trajectory:
+    turns = [Turn(**{**turn, "completion": Completion(**turn["completion"])}) for turn in saved["turns"]]
+    return Trajectory(**{**saved, "turns": turns})
+
+
+def _metric_of(folder: Path) -> float | None:
+    """None for a checkpoint without one, or whose is no number."""
+    try:
+        metric = json.loads((folder / POSITION).read_text())["metric"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return metric if isinstance(metric, float | int) and math.isfinite(metric) else None
+
+
+def _seal(folder: Path) -> None:
+    """Bring all files to disk, and last a file with their checksums."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {str(path.relative_to(folder)): _checksum(path, sync=True) for path in files}
+    with open(folder / CHECKSUMS, "w") as file:
+        json.dump(checksums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in {folder, *(path.parent for path in files)}:
+        sync_folder(path)
+
+
+def _checksum(path: Path, sync: bool = False) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()[:32]}

@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sluice import __version__
-from sluice.errors import ConfigError, SluiceError
+from sluice.errors import ConfigError, ReplayError, RunStopped, SluiceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when all went well, 2 when the input was wrong, 1 when the run failed, 130 after Ctrl-C."""
+    """0 when all went well, 2 when the input was wrong, 1 when the run failed, 130 after Ctrl-C, 143 after SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show × or π does not end a run
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        return args.command(args) or 0
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     except SluiceError as error:
         from sluice.errors import DataError
 
@@ -32,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written until now is whole", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,24 +50,44 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=action)
         return sub
 
-    def takes_config(sub: argparse.ArgumentParser) -> None:
+    def takes_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument(
             "config",
-            nargs="+",
+            nargs="+" if required else "*",
             metavar="CONFIG [KEY=VALUE]",
             help="YAML files, later ones over earlier ones, then settings such as trainer.learning_rate=1e-5",
         )
 
-    takes_config(command("train", _train, "train a policy by reinforcement learning"))
+    train = command("train", _train, "train a policy by reinforcement learning")
+    takes_config(train, required=False)
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on in this run folder from its newest checkpoint; instead of config files, perhaps with settings",
+    )
     takes_config(command("sft", _sft, "fine-tune a model on given responses"))
+    replay = command("replay", _replay, "make recorded steps again and compare every number")
+    replay.add_argument("run", help="run folder")
+    replay.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="what if: settings of algorithm and trainer for the last step"
+    )
+    replay.add_argument("--step", type=_step_or_steps, required=True, metavar="N|A:B", help="a step, or from A to B")
+    replay.add_argument("--algorithm", metavar="NAME", help="what if: another row of the table for the last step")
+    replay.add_argument("--rewards", action="store_true", help="score the recorded responses again instead")
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
 
+    check = command("check", _check, "look for whatever would end or spoil a run, before it is paid for")
+    takes_config(check)
+    check.add_argument("--sft", action="store_true", help="the config is for `sluice sft`")
+    check.add_argument("--offline", action="store_true", help="leave out the trial: no torch, and no weights needed")
+    check.add_argument(
+        "--rows", type=_count, default=500, metavar="N", help="rows whose gold answers are scored (default: 500)"
+    )
     config = commands.add_parser("config", help="look at a config without running it")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     for name, action, help in (
         ("show", _show, "print every setting and where it comes from"),
-        ("check", _check, "resolve every name and read every data row"),
         ("explain", _explain, "print the batch arithmetic, and the loss with its bounds and denominators"),
     ):
         sub = command(name, action, help, actions)
@@ -107,6 +130,13 @@ def _steps(text: str) -> tuple[int | None, int | None]:
     return int(first) if first else None, int(last) if last else None
 
 
+def _step_or_steps(text: str) -> tuple[int, int]:
+    first, last = _steps(text) if ":" in text else (_count(text), _count(text))
+    if first is None or last is None or not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step and no range of steps; write N or A:B, counted from 1")
+    return first, last
+
+
 def _output(text: str) -> Path:
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r} to write {text!r} to")
@@ -129,16 +159,23 @@ def _load(args: argparse.Namespace, sft: bool) -> Any:
 
 
 def _name(args: argparse.Namespace) -> str:
-    return Path(args.config[0]).stem if "=" not in args.config[0] else "run"
+    return Path(args.config[0]).stem if args.config and "=" not in args.config[0] else "run"
 
 
 def _train(args: argparse.Namespace) -> None:
-    resolved = _load(args, sft=False)
     from sluice.describe import describe
-    from sluice.launch import train
+    from sluice.launch import resolve_resume, train
 
+    if args.resume:
+        if files := [word for word in args.config if "=" not in word]:
+            raise ConfigError(
+                f"--resume goes on with the config in the run folder, so {files[0]} has no effect; leave it out"
+            )
+        resolved, resume = resolve_resume(args.resume, args.config)
+    else:
+        resolved, resume = _load(args, sft=False), None
     print(describe(resolved.config), flush=True)
-    _done(train(resolved, _name(args)))
+    _done(train(resolved, resume.path.name if resume else _name(args), resume))
 
 
 def _sft(args: argparse.Namespace) -> None:
@@ -154,6 +191,30 @@ def _done(run: Path) -> None:
         print(f"checkpoint: {checkpoints[-1]}")
 
 
+def _replay(args: argparse.Namespace) -> None:
+    from sluice.launch import replay, score_again
+
+    first, last = args.step
+    what_if = args.algorithm is not None or args.settings
+    if args.rewards:
+        if what_if:
+            raise ConfigError(
+                "--rewards scores what was recorded, so an algorithm or a setting has no effect; leave it out"
+            )
+        count, lines = score_again(args.run, first, last)
+        print("\n".join([*lines, f"{len(lines)} of {count} scores are other than recorded"]))
+        return
+    outcomes = replay(args.run, first, last, args.algorithm, args.settings)
+    for outcome in outcomes[: -1 if what_if else None]:
+        print(f"step {outcome.step}: {outcome.difference or f'identical ({outcome.num_samples} samples)'}")
+    if what_if:
+        print(f"step {outcomes[-1].step}".ljust(32), "recorded".rjust(13), "now".rjust(13))
+        for name, (was, now) in outcomes[-1].metrics.items():
+            print(name.ljust(32), f"{was:13.6g}", f"{now:13.6g}")
+    elif different := [outcome for outcome in outcomes if outcome.difference]:
+        raise ReplayError(f"{len(different)} of {len(outcomes)} steps are not as they were recorded")
+
+
 def _report(args: argparse.Namespace) -> None:
     from sluice.viewer.report import write_report
 
@@ -166,12 +227,20 @@ def _show(args: argparse.Namespace) -> None:
     print(dump(_load(args, args.sft)), end="")
 
 
-def _check(args: argparse.Namespace) -> None:
-    resolved = _load(args, args.sft)
-    from sluice.launch import check, check_sft
+def _check(args: argparse.Namespace) -> int:
+    config = _load(args, args.sft).config
+    from sluice.preflight import check_sft, check_training
 
-    rows = len(check_sft(resolved.config) if args.sft else check(resolved.config).prompts)
-    print(f"the config is sound, and so are all {rows} rows of {resolved.config.data.path}")
+    start = time.monotonic()
+    items = check_sft(config, args.offline) if args.sft else check_training(config, args.rows, args.offline)
+    levels: list[str] = []
+    for item in items:
+        print(item.text(), flush=True)
+        levels += [level for level, _ in item.findings]
+    failures, warnings = levels.count("failure"), levels.count("warning")
+    verdict = "nothing stands against this run" if not failures else "this run would fail, or be in vain"
+    print(f"{verdict}: {failures} failures, {warnings} warnings, {time.monotonic() - start:.0f} s")
+    return 2 if failures else 0
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -34,6 +34,8 @@ class RunSection(Section):
     """Seeds the prompt order and every sample; the same config gives the same numbers on the same machine."""
     num_threads: PositiveInt | None = None
     """CPU threads for torch; left out, torch decides."""
+    disk_wait_s: PositiveFloat = 600.0
+    """Longest wait for room on a full disk before the run ends."""
 
 
 class TrainRun(RunSection):
@@ -248,9 +250,9 @@ class TrainConfig(Section):
                 "engine.name=scripted says log-prob 0 for every token, so ratios against it mean nothing; set "
                 "algorithm.old_logprobs=recomputed, or trainer.name=dry"
             )
-        if self.trainer.name == "dry" and self.checkpoint.every_steps is not None:
+        if self.checkpoint.auto_resume and self.run.name is None:
             raise ValueError(
-                "checkpoint.every_steps has no effect with trainer.name=dry, which has no weights; leave it out"
+                "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
             )
         if isinstance(self.trainer, LocalTrainer):
             self.trainer.check_schedule("trainer")

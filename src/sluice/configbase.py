@@ -17,3 +17,7 @@ DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def changed(self) -> list[str]:
+        """The keys whose value is not the default; a dumped config sets them all."""
+        return [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]

@@ -45,13 +45,13 @@ def _misfits(config: TrainConfig, row: Algorithm) -> list[tuple[bool, str]]:
             "algorithm.correction and rejection out",
         ),
         (
-            bool(config.reference.model_fields_set) and not row.needs_reference,
-            f"reference.{min(config.reference.model_fields_set, default='')} has no effect: only a KL term needs a reference; set "
+            bool(config.reference.changed()) and not row.needs_reference,
+            f"reference.{min(config.reference.changed(), default='')} has no effect: only a KL term needs a reference; set "
             "algorithm.kl_coef above 0, or leave it out",
         ),
         (
-            bool(config.critic.model_fields_set) and not row.needs_values,
-            f"critic.{min(config.critic.model_fields_set, default='')} has no effect: only advantage: gae has a critic, and this is "
+            bool(config.critic.changed()) and not row.needs_values,
+            f"critic.{min(config.critic.changed(), default='')} has no effect: only advantage: gae has a critic, and this is "
             f"advantage: {row.advantage}; set algorithm.name=ppo, or leave it out",
         ),
         (

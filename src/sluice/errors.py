@@ -46,6 +46,18 @@ class NonFiniteError(TrainingError):
     """A loss or a gradient norm that is not a finite number; the update was refused."""
 
 
+class RunStopped(SluiceError):
+    """Somebody asked the run to leave; nothing went wrong."""
+
+
+class ReplayError(SluiceError):
+    """A step that was made again came out otherwise."""
+
+
+class RunFolderError(SluiceError):
+    """A run folder that is in use, or whose record could not be written or read."""
+
+
 @contextmanager
 def boundary(error: type[SluiceError], what: str) -> Generator[None]:
     """Turn whatever the block raises into `error`, saying at which boundary (`what`) it arose."""

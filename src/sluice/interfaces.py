@@ -77,8 +77,13 @@ class Trainer(Protocol):
 
     def weights(self) -> Weights: ...
 
-    def save(self, folder: str) -> None:
-        """Write a folder that `transformers` loads."""
+    def snapshot(self) -> Callable[[str], dict[str, Any]]:
+        """Copy the state. What is returned writes the weights into a folder that `transformers` loads and gives the rest of
+        the state (numbers, texts, tensors); it may be called from another thread, while training goes on."""
+        ...
+
+    def restore(self, folder: str, state: dict[str, Any]) -> None:
+        """Go on, to the last bit, where a snapshot was taken; `folder` and `state` are what it wrote and gave."""
         ...
 
 

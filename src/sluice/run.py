@@ -46,7 +46,7 @@ class Run:
     """Messages to ids, and ids to text."""
     buffer: Any
     prompts: Any
-    """`prompts.next()` gives the next prompt, for ever."""
+    """`prompts[ticket]` gives the prompt of a ticket; there is no last one."""
     algorithm: Any
     packing: Any
     sampling: Sampling
@@ -67,8 +67,10 @@ class Run:
     group_filter: Callable[[Group], bool] | None
     attempt_timeout_s: float
     stop_at_reward: float | None
+    checkpoints: Any
+    """`await checkpoints.save(run, metrics)` copies the state and writes it while the run goes on."""
     checkpoint_every: int | None
-    """Steps between checkpoints, besides the one at the end; None for a trainer without weights."""
+    """Steps between checkpoints, besides the one at the end."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

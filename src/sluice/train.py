@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
-from torch import Tensor
-
-from sluice.algorithms import LossOutput, assign_advantages, policy_loss
-from sluice.checkpoint import save_checkpoint
-from sluice.data.batch import MicroBatch, pack
 from sluice.data.samples import to_samples
 from sluice.errors import NonFiniteError, RolloutError
 from sluice.rollout.metrics import annotation_metrics, first_update_metrics, rollout_metrics
@@ -19,6 +12,7 @@ from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
 from sluice.types import Group, Sample
+from sluice.update import prepare, update
 
 
 async def train(run: Run) -> None:
@@ -33,15 +27,9 @@ async def train(run: Run) -> None:
                 groups = await run.buffer.take(run.groups_per_step)  # oldest first
                 check_staleness(run, groups)
             samples = to_samples(groups)
-            stats = Metrics()
             with run.timer("train"), saved_on_failure(run, groups, samples):
-                await annotate(run, samples)
-                assign_advantages(run.algorithm, samples)
-                loss = partial(loss_of, run) if run.step >= run.pretrain_steps else None
-                for minibatch in pack(samples, run.packing, run.algorithm):
-                    stats += await run.trainer.forward_backward(minibatch, loss)
-                    stats += await run.trainer.optim_step()
-                    await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
+                minibatches = await prepare(run, samples)  # log-probs, advantages, packing
+                stats = await update(run, minibatches)
             run.step += 1
             with run.timer("publish"):
                 await run.engine.update_weights(run.trainer.weights(), run.step)
@@ -58,35 +46,6 @@ def check_staleness(run: Run, groups: Sequence[Group]) -> None:
                 f"group {group.id} (prompt {group.prompt.id}) was sampled {staleness} updates ago, and "
                 f"rollout.max_staleness is {run.max_staleness}; this is a bug in the buffer"
             )
-
-
-def loss_of(run: Run, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
-    """The run's loss of one micro-batch."""
-    return policy_loss(
-        run.algorithm,
-        logprobs,
-        batch.old_logprobs,
-        batch.advantages,
-        batch.loss_weights,
-        batch.sequence_ids,
-        coefficients=batch.coefficients,
-        engine_logprobs=batch.logprobs if run.old_logprobs == "recomputed" else None,
-        ref_logprobs=batch.ref_logprobs,
-        entropies=entropies,
-    )
-
-
-async def annotate(run: Run, samples: Sequence[Sample]) -> None:
-    """Fill what advantages and loss need: the log-probs that the ratio divides by, the reference's, the critic's values."""
-    if run.old_logprobs == "recomputed":
-        await run.trainer.forward(samples, "old_logprobs")
-    else:
-        for sample in samples:
-            sample.old_logprobs = sample.logprobs
-    if run.algorithm.needs_reference:
-        await run.trainer.forward(samples, "ref_logprobs")
-    if run.algorithm.needs_values:
-        await run.trainer.forward(samples, "values")
 
 
 @contextmanager
@@ -124,7 +83,7 @@ async def follow_reference(run: Run) -> None:
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then save the weights if it is their turn; that time counts in the next step."""
+    """Record and track the step, then write a checkpoint if it is its turn; that time counts in the next step."""
     everything = [*groups, *run.buffer.drain_rejected()]
     metrics = (
         rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
@@ -138,6 +97,6 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     run.tracker.log(run.step, metrics.values_by_name())
     stop_at_reward(run, metrics["rollout/reward"].value())
     await follow_reference(run)
-    if run.checkpoint_every and (run.step % run.checkpoint_every == 0 or run.step == run.num_steps):
+    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
         with run.timer("checkpoint"):
-            save_checkpoint(run.trainer, run.rundir, run.step)
+            await run.checkpoints.save(run, metrics.values_by_name())

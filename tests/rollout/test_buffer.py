@@ -33,7 +33,6 @@ class BufferMachine(RuleBasedStateMachine):
         self.synchronous = max_staleness == 0
         self.admitting: list[asyncio.Task] = []
         self.taking: asyncio.Task | None = None
-        self.prompts_given = 0
         self.admitted: list[int] = []
         self.handed_in: dict[int, bool] = {}  # ticket → whether it was rejected
         self.num_taken = self.num_released = self.head = 0
@@ -52,14 +51,8 @@ class BufferMachine(RuleBasedStateMachine):
 
         self.runner.run(turns())
         for task in [task for task in self.admitting if task.done()]:
-            ticket, prompt = task.result()
-            assert prompt == ticket, "prompts go to tickets in their order"
-            self.admitted.append(ticket)
+            self.admitted.append(task.result())
             self.admitting.remove(task)
-
-    def next_prompt(self) -> int:
-        self.prompts_given += 1
-        return self.prompts_given - 1
 
     @property
     def playing(self) -> list[int]:
@@ -68,7 +61,7 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.admitting) < 3)
     @rule()
     def admit(self) -> None:
-        self.admitting.append(self.start(self.buffer.admit(self.next_prompt)))
+        self.admitting.append(self.start(self.buffer.admit()))
         self.settle()
 
     @precondition(lambda self: self.playing)
@@ -138,8 +131,8 @@ def hand_in(*groups: Group, take: int, limits: Limits) -> list[int]:
 
     async def work() -> list[int]:
         buffer = GroupBuffer(len(groups), 0, limits)
-        for ticket in range(len(groups)):
-            await buffer.admit(lambda ticket=ticket: Prompt(f"p{ticket}", []))
+        for _ in groups:
+            await buffer.admit()
         for one in groups:
             await buffer.put(one)
         async with asyncio.timeout(5):
@@ -164,7 +157,7 @@ def test_rejected_groups_of_a_step_are_counted_apart_from_the_next():
         buffer = GroupBuffer(1, 0, Limits(rejected=2, failed=9))
         for step in range(2):
             for ticket in range(3 * step, 3 * step + 3):
-                await buffer.admit(lambda: Prompt("p", []))
+                await buffer.admit()
                 await buffer.put(group(ticket, "" if ticket % 3 == 2 else "dull"))
             assert [g.id for g in await buffer.take(1)] == [3 * step + 2]
             await buffer.release(1)
@@ -201,9 +194,9 @@ def test_when_the_slots_of_rejected_groups_come_back(max_staleness: int, comes_b
     async def scenario() -> None:
         buffer = GroupBuffer(3 // (max_staleness + 1) + max_staleness, max_staleness, NO_LIMITS)
         for _ in range(buffer.num_slots):
-            await buffer.admit(lambda: Prompt("p", []))
+            await buffer.admit()
         await buffer.put(group(1, "rejected"))
-        admission = asyncio.create_task(buffer.admit(lambda: Prompt("p", [])))
+        admission = asyncio.create_task(buffer.admit())
         await asyncio.sleep(0.01)
         assert admission.done() == (comes_back == "at once")
         for ticket in (0, *range(2, buffer.num_slots)):

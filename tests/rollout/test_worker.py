@@ -29,7 +29,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def played(run: Run, ticket: int = 3) -> Group:
-    return finish(rollout_group(run, ticket, run.prompts.next()))
+    return finish(rollout_group(run, ticket, run.prompts[0]))
 
 
 def samples_with_advantages(run: Run, group: Group) -> list[Sample]:
@@ -293,12 +293,10 @@ class LongNow:
 
     prompts: Any
     too_long: Callable[[int], bool]
-    given: int = 0
 
-    def next(self) -> Prompt:
-        prompt = self.prompts.next()
-        self.given += 1
-        if self.too_long(self.given - 1):
+    def __getitem__(self, position: int) -> Prompt:
+        prompt = self.prompts[position]
+        if self.too_long(position):
             return replace(prompt, messages=[{"role": "user", "content": "long " * 60}])
         return prompt
 
@@ -307,8 +305,7 @@ def test_a_prompt_without_room_ends_the_run(workshop: Workshop):
     """Naming the row, the lengths, and the option to go on without it."""
     run = workshop.run(max_staleness=1)
     run.prompts = LongNow(run.prompts, lambda number: number == 7)
-    prompts = workshop.run().prompts
-    row = [prompts.next() for _ in range(8)][7]
+    row = workshop.run().prompts[7]
     with pytest.raises(PromptTooLongError) as error:
         finish(train(run))
     for part in (f"prompt {row.id} ", f"({row.where})", "window of 256", "data.long_prompts=skip"):
@@ -323,7 +320,7 @@ def test_a_skipped_prompt_is_told_and_replaced(workshop: Workshop, max_staleness
     run.prompts = LongNow(run.prompts, lambda number: number % 4 == 1)
     finish(train(run))
     stream = workshop.run().prompts
-    rows = [stream.next() for _ in range(20)]
+    rows = [stream[i] for i in range(20)]
     notes: Notes = run.tracker  # type: ignore[assignment]
     trained = [g.prompt.id for step in sorted(notes.groups) for g in notes.groups[step] if not g.rejected]
     assert trained == [row.id for i, row in enumerate(rows) if i % 4 != 1][: 4 * run.groups_per_step]
@@ -373,7 +370,7 @@ def test_a_filter_sees_scored_groups_that_carry_a_signal_and_rejects_by_name(wor
 
 def test_a_filter_that_raises_is_named_with_the_prompt(workshop: Workshop):
     run = workshop.run(group_filter=lambda group: SimpleNamespace().depth)
-    prompt = run.prompts.next()
+    prompt = run.prompts[0]
     with pytest.raises(EnvironmentError_, match=f"rollout.filter, on the group of prompt {prompt.id}: AttributeError"):
         finish(rollout_group(run, 0, prompt))
 
@@ -383,7 +380,7 @@ def test_attempts_share_nothing(workshop: Workshop):
     run = workshop.run(Timing(engine_s=0.003), environment=two_turns, group_size=4)
 
     async def work() -> list[Group]:
-        prompt = run.prompts.next()
+        prompt = run.prompts[0]
         return await asyncio.gather(*(rollout_group(run, ticket, prompt) for ticket in range(3)))
 
     groups = finish(work())

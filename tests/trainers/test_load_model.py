@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_local_trainer import SETTINGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import CONFIGS, tiny_model
 from sluice.errors import ConfigError, NonFiniteError
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel, load_model
+from sluice.trainers.optim import Optimizer
 
 
 def load(folder: Path, **changes: object) -> PolicyModel:
@@ -49,9 +51,9 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     with torch.no_grad():
         model.head.weight[0, 0] = float("inf")
-    trainer = LocalTrainer(model, None, None, None)  # type: ignore[arg-type]
+    trainer = LocalTrainer(model, None, Optimizer(model.model, SETTINGS, 1), None)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match=r"lm_head.weight holds weights that are not finite"):
-        trainer.save(str(tmp_path / "out"))
+        trainer.snapshot()(str(tmp_path / "out"))
 
 
 def test_the_bf16_head_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

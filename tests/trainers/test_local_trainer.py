@@ -353,7 +353,7 @@ def test_a_saved_folder_loads_in_transformers_with_the_trained_weights(tmp_path:
     trainer = trainer_of(model, tokenizer=tokenizer)
     forward_backward(trainer, make_minibatch(samples, trainer.packing, ROWS["cispo"], 0))
     asyncio.run(trainer.optim_step())
-    trainer.save(str(tmp_path / "saved"))
+    trainer.snapshot()(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for name, parameter in model.model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name

@@ -177,38 +177,17 @@ def load_sft_rows(rows: Rows, *, prompt: str, response: str, system_prompt: str 
 
 
 class PromptStream:
-    """Prompts without end: epoch after epoch, each a permutation of its own; its whole position is one number."""
+    """Prompts without end, by their position: epoch after epoch, each a permutation of its own."""
 
     def __init__(self, prompts: PromptSet, seed: int, shuffle: bool) -> None:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
         self._order: tuple[int, Sequence[int] | np.ndarray] = (-1, ())
-        self.cursor = 0
-        """Prompts given so far, over all epochs."""
 
-    @property
-    def epoch(self) -> int:
-        """Epoch (from 0) of the prompt that comes next."""
-        return self.cursor // len(self._prompts)
+    def __getitem__(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        return self._prompts[int(self._order_of(epoch)[place])]
 
-    def next(self) -> Prompt:
-        row = int(self._order_of(self.epoch)[self.cursor % len(self._prompts)])
-        self.cursor += 1
-        return self._prompts[row]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError when it is of other data or of another order."""
-        for name, now in self._identity().items():
-            if state[name] != now:
-                raise DataError(
-                    f"the prompts cannot be resumed: their {name} was {state[name]!r} and is now {now!r}, so the old "
-                    "position means nothing; resume with the data and seed of the run, or start a new run"
-                )
-        self.cursor = state["cursor"]
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Whatever the order depends on."""
         return {
             "length": len(self._prompts),
@@ -216,6 +195,15 @@ class PromptStream:
             "seed": self._seed,
             "shuffle": self._shuffle,
         }
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Raises DataError when it is of other data or of another order, so that positions there mean nothing here."""
+        for name, now in self.identity().items():
+            if identity[name] != now:
+                raise DataError(
+                    f"the prompts cannot be resumed: their {name} was {identity[name]!r} and is now {now!r}, so the old "
+                    "position means nothing; resume with the data and seed of the run, or start a new run"
+                )
 
     def _order_of(self, epoch: int) -> Sequence[int] | np.ndarray:
         if not self._shuffle:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sluice.algorithms import Algorithm
 from sluice.config import AnyReward, FileData, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
+from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
 from sluice.describe import algorithm_of
@@ -34,7 +36,7 @@ def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
     return Checked(
         algorithm=algorithm_of(config),
-        rewards=[reward_of(reward) for reward in config.rewards],
+        rewards=[checked_reward(reward) for reward in config.rewards],
         environment=environment_of(config),
         group_filter=filter_of(config),
         script=script_of(config),
@@ -42,7 +44,7 @@ def check(config: TrainConfig) -> Checked:
     )
 
 
-def reward_of(reward: AnyReward) -> RewardSpec:
+def checked_reward(reward: AnyReward) -> RewardSpec:
     """One of `rewards`. Raises ConfigError when it cannot be had or cannot work."""
     arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
     spec = RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
@@ -105,6 +107,26 @@ def check_vocabulary(where: str, num_tokens: int, vocab_size: int) -> None:
     if num_tokens > vocab_size:
         raise ConfigError(
             f"{where}: the tokeniser has {num_tokens} tokens and the model {vocab_size}; they do not belong together"
+        )
+
+
+def check_second(
+    config: TrainConfig, key: str, path: str | None, chat: Chat, own: tuple[int, int], policys: tuple[int, int]
+) -> None:
+    """Whether a reference or a critic sees the policy's tokens, at the policy's positions.
+
+    `own` and `policys` are numbers of ids and of positions; `path` is None for one that begins as the policy. Raises ConfigError.
+    """
+    window = window_of(config, policys[1])
+    if own[0] < policys[0] or own[1] < window:
+        raise ConfigError(
+            f"{key}={path}: {own[0]} ids and {own[1]} positions are fewer than the "
+            f"{policys[0]} ids of the policy or the {window} positions of its window"
+        )
+    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
+    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
         )
 
 

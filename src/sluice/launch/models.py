@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configtraining import OptimizerSection
-from sluice.data.chat import Chat, load_tokenizer
+from sluice.data.chat import Chat
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_vocabulary, window_of
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -24,18 +23,13 @@ if TYPE_CHECKING:
 def engine_and_trainer(
     config: TrainConfig, checked: Checked, chat: Chat
 ) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
-    from sluice.data.batch import Packing
-
+    packing = packing_of(config)
     if isinstance(config.trainer, LocalTrainer):
-        packing = Packing(
-            config.trainer.updates_per_batch, config.trainer.tokens_per_micro_batch, config.trainer.layout
-        )
-        trainer = _policy_trainer(config, checked.algorithm, chat, packing)
+        trainer = policy_trainer(config, checked.algorithm, chat, packing)
         model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
     else:
         from sluice.trainers.dry import DryTrainer
 
-        packing = Packing(config.trainer.updates_per_batch, 2**20, "rows")
         trainer, model, eos_ids = DryTrainer(), None, chat.eos_ids
     if isinstance(config.engine, ScriptedEngine):
         from sluice.engines.scripted import ScriptedEngine as Scripted
@@ -61,7 +55,16 @@ def engine_and_trainer(
     return embedded, trainer, packing, eos_ids
 
 
-def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
+def packing_of(config: TrainConfig) -> Packing:
+    from sluice.data.batch import Packing
+
+    trainer = config.trainer
+    if isinstance(trainer, LocalTrainer):
+        return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout)
+    return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
+
+
+def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
     """With the reference and the critic that the algorithm needs."""
     from sluice.trainers.critic import Critic
     from sluice.trainers.local import LocalTrainer as Local
@@ -79,7 +82,7 @@ def _policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packi
         optimizer_of(settings, model, updates - critic.pretrain_steps * settings.updates_per_batch),
         packing,
         reference=reference,
-        critic=Critic(model, own, _optimizer_settings(critic), updates, critic.value_clip)
+        critic=Critic(model, own, optimizer_settings(critic), updates, critic.value_clip)
         if algorithm.needs_values
         else None,
         entropy_gradient=algorithm.entropy_coef > 0,
@@ -109,17 +112,8 @@ def load_policy(
 def _second(config: TrainConfig, chat: Chat, key: str, path: str | None, policy: PolicyModel) -> PolicyModel:
     """A reference or a critic: it sees the policy's tokens, at the policy's positions."""
     model = load_policy(config, chat, key, path)
-    window = window_of(config, policy.max_length)
-    if model.config.vocab_size < policy.config.vocab_size or model.max_length < window:
-        raise ConfigError(
-            f"{key}={path}: {model.config.vocab_size} ids and {model.max_length} positions are fewer than the "
-            f"{policy.config.vocab_size} ids of the policy or the {window} positions of its window"
-        )
-    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
-    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
-        raise ConfigError(
-            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
-        )
+    own, theirs = (model.config.vocab_size, model.max_length), (policy.config.vocab_size, policy.max_length)
+    check_second(config, key, path, chat, own, theirs)
     return model
 
 
@@ -136,10 +130,10 @@ def _reference(config: TrainConfig, chat: Chat, policy: PolicyModel) -> PolicyMo
 def optimizer_of(settings: OptimizerSection, model: PolicyModel, num_updates: int) -> Optimizer:
     from sluice.trainers.optim import Optimizer
 
-    return Optimizer(model.model, _optimizer_settings(settings), num_updates)
+    return Optimizer(model.model, optimizer_settings(settings), num_updates)
 
 
-def _optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
+def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     from sluice.trainers.optim import OptimizerSettings
 
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})

@@ -4,58 +4,153 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sluice.config import LocalTrainer, RunSection, SftConfig, TrainConfig
+from sluice.config import RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
-from sluice.errors import DataError
+from sluice.errors import DataError, RunStopped
 from sluice.interfaces import Tracker
-from sluice.launch.checked import check, check_sft
+from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_threads
+from sluice.launch.resuming import resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.tracking.console import ConsoleTracker
+from sluice.tracking.resuming import locked, set_aside
 from sluice.tracking.rundir import RunDir, describe_environment
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
 
+if TYPE_CHECKING:
+    from sluice.checkpoint import Saved
 
-def train(resolved: Resolved[TrainConfig], name: str) -> Path:
-    """Run a config to its end and return the run folder. `name` names the run when the config does not."""
-    from sluice.train import train as loop
 
-    config, rollout = resolved.config, resolved.config.rollout
-    checked = check(config)
+def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = None) -> Path:
+    """Run a config to its end and return the run folder. `name` names the run when the config does not.
+
+    With `resume`, or with checkpoint.auto_resume and a folder of that name, it goes on from the newest whole checkpoint there.
+    Raises RunStopped when it was asked to leave, with a checkpoint on disk.
+    """
+    config = resolved.config
+    resume = resume or resumable(config)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(resume))
+        checked = check(config)
+        chat = Chat(load_tokenizer(config.model.path))
+        chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
+        set_threads(config.run)
+        parts = engine_and_trainer(config, checked, chat)
+        if resume:
+            rundir = resume
+        else:
+            rundir = _make_rundir(resolved, name)
+            stack.enter_context(locked(rundir))
+            rundir.explained.write_text(describe(config) + "\n")
+        labels = [spec.label for spec in checked.rewards]
+        tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
+        run = _assembled(config, checked, chat, parts, rundir, tracker, resume is not None)
+        if resume and run.step >= run.num_steps:
+            tracker.close()
+            print(f"{rundir.path} has made its {run.step} steps; with a higher run.num_steps it would go on")
+            return rundir.path
+        _to_the_end(rundir, tracker, _whole(run))
+    return rundir.path
+
+
+def sft(resolved: Resolved[SftConfig], name: str) -> Path:
+    """Fine-tune on given responses and return the run folder."""
+    from sluice.checkpoint import write_checkpoint
+    from sluice.data.batch import Packing
+    from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.sft import num_updates, response_sample, train_sft
+
+    config = resolved.config
+    rows = check_sft(config)
     chat = Chat(load_tokenizer(config.model.path))
-    chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
     set_threads(config.run)
-    engine, trainer, packing, eos_ids = engine_and_trainer(config, checked, chat)
+    samples = [
+        response_sample(i, row.where, chat.encode(row.messages), chat.encode_response(row.response))
+        for i, row in enumerate(rows)
+    ]
+    settings = config.trainer
+    packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
+    updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
+    model = load_policy(config, chat)
+    trainer = Local(model, chat.tokenizer, optimizer_of(settings, model, updates), packing)
+    if longest := max(samples, key=len, default=None):
+        _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)
-    rundir.explained.write_text(describe(config) + "\n")
-    rubric = Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log")
-    parts = tuple(f"rollout/reward/{spec.label}" for spec in checked.rewards) if len(checked.rewards) > 1 else ()
-    tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(config.run.num_steps, extra=parts)])
+    tracker = _trackers(config, rundir, chat, updates)
+
+    async def whole() -> None:
+        await train_sft(
+            trainer,
+            samples,
+            tracker,
+            packing,
+            samples_per_update=settings.samples_per_update,
+            num_epochs=config.run.num_epochs,
+            shuffle_seed=config.run.seed if config.data.shuffle else None,
+            log_every=config.run.log_every,
+        )
+        write_checkpoint(rundir, updates, trainer.snapshot(), {"metric": None})
+
+    with locked(rundir):
+        _to_the_end(rundir, tracker, whole())
+    return rundir.path
+
+
+def _trackers(
+    config: TrainConfig | SftConfig, rundir: RunDir, chat: Chat, num_steps: int, rewards: list[str] | None = None
+) -> Trackers:
+    """Files and console; `rewards` are labels of parts that get a column there."""
+    tracker = Trackers()
+
+    def tell(message: str) -> None:
+        tracker.event("disk_full", message)
+
+    parts = [f"rollout/reward/{label}" for label in rewards or ()]
+    tracker += [
+        FileTracker(rundir, chat.pieces, config.run.disk_wait_s, tell),
+        ConsoleTracker(num_steps, extra=parts),
+    ]
+    return tracker
+
+
+def _assembled(
+    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, tracker: Trackers, resume: bool
+) -> Run:
+    """The run at its first step, or where the newest checkpoint in its folder was written."""
+    from sluice.checkpoint import Checkpoints, read_newest, seed_random_state
+
+    engine, trainer, packing, eos_ids = parts
+    rollout, checkpoint = config.rollout, config.checkpoint
+    prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
+    saved = read_newest(rundir, tracker.event) if resume else None
+    if saved:
+        prompts.check_identity(saved.position["prompts"])
+    limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     run = Run(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
-        rubric=rubric,
+        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log"),
         chat=chat,
         buffer=GroupBuffer(
-            rollout.groups_per_step,
-            rollout.max_staleness,
-            Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups),
+            rollout.groups_per_step, rollout.max_staleness, limits, saved.buffer_state(prompts) if saved else None
         ),
-        prompts=PromptStream(checked.prompts, config.run.seed, config.data.shuffle),
+        prompts=prompts,
         algorithm=checked.algorithm,
         packing=packing,
         sampling=Sampling(
@@ -80,67 +175,71 @@ def train(resolved: Resolved[TrainConfig], name: str) -> Path:
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
         stop_at_reward=config.run.stop_at_reward,
-        checkpoint_every=_checkpoint_every(config),
+        checkpoints=Checkpoints(
+            rundir,
+            keep_last=checkpoint.keep_last,
+            best_metric=checkpoint.best_metric,
+            best=checkpoint.best,
+            disk_wait_s=config.run.disk_wait_s,
+            tell=tracker.event,
+        ),
+        checkpoint_every=checkpoint.every_steps,
     )
+    seed_random_state(config.run.seed)
+    if resume:
+        _go_on(run, saved)
+    return run
 
-    async def whole() -> None:
-        try:
-            await rubric.start()
+
+def _go_on(run: Run, saved: Saved | None) -> None:
+    """Put the trainer where the checkpoint was written, and what was recorded later out of the way."""
+    from sluice.checkpoint import restore_random_state
+
+    if saved:
+        run.step = saved.step
+        run.trainer.restore(str(saved.folder), saved.trainer)
+        restore_random_state(saved.rng)
+    aside = set_aside(run.rundir, run.step)
+    where = f"checkpoint {saved.folder}" if saved else "the first step: there is no checkpoint"
+    later = f"; what was recorded after it is in {aside}" if aside else ""
+    run.tracker.event("resumed", f"from {where}{later}", step=run.step, environment=describe_environment())
+
+
+async def _whole(run: Run) -> None:
+    from sluice.train import train as loop
+
+    try:
+        with _stopping_on_sigterm(run):
+            await run.rubric.start()
             await loop(run)
-        finally:
-            await engine.close()
-            rubric.close()
-
-    _to_the_end(rundir, tracker, whole())
-    return rundir.path
-
-
-def sft(resolved: Resolved[SftConfig], name: str) -> Path:
-    """Fine-tune on given responses and return the run folder."""
-    from sluice.checkpoint import save_checkpoint
-    from sluice.data.batch import Packing
-    from sluice.trainers.local import LocalTrainer as Local
-    from sluice.trainers.sft import num_updates, response_sample, train_sft
-
-    config = resolved.config
-    rows = check_sft(config)
-    chat = Chat(load_tokenizer(config.model.path))
-    set_threads(config.run)
-    samples = [
-        response_sample(i, row.where, chat.encode(row.messages), chat.encode_response(row.response))
-        for i, row in enumerate(rows)
-    ]
-    settings = config.trainer
-    packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
-    updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
-    model = load_policy(config, chat)
-    trainer = Local(model, chat.tokenizer, optimizer_of(settings, model, updates), packing)
-    if longest := max(samples, key=len, default=None):
-        _refuse_too_long(longest.prompt_id, len(longest), trainer)
-    rundir = _make_rundir(resolved, name)
-    tracker = Trackers([FileTracker(rundir, chat.pieces), ConsoleTracker(updates)])
-
-    async def whole() -> None:
-        await train_sft(
-            trainer,
-            samples,
-            tracker,
-            packing,
-            samples_per_update=settings.samples_per_update,
-            num_epochs=config.run.num_epochs,
-            shuffle_seed=config.run.seed if config.data.shuffle else None,
-            log_every=config.run.log_every,
-        )
-        save_checkpoint(trainer, rundir, updates)
-
-    _to_the_end(rundir, tracker, whole())
-    return rundir.path
+        await run.checkpoints.finish()
+    except RunStopped:
+        if run.step:
+            await run.checkpoints.save_now(run)
+        raise RunStopped(
+            f"stopped by SIGTERM after step {run.step}; to go on: sluice train --resume {run.rundir.path}"
+        ) from None
+    finally:
+        await run.engine.close()
+        run.rubric.close()
 
 
-def _checkpoint_every(config: TrainConfig) -> int | None:
-    if not isinstance(config.trainer, LocalTrainer):
-        return None
-    return config.checkpoint.every_steps or config.run.num_steps
+@contextmanager
+def _stopping_on_sigterm(run: Run) -> Generator[None]:
+    """The first SIGTERM lets an update that has begun end, and no other begin; the second one ends the process."""
+    loop = asyncio.get_running_loop()
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop() -> None:
+        loop.remove_signal_handler(signal.SIGTERM)
+        stopping.append(loop.create_task(run.buffer.stop()))
+
+    with suppress(NotImplementedError):  # Windows
+        loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:

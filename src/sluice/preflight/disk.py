@@ -10,7 +10,6 @@ from pathlib import Path
 from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
 from sluice.preflight.findings import Item, size
-from sluice.preflight.folder import ModelFolder
 
 SAMPLED_TOKEN_BYTES = 28
 """In the ledger, for text that does not compress at all: 24 measured with 16,000 tokens, and ratios of later updates."""
@@ -23,7 +22,6 @@ PROMPT_TOKEN_BYTES = 1
 ROW_BYTES = 200
 SHORT = 0.1
 """Responses are taken to be at least this share of rollout.max_new_tokens."""
-MIN_CHECKPOINTS = 3
 
 
 def check_disk(config: TrainConfig | SftConfig, checkpoint_bytes: float, num_checkpoints: int, ledger: float) -> Item:
@@ -31,7 +29,8 @@ def check_disk(config: TrainConfig | SftConfig, checkpoint_bytes: float, num_che
     item, run = Item("disk"), config.run
     folder = Path(run.folder).expanduser()
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if run.name and (folder / run.name).exists():
+    resumes = isinstance(config, TrainConfig) and config.checkpoint.auto_resume
+    if run.name and (folder / run.name).exists() and not resumes:
         item.fail(
             f"the run folder {folder / run.name} exists already; choose another name with run.name=…, or remove the folder"
         )
@@ -52,7 +51,7 @@ def check_disk(config: TrainConfig | SftConfig, checkpoint_bytes: float, num_che
         item.fail(
             f"{num_checkpoints} checkpoints take {size(checkpoints)}, and the ledger {size(ledger)} or, with responses of a tenth of "
             f"the allowed length, a tenth of that; {size(free)} are free. Set run.folder to a larger disk"
-            + (", raise checkpoint.every_steps" if num_checkpoints > 1 else "")
+            + (", lower checkpoint.keep_last" if num_checkpoints > 1 else "")
             + ", or make fewer steps"
         )
     elif total > free:
@@ -72,17 +71,12 @@ def ledger_bytes(config: TrainConfig, algorithm: Algorithm, longest_prompt: int)
     return config.run.num_steps * rollout.groups_per_step * rollout.group_size * per_row
 
 
-def checkpoint_bytes(model: ModelFolder, config: TrainConfig | SftConfig, critic: ModelFolder | None = None) -> float:
-    """Weights, and the state of the optimiser: two moments, and FP32 masters of BF16 weights."""
-    half = config.model.dtype == "bfloat16"
-    per_parameter = (2 + 4 if half else 4) + 8
-    return per_parameter * (model.num_parameters + (critic.num_parameters if critic else 0))
-
-
 def num_checkpoints(config: TrainConfig) -> int:
-    """Those that lie on the disk at the end."""
-    every, steps = config.checkpoint.every_steps, config.run.num_steps
-    return max(MIN_CHECKPOINTS, -(-steps // every)) if every else 1
+    """Those that are on the disk at once: the kept ones, the best one, and the one that is being written."""
+    checkpoint, steps = config.checkpoint, config.run.num_steps
+    written = -(-steps // checkpoint.every_steps) if checkpoint.every_steps else 1
+    kept = written if checkpoint.keep_last is None else checkpoint.keep_last + (checkpoint.best_metric is not None) + 1
+    return min(written, kept)
 
 
 def _further_columns(config: TrainConfig, algorithm: Algorithm) -> Iterator[int]:

@@ -10,6 +10,7 @@ from typing import Literal
 from sluice.errors import SluiceError
 
 Level = Literal["ok", "warning", "failure", "skipped"]
+WORST_LAST: tuple[Level, ...] = ("skipped", "warning", "failure")
 SHOWN = 5
 """Rows that a finding lists."""
 
@@ -31,8 +32,11 @@ class Item:
     @property
     def level(self) -> Level:
         """The worst of the findings."""
-        levels = {level for level, _ in self.findings}
-        return next((level for level in ("failure", "warning", "skipped") if level in levels), "ok")
+        found = {level for level, _ in self.findings}
+        worst: Level = "ok"
+        for level in WORST_LAST:
+            worst = level if level in found else worst
+        return worst
 
     def note(self, text: str) -> None:
         self.findings.append(("ok", text))

@@ -13,7 +13,7 @@ from typing import Any
 from sluice.config import AnyReward, CustomReward, FormatReward, MatchReward, TrainConfig
 from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet
-from sluice.launch.checked import reward_of
+from sluice.launch.checked import checked_reward
 from sluice.preflight.findings import Item, listed, plural
 from sluice.preflight.pattern import response_from
 from sluice.rewards.rubric import Rubric
@@ -70,7 +70,7 @@ def evenly_spread(total: int, count: int) -> list[int]:
 def _check_reward(
     item: Item, reward: AnyReward, config: TrainConfig, prompts: PromptSet, chat: Chat, rows: Sequence[int]
 ) -> None:
-    spec = reward_of(reward)
+    spec = checked_reward(reward)
     if isinstance(reward, FormatReward) or (isinstance(reward, MatchReward) and reward.against == "nothing"):
         item.note(f"{spec.label}: compares with no reference")
         return

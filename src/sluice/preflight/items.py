@@ -12,20 +12,23 @@ from sluice.data.prompts import PromptSet, SftSet
 from sluice.describe import algorithm_of
 from sluice.launch.checked import (
     check_fits,
-    check_sft as pairs_of,
+    check_second,
     check_vocabulary,
+    checked_reward,
     environment_of,
     filter_of,
     prompts_of,
-    reward_of,
     script_of,
     window_of,
 )
-from sluice.preflight.disk import check_disk, checkpoint_bytes, ledger_bytes, num_checkpoints
+from sluice.launch.checked import (
+    check_sft as pairs_of,
+)
+from sluice.preflight.disk import check_disk, ledger_bytes, num_checkpoints
 from sluice.preflight.findings import Item, plural
 from sluice.preflight.folder import ModelFolder, read_chat, read_folder
 from sluice.preflight.gold import check_gold
-from sluice.preflight.memory import check_memory, sft_parts, training_parts
+from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
 from sluice.preflight.prompts import check_ends, check_pairs, check_prompts
 from sluice.preflight.trial import Trial
 
@@ -92,7 +95,7 @@ def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
             yield check_memory(config, sft_parts(config, models["policy"], longest or models["policy"].max_length))
         else:
             yield Item.skipped("memory", _needs("the model's config"))
-        yield check_disk(config, checkpoint_bytes(models["policy"], config) if models else 0, 1, 0)
+        yield check_disk(config, checkpoint_bytes(config, models), len(models), 0)
         if trial is not None:
             yield trial.result()
         else:
@@ -110,7 +113,7 @@ def _names(config: TrainConfig) -> tuple[Item, Algorithm | None]:
         algorithm = algorithm_of(config)
     for reward in config.rewards:
         with item.failing():
-            reward_of(reward)
+            checked_reward(reward)
     for resolve in (environment_of, filter_of, script_of):
         with item.failing():
             resolve(config)
@@ -169,31 +172,33 @@ def _model(
             with item.failing():
                 check_fits(config, policy.vocab_size, policy.max_length)
         if policy and algorithm is not None:
-            _second_models(item, config, algorithm, models)
+            _second_models(item, config, algorithm, models, chat)
         if chat is not None and config.engine.name == "embedded":
             check_ends(item, config, chat, policy.eos_ids if policy else frozenset())
     return item, chat, models
 
 
-def _second_models(item: Item, config: TrainConfig, algorithm: Algorithm, models: dict[str, ModelFolder]) -> None:
-    policy = models["policy"]
-    wanted = {
-        "reference": algorithm.needs_reference,
-        "critic": algorithm.needs_values and config.critic.model == "own",
-    }
-    for name, path in (("reference", config.reference.path), ("critic", config.critic.path)):
-        if not wanted[name]:
-            continue
-        models[name] = policy
-        if path is not None:
+def _second_models(
+    item: Item, config: TrainConfig, algorithm: Algorithm, models: dict[str, ModelFolder], chat: Chat | None
+) -> None:
+    policy, critic = models["policy"], config.critic
+    wanted = [
+        ("reference", config.reference.path, algorithm.needs_reference),
+        ("critic", critic.path, algorithm.needs_values and critic.model == "own"),
+    ]
+    for name, path, is_wanted in wanted:
+        if is_wanted:
+            models[name] = policy
+        if is_wanted and path is not None:
             with item.failing():
-                models[name] = second = read_folder(path, key=f"{name}.path")
-                check_second(config, f"{name}.path={path}", second, policy)
+                models[name] = own = read_folder(path, key=f"{name}.path")
+                if chat is not None:
+                    sizes = (own.vocab_size, own.max_length), (policy.vocab_size, policy.max_length)
+                    check_second(config, f"{name}.path", path, chat, *sizes)
 
 
 def _disk(
     config: TrainConfig, algorithm: Algorithm | None, models: dict[str, ModelFolder], longest_prompt: int
 ) -> Item:
     ledger = ledger_bytes(config, algorithm, longest_prompt) if algorithm else 0
-    each = checkpoint_bytes(models["policy"], config, models.get("critic")) if "policy" in models else 0
-    return check_disk(config, each, num_checkpoints(config) if each else 0, ledger)
+    return check_disk(config, checkpoint_bytes(config, models), num_checkpoints(config) if models else 0, ledger)

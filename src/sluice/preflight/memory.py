@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
@@ -94,6 +95,8 @@ def training_parts(
         Part("activations", activation_bytes(policy, width, batch)),
         Part("logits", CHUNK_BYTES),
     ]
+    if _in_ram(config.model):
+        parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
     if "reference" in models:
         parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
     if "critic" in models:
@@ -110,11 +113,14 @@ def training_parts(
 def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:
     width, trainer = _width(config.model), config.trainer
     batch = _batch(longest_row, trainer.samples_per_update, trainer.tokens_per_micro_batch, trainer.layout)
-    return [
+    parts = [
         *learner("policy", model, width),
         Part("activations", activation_bytes(model, width, batch)),
         Part("logits", CHUNK_BYTES),
     ]
+    if _in_ram(config.model):
+        parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, {"policy": model})))
+    return parts
 
 
 def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
@@ -127,6 +133,13 @@ def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
         Part(f"{of}gradients", count * (FP32 + (width if half else 0)), fixed=True),
         Part(f"{of}AdamW moments", 2 * count * FP32, fixed=True),
     ]
+
+
+def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
+    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights."""
+    width = _width(config.model)
+    per_parameter = width + (FP32 if width < FP32 else 0) + 2 * FP32
+    return per_parameter * sum(models[name].num_parameters for name in ("policy", "critic") if name in models)
 
 
 def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
@@ -149,6 +162,10 @@ def _width(model: ModelSection) -> int:
     return FP32 if model.dtype == "float32" else 2
 
 
+def _in_ram(model: ModelSection) -> bool:
+    return model.device == "cpu" or _cuda_free() is None
+
+
 def _free(model: ModelSection) -> tuple[int, str] | None:
     """Bytes, and where; None where that cannot be found out."""
     if model.device != "cpu" and (cuda := _cuda_free()) is not None:
@@ -158,6 +175,7 @@ def _free(model: ModelSection) -> tuple[int, str] | None:
     return ram, RAM
 
 
+@cache
 def _cuda_free() -> int | None:
     """Of the first visible device, by nvidia-smi, since torch takes seconds to ask."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]

@@ -33,8 +33,8 @@ async def rollout_workers(run: Run) -> AsyncGenerator[None]:
 
 async def _worker(run: Run) -> None:
     while True:
-        ticket, prompt = await run.buffer.admit(run.prompts.next)
-        await run.buffer.put(await rollout_group(run, ticket, prompt))
+        ticket = await run.buffer.admit()
+        await run.buffer.put(await rollout_group(run, ticket, run.prompts[ticket]))
 
 
 async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:

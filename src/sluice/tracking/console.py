@@ -66,6 +66,7 @@ class ConsoleTracker:
         self.console = console or Console(highlight=False)
         self.columns: list[_Column] = []
         self._seen: dict[str, float] = {}
+        self._first_step = 0
         self._start = time.monotonic()
         self._num_lines = 0
         self._bar: Progress | None = None
@@ -83,7 +84,8 @@ class ConsoleTracker:
         if self._num_lines % LINES_PER_HEADER == 0:
             titles = [column.title.rjust(column.width) for column in self.columns]
             self._print(self._line("step", titles, "left"), "bold")
-        left = _duration((time.monotonic() - self._start) / step * (self.num_steps - step)) if step else NO_VALUE
+        made = step - self._first_step
+        left = _duration((time.monotonic() - self._start) / made * (self.num_steps - step)) if made > 0 else NO_VALUE
         self._print(self._line(f"{step}/{self.num_steps}", [column.cell(metrics) for column in self.columns], left))
         self._num_lines += 1
         if self._bar:
@@ -93,6 +95,8 @@ class ConsoleTracker:
         """Samples are for the ledger."""
 
     def event(self, kind: str, message: str, **details: Any) -> None:
+        if kind == "resumed":  # the time that is left is told by the steps that this process has made
+            self._first_step, self._start = details["step"], time.monotonic()
         self._print(f"{kind}: {message}", "yellow")
 
     def close(self) -> None:

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from sluice.errors import ConfigError, DataError
+from sluice.errors import ConfigError, DataError, RunFolderError
 
 GIT_TIMEOUT_S = 10
 
@@ -164,11 +164,51 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)  # the rename itself
+
+
+def sync_folder(path: Path) -> None:
+    """Bring to disk which files there are in a folder."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)
     finally:
         os.close(folder)
+
+
+T = TypeVar("T")
+DISK_POLL_S = 1.0
+
+
+def patiently(write: Callable[[], T], what: str, wait_s: float, tell: Callable[[str], None]) -> T:
+    """Write, and as long as the disk is full, for at most `wait_s`, tell so once and try again.
+
+    `write` leaves nothing behind when it fails. Raises RunFolderError in the end, and at once whatever else goes wrong.
+    """
+    end, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return write()
+        except Exception as error:
+            if not _is_disk_full(error):
+                raise
+            if time.monotonic() >= end:
+                raise RunFolderError(
+                    f"{what} could not be written within {wait_s:g} s (run.disk_wait_s): the disk is full ({error}); make room, "
+                    "then go on with: sluice train --resume RUN_FOLDER"
+                ) from error
+            if not told:
+                tell(f"{what} waits for room on the disk, for at most {wait_s:g} s (run.disk_wait_s): {error}")
+            told = True
+            time.sleep(min(DISK_POLL_S, wait_s))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """The libraries that write weights and tokenisers are not written in Python and pass the reason on as text only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or "Disk quota exceeded" in text
 
 
 def describe_environment() -> dict[str, Any]:

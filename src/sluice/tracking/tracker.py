@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from sluice.interfaces import Tracker
 from sluice.tracking.ledger import Pieces, write_step
-from sluice.tracking.rundir import RunDir, append_line
+from sluice.tracking.rundir import RunDir, append_line, patiently
 from sluice.types import Group, Sample
 
 
 class FileTracker:
     """Writes metrics.jsonl, events.jsonl and the ledger; what a call wrote is on disk when it returns."""
 
-    def __init__(self, rundir: RunDir, pieces: Pieces) -> None:
+    def __init__(
+        self, rundir: RunDir, pieces: Pieces, disk_wait_s: float = 0.0, tell: Callable[[str], None] = print
+    ) -> None:
+        """On a full disk it says so to `tell` and waits for room, `disk_wait_s` at most."""
         self.rundir = rundir
         self.pieces = pieces
+        self._disk_wait_s, self._tell = disk_wait_s, tell
+        self._events: list[dict[str, Any]] = []  # that found no room
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        append_line(self.rundir.metrics, {"step": step, **metrics})
+        self._write(lambda: append_line(self.rundir.metrics, {"step": step, **metrics}), self.rundir.metrics)
 
     def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        write_step(self.rundir, step, groups, samples, self.pieces)
+        self._write(lambda: write_step(self.rundir, step, groups, samples, self.pieces), f"step {step} of the ledger")
 
     def event(self, kind: str, message: str, **details: Any) -> None:
+        """Never waits: one that finds no room on the disk is written with the next that does."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        append_line(self.rundir.events, {"time": now, "kind": kind, "message": message, "details": details})
+        self._events.append({"time": now, "kind": kind, "message": message, "details": details})
+        with suppress(OSError):
+            while self._events:
+                append_line(self.rundir.events, self._events[0])
+                del self._events[0]
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _write(self, write: Callable[[], object], what: object) -> None:
+        patiently(write, str(what), self._disk_wait_s, self._tell)
 
 
 class Trackers(list[Tracker]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,3 +55,13 @@ class Critic:
 
     def optim_step(self, norm: Tensor) -> Metrics:
         return Metrics({name.replace("train/", "train/critic/"): m for name, m in self.optimizer.step(norm).items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {} if self.own_model is None else {"model": self.own_model.model.state_dict()}
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.head.load_state_dict(state["head"])
+        if self.own_model is not None:
+            self.own_model.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -35,5 +35,10 @@ class DryTrainer:
     def weights(self) -> InProcessWeights:
         return InProcessWeights(None)
 
-    def save(self, folder: str) -> None:
-        """There is nothing to save."""
+    def snapshot(self) -> Callable[[str], dict[str, Any]]:
+        """There are no weights; what was trained is the state."""
+        updates = list(self.updates)
+        return lambda folder: {"updates": updates}
+
+    def restore(self, folder: str, state: dict[str, Any]) -> None:
+        self.updates = list(state["updates"])

@@ -45,6 +45,7 @@ class LocalTrainer:
         self.critic = critic
         self.entropy_gradient = entropy_gradient
         self._policy_has_gradient = False
+        self._reference_moved = False
 
     async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
         """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values.
@@ -134,14 +135,62 @@ class LocalTrainer:
         with torch.no_grad():
             for old, new in zip(self.reference.model.parameters(), self.model.model.parameters(), strict=True):
                 old.copy_(new)
+        self._reference_moved = True
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(self.model)
 
-    def save(self, folder: str) -> None:
-        """Model and tokeniser as `transformers` loads them. Raises NonFiniteError for weights that are no numbers."""
-        for name, parameter in self.model.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
-        self.model.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def snapshot(self) -> Callable[[str], dict[str, Any]]:
+        """Copy weights and optimiser state to the CPU; what is returned writes the weights into a folder that `transformers`
+        loads, and gives the rest of the state. It may be called from another thread, while training goes on.
+
+        It raises NonFiniteError for weights that are no numbers.
+        """
+        weights, state = copied(self.model.model.state_dict()), self._rest_of_state()
+
+        def write(folder: str) -> dict[str, Any]:
+            for name, tensor in weights.items():
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
+            self.model.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+            return state
+
+        return write
+
+    def restore(self, folder: str, state: dict[str, Any]) -> None:
+        """Go on where a snapshot was taken; `folder` and `state` are what it wrote and gave."""
+        self.model.load_weights(folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        if "reference" in state:
+            assert self.reference is not None
+            self.reference.model.load_state_dict(state["reference"])
+            self._reference_moved = True
+
+    def _rest_of_state(self) -> dict[str, Any]:
+        """All but the policy's weights; the reference's only if they are no longer those of its folder."""
+        state: dict[str, Any] = {"optimizer": copied(self.optimizer.state_dict())}
+        if self.critic is not None:
+            state["critic"] = copied(self.critic.state_dict())
+        if self.reference is not None and self._reference_moved:
+            state["reference"] = copied(self.reference.model.state_dict())
+        return state
+
+
+def copied(state: Any) -> Any:
+    """A copy of a tree of tensors on the CPU, in which what was one tensor is one again (weights may be tied)."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else object()
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        return [copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return copy(state)

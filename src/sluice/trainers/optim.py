@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -92,3 +92,17 @@ class Optimizer:
                     param.copy_(master)
         self.update += 1
         return Metrics({"train/grad_norm": Mean(norm), "train/learning_rate": Last(learning_rate)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the model does not hold."""
+        state: dict[str, Any] = {"update": self.update, "adamw": self.adamw.state_dict()}
+        return state | ({"masters": self.masters} if self.own_masters else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The model's weights are loaded first; those of masters of their own are rounded from these."""
+        self.update = state["update"]
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for param, master, saved in zip(self.params, self.masters, state.get("masters", self.masters), strict=True):
+                master.copy_(saved)
+                param.copy_(master)
