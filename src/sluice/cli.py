@@ -230,6 +230,7 @@ def _show(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     config = _load(args, args.sft).config
     from sluice.preflight import check_sft, check_training
+    from sluice.preflight.findings import plural
 
     start = time.monotonic()
     items = check_sft(config, args.offline) if args.sft else check_training(config, args.rows, args.offline)
@@ -237,10 +238,9 @@ def _check(args: argparse.Namespace) -> int:
     for item in items:
         print(item.text(), flush=True)
         levels += [level for level, _ in item.findings]
-    failures, warnings = levels.count("failure"), levels.count("warning")
-    verdict = "nothing stands against this run" if not failures else "this run would fail, or be in vain"
-    print(f"{verdict}: {failures} failures, {warnings} warnings, {time.monotonic() - start:.0f} s")
-    return 2 if failures else 0
+    failures, warnings = (plural(levels.count(level), level) for level in ("failure", "warning"))
+    print(f"{failures}, {warnings}, {time.monotonic() - start:.0f} s")
+    return 2 if "failure" in levels else 0
 
 
 def _explain(args: argparse.Namespace) -> None:

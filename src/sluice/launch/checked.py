@@ -54,7 +54,9 @@ def checked_reward(reward: AnyReward) -> RewardSpec:
 
 def environment_of(config: TrainConfig) -> Callable[..., Any]:
     name = config.rollout.environment
-    return single_turn if name == "single_turn" else _hook("rollout.environment", name, "prompt", "policy", awaited=True)
+    return (
+        single_turn if name == "single_turn" else _hook("rollout.environment", name, "prompt", "policy", awaited=True)
+    )
 
 
 def filter_of(config: TrainConfig) -> Callable[..., Any] | None:

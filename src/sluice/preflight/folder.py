@@ -151,13 +151,14 @@ def _header(file: Path, where: str) -> int:
             if size > LONGEST_HEADER:
                 raise ValueError
             length = os.fstat(opened.fileno()).st_size
-            header = json.loads(opened.read(size)) if size < length else None
-        tensors = [tensor for name, tensor in (header or {}).items() if name != "__metadata__"]
+            whole = 8 + size <= length
+            header = json.loads(opened.read(size)) if whole else {}
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
         end = 8 + size + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
         elements = sum(math.prod(tensor["shape"]) for tensor in tensors)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{where}: {file.name} is no safetensors file; download it again") from None
-    if header is None or end != length:
+    if not whole or end != length:
         raise ConfigError(
             f"{where}: {file.name} has {length} bytes where its header asks for {end}: it is cut short; download it again"
         )

@@ -29,11 +29,10 @@ from sluice.preflight.findings import Item, plural
 from sluice.preflight.folder import ModelFolder, read_chat, read_folder
 from sluice.preflight.gold import check_gold
 from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
-from sluice.preflight.prompts import check_ends, check_pairs, check_prompts
+from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
 from sluice.preflight.trial import Trial
 
 NO_MODEL = "trainer.name=dry loads no model"
-OFFLINE = "not with --offline"
 
 
 def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterator[Item]:
@@ -43,16 +42,15 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
     """
     names, algorithm = _names(config)
     yield names
-    data, prompts = _data(config)
-    yield data
-    model, chat, models = _model(config, algorithm)
-    yield model
-    policy = models.get("policy")
     with ExitStack() as stack:
         trial = None
-        broken = [item.name for item in (names, data, model) if item.level == "failure"]
-        if not offline and not broken:
+        if not offline and names.level != "failure":
             trial = stack.enter_context(Trial(config))  # beside the rest, since it takes longest
+        data, prompts = _data(config)
+        yield data
+        model, chat, models = _model(config, algorithm)
+        yield model
+        policy, broken = models.get("policy"), _broken(names, data, model)
         longest = 0
         if prompts is not None and chat is not None:
             found, longest = check_prompts(config, prompts, chat, policy)
@@ -69,10 +67,7 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
         else:
             yield Item.skipped("memory", NO_MODEL if config.trainer.name == "dry" else _needs("the model's config"))
         yield _disk(config, algorithm, models, longest)
-        if trial is not None:
-            yield trial.result()
-        else:
-            yield Item.skipped("trial", OFFLINE if offline else f"not before {' and '.join(broken)} are mended")
+        yield _result(trial, broken)
 
 
 def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
@@ -81,10 +76,11 @@ def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
     yield data
     model, chat, models = _model(config, None)
     yield model
+    broken = _broken(data, model)
     with ExitStack() as stack:
         trial, longest = None, 0
-        broken = [item.name for item in (data, model) if item.level == "failure"]
         if not offline and not broken:
+            assert pairs is not None
             trial = stack.enter_context(Trial(config, pairs))
         if pairs is not None and chat is not None and "policy" in models:
             found, longest = check_pairs(config, pairs, chat, models["policy"])
@@ -96,10 +92,18 @@ def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
         else:
             yield Item.skipped("memory", _needs("the model's config"))
         yield check_disk(config, checkpoint_bytes(config, models), len(models), 0)
-        if trial is not None:
-            yield trial.result()
-        else:
-            yield Item.skipped("trial", OFFLINE if offline else f"not before {' and '.join(broken)} are mended")
+        yield _result(trial, broken)
+
+
+def _broken(*items: Item) -> str:
+    """The names of those that failed."""
+    return " and ".join(item.name for item in items if item.level == "failure")
+
+
+def _result(trial: Trial | None, broken: str) -> Item:
+    if broken:
+        return Item.skipped("trial", f"not before {broken} is mended")
+    return Item.skipped("trial", "not with --offline") if trial is None else trial.result()
 
 
 def _needs(what: str) -> str:
@@ -160,10 +164,9 @@ def _model(
     else:
         item.summary = f"the tokeniser of {settings.path}; {NO_MODEL}"
     if policy := models.get("policy"):
-        positions = f"{policy.max_length} positions" if policy.max_length < 2**31 else "no limit of positions"
-        item.summary = (
-            f"{policy.config.model_type}, {policy.num_parameters:,} parameters ({policy.counted}), {policy.vocab_size} ids, {positions}"
-        )
+        positions = f"{policy.max_length} positions" if policy.max_length < NO_LIMIT else "no limit of positions"
+        item.summary = f"{policy.config.model_type}, {policy.num_parameters:,} parameters ({policy.counted}), "
+        item.summary += f"{policy.vocab_size} ids, {positions}"
         if chat is not None:
             with item.failing():
                 check_vocabulary(f"model.path={settings.path}", len(chat.tokenizer), policy.vocab_size)

@@ -15,10 +15,12 @@ from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 
 FP32 = 4
-PROCESS_BYTES = 700 * 2**20
-"""Python, torch and transformers."""
-CHUNK_BYTES = 4 * 2**26
-"""Logits of a chunk (`trainers.logprobs`), their log-softmax, and the gradients of both."""
+PROCESS_BYTES = 450 * 2**20
+"""Python, torch, transformers and matplotlib on a CPU."""
+CHUNK_ELEMENTS = 2**24
+"""Logits that the trainer holds at once (`trainers.logprobs`)."""
+CHUNK_COPIES = 4
+"""They, their log-softmax, and the gradients of both."""
 DECODE_COPIES = 4
 """Logits of all slots, tempered, as probabilities and summed up."""
 CACHE_STEP = 64
@@ -80,9 +82,7 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
     return item
 
 
-def training_parts(
-    config: TrainConfig, models: dict[str, ModelFolder], longest_prompt: int, window: int
-) -> list[Part]:
+def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_prompt: int, window: int) -> list[Part]:
     """Of all `models` (policy, and reference and critic where there are any), for prompts of at most that many tokens."""
     policy, width, rollout = models["policy"], _width(config.model), config.rollout
     samples = rollout.groups_per_step * rollout.group_size
@@ -93,7 +93,7 @@ def training_parts(
     parts = [
         *learner("policy", policy, width),
         Part("activations", activation_bytes(policy, width, batch)),
-        Part("logits", CHUNK_BYTES),
+        Part("logits", logits_bytes(policy, width, batch)),
     ]
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
@@ -103,9 +103,11 @@ def training_parts(
         parts += learner("critic", models["critic"], width)
         parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
-        slots = min(config.engine.num_slots, samples * (rollout.max_staleness + 1))
+        groups = rollout.groups_per_step * (rollout.max_staleness + 1)
+        slots = min(config.engine.num_slots, groups * rollout.group_size)
         length = -(-longest // CACHE_STEP) * CACHE_STEP
-        parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + config.engine.prefill_tokens)))
+        prefill = min(config.engine.prefill_tokens, groups * longest)
+        parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + prefill)))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     return parts
 
@@ -116,7 +118,7 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     parts = [
         *learner("policy", model, width),
         Part("activations", activation_bytes(model, width, batch)),
-        Part("logits", CHUNK_BYTES),
+        Part("logits", logits_bytes(model, width, batch)),
     ]
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, {"policy": model})))
@@ -152,6 +154,12 @@ def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
         per_token += 3 * config.num_attention_heads * (batch.tokens if batch.packed else batch.longest)
     mask = batch.tokens**2 * (1 + width) if batch.packed else 0
     return batch.tokens * config.num_hidden_layers * per_token * width + mask
+
+
+def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
+    """A chunk of logits; and for a BF16 model its head in FP32, with a gradient of its own."""
+    head = 2 * model.vocab_size * model.config.hidden_size if width < FP32 else 0
+    return FP32 * (head + CHUNK_COPIES * min(CHUNK_ELEMENTS, batch.tokens * model.vocab_size))
 
 
 def _batch(longest: int, samples: int, tokens_per_micro_batch: int, layout: str) -> Batch:

@@ -44,7 +44,7 @@ class Encoded:
         top = sorted(range(len(self.lengths)), key=lambda k: -self.lengths[k])[:NUM_LONGEST]
         longest = ", ".join(f"{where(self.rows[k])} ({self.lengths[k]})" for k in top)
         return (
-            f"{ordered[0]} to {ordered[-1]} tokens, half of them at most {ordered[len(ordered) // 2]}",
+            f"{ordered[0]} to {ordered[-1]} tokens, half of the rows at most {ordered[len(ordered) // 2]}",
             f"the longest: {longest}",
         )
 
@@ -63,7 +63,7 @@ def check_prompts(config: TrainConfig, prompts: PromptSet, chat: Chat, model: Mo
     if encoded.repeats:
         lines = [f"{where(again)} is {where(first)} again" for again, first in encoded.repeats]
         item.warn(
-            f"{plural(len(lines), 'prompt')} of {total} came before, and would be sampled more often than others; "
+            f"{len(lines)} of {total} prompts have come before, so they would be sampled more often than others; "
             f"remove what is not meant:\n{listed(lines)}"
         )
     if encoded.unroled:

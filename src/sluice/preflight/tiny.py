@@ -1,4 +1,4 @@
-"""The process of a trial: `python -m sluice.preflight.tiny train|sft FOLDER LIMIT_S`.
+"""The process of a trial: `python -m sluice.preflight.tiny train|sft FOLDER START_LIMIT_S LIMIT_S`.
 
 Makes a tiny copy of the model that FOLDER/trial.yaml names, runs that config with it, and writes FOLDER/ended.json.
 """
@@ -30,7 +30,9 @@ class NotShrinkable(ConfigError):
     """A model of which no tiny copy can be made, and that is not small itself: no fault of the config."""
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, start_limit_s: float, limit_s: float) -> None:
+    """At a limit it writes where every thread is and ends the process, whatever holds it up."""
+    faulthandler.dump_traceback_later(start_limit_s, exit=True)
     root = SftConfig if kind == "sft" else TrainConfig
     file = str(folder / "trial.yaml")
     end = {"error": None, "kind": "", "model": "no model"}
@@ -39,17 +41,15 @@ def main(kind: str, folder: Path) -> None:
         settings: list[str] = []
         if isinstance(config, SftConfig) or config.trainer.name == "local":
             end["model"], settings = tiny_model(config, folder / "model")
-        _run(load(root, [file], settings))
+        resolved: Any = load(root, [file], settings)
+        from sluice.launch import sft, train
+
+        faulthandler.dump_traceback_later(limit_s, exit=True)
+        sft(resolved, "trial") if kind == "sft" else train(resolved, "trial")
     except Exception as error:
         message = str(error) if isinstance(error, SluiceError) else first_line(error)
         end |= {"error": message, "kind": type(error).__name__}
     (folder / "ended.json").write_text(json.dumps(end))
-
-
-def _run(resolved: Any) -> None:
-    from sluice.launch import sft, train
-
-    (sft if isinstance(resolved.config, SftConfig) else train)(resolved, "trial")
 
 
 def tiny_model(config: TrainConfig | SftConfig, folder: Path) -> tuple[str, list[str]]:
@@ -113,6 +113,4 @@ def _copy_the_rest(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Writes where every thread is and ends the process, whatever holds it up.
-    faulthandler.dump_traceback_later(float(sys.argv[3]), exit=True)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

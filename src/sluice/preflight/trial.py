@@ -27,9 +27,10 @@ from sluice.preflight.findings import Item
 from sluice.tracking.ledger import read_step
 from sluice.tracking.rundir import RunDir, read_lines
 
-LIMIT_S = 180
+START_LIMIT_S, LIMIT_S = 120, 120
+"""For importing torch and making the model, and for the run."""
 KILLED_AFTER_S = 15
-"""After the limit, should the process not end itself, and say where it was."""
+"""After the limits, should the process not end itself, and say where it was."""
 MAX_NEW_TOKENS = 16
 ATTEMPT_LIMIT_S = 45.0
 """Longest attempt at a prompt here, whatever rollout.timeout_s allows."""
@@ -52,7 +53,15 @@ class Trial:
         kind = "sft" if isinstance(config, SftConfig) else "train"
         with open(self._path / "output", "wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sluice.preflight.tiny", kind, str(self._path), str(LIMIT_S)],
+                [
+                    sys.executable,
+                    "-m",
+                    "sluice.preflight.tiny",
+                    kind,
+                    str(self._path),
+                    str(START_LIMIT_S),
+                    str(LIMIT_S),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -71,7 +80,7 @@ class Trial:
     def result(self) -> Item:
         item = Item("trial")
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LIMIT_S + KILLED_AFTER_S)
+            self._process.wait(START_LIMIT_S + LIMIT_S + KILLED_AFTER_S)
         ended = self._path / "ended.json"
         if not ended.exists():
             item.fail(self._death())
@@ -130,10 +139,10 @@ class Trial:
             own = [frame for frame in frames if "/sluice/" not in frame[0] and "/lib/python" not in frame[0]]
             where = " at {}:{}".format(*(own or frames)[0])
         if "Timeout (" in output:
-            return f"no end after {LIMIT_S} s; it was{where}. See that no call waits for ever"
+            return f"no end within {LIMIT_S} s; it was{where}. See that no call waits for ever"
         code = self._process.poll()
         if code is None:
-            return f"no end after {LIMIT_S + KILLED_AFTER_S} s, and it would not end itself; it was killed"
+            return f"no end within {START_LIMIT_S + LIMIT_S} s, and it would not end itself; it was killed"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         last = output.strip().splitlines()[-1:]
         return f"its process {how}{where}" + (f": {last[0]}" if last else "")
