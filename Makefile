@@ -41,6 +41,7 @@ browser:
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/overhead.py
 
 lint: setup
 	$(BIN)/ruff check .

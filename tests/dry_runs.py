@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from makers import CHAT_TEMPLATE, make_bpe_tokenizer
 from sluice.algorithms import resolve
+from sluice.checks import Checker
+from sluice.configsafety import ChecksSection
 from sluice.data.batch import Packing
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream, load_prompts
@@ -30,6 +32,13 @@ EOS = 1
 GROUPS_PER_STEP = 3
 GROUP_SIZE = 2
 NUM_STEPS = 14
+SEVERITIES = {
+    **ChecksSection().severities(),
+    "weights_match": "off",
+    "first_update_ratio": "off",
+    "padded_packed": "off",
+}
+"""All checks that need no model, as they are by default."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ class Notes:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics[step] = metrics
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
         self.groups[step], self.samples[step] = list(groups), list(samples)
 
     def event(self, kind: str, message: str, **details: Any) -> None:
@@ -146,6 +157,7 @@ class Workshop:
             "packing": Packing(updates_per_batch=2, tokens_per_micro_batch=256, layout="rows"),
             "sampling": Sampling(max_new_tokens=16),
             "tracker": Notes(),
+            "checks": Checker(SEVERITIES, logprob_tolerance=2e-4, max_error_share=0.5),
             "rundir": SimpleNamespace(),
             "seed": seed,
             "num_steps": NUM_STEPS,

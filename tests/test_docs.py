@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -78,7 +79,7 @@ def commands() -> list[Found]:
         for line in block.text.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
     ]
-    inline = re.compile(r"`(sluice (?:train|sft|report|config \w+|analyze [\w-]+) [^`\n]+)`")
+    inline = re.compile(r"`(sluice (?:train|sft|report|replay|config \w+|analyze [\w-]+) [^`\n]+)`")
     in_text = [Found(label(page), text) for page in PAGES for text in inline.findall(page.read_text())]
     comment = re.compile(r"^# .*?((?:sluice|python) .+)$", re.MULTILINE)
     in_recipes = [Found(path.name, text) for path in RECIPES for text in comment.findall(path.read_text())]
@@ -162,7 +163,7 @@ def checkpoint_of(run: str) -> str:
 def test_every_kind_of_command_is_found():
     """The pages have not changed their form under this file."""
     said = " ".join(found.text for found in commands())
-    ours = (f"sluice {name}" for name in ("train", "sft", "report", "config check", "analyze"))
+    ours = (f"sluice {name}" for name in ("train", "train --resume", "sft", "report", "replay", "config check", "analyze"))
     for word in ("make demo", "pip install", *ours):
         assert word in said
     assert not EXCEPTIONS.keys() - {found.text for found in commands()}, "exceptions of commands that are gone"
@@ -221,6 +222,9 @@ def filled_in(words: list[str], elsewhere: Path) -> list[str]:
         "model.path=FOLDER_OF_THE_BASE_MODEL": f"model.path={checkpoint_of('runs/base')}",
     }
     words = [places.get(word, word) for word in words]
+    if "--resume" in words:
+        run = shutil.copytree("runs/NAME", elsewhere / "NAME")
+        return [str(run) if word == "runs/NAME" else re.sub(r"(num_steps)=\d+", r"\1=3", word) for word in words]
     if words[0] in ("train", "sft"):
         words += [*(SMALL_SFT if is_sft else SMALL), f"run.folder={elsewhere}"]
     return words

@@ -29,6 +29,7 @@ LEVELS = [
     ["environments", "weights"],
     ["engines", "trainers"],
     ["rollout"],
+    ["checks"],
     ["checkpoint", "update"],
     ["train", "replay", "viewer", "describe", "analysis"],
     ["launch"],
@@ -41,14 +42,8 @@ READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
     "torch": {
-        "algorithms",
-        "data.batch",
-        "engines",
-        "trainers",
-        "rollout.metrics",
-        "update",
-        "checkpoint",
-        "analysis.binary_reward",
+        *("algorithms", "data.batch", "weights.fingerprint", "engines", "trainers"),
+        *("rollout.metrics", "update", "checkpoint", "analysis.binary_reward"),
     },
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},

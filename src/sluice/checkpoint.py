@@ -29,6 +29,8 @@ from sluice.tracking.rundir import RunDir, patiently, sync_folder
 from sluice.types import Completion, Group, Trajectory, Turn
 
 STATE, POSITION, CHECKSUMS = "trainer_state.pt", "run_state.json", "checksums.json"
+FORMAT = 1
+"""Of these files; another one means another sluice."""
 Write = Callable[[str], dict[str, Any]]
 """What a trainer's snapshot returns."""
 
@@ -105,6 +107,11 @@ class Saved:
     trainer: dict[str, Any]
     rng: dict[str, Any]
 
+    def is_end_of(self, num_steps: int, stop_at_reward: float | None) -> bool:
+        """Whether a run of so many steps, or up to such a reward, ends here."""
+        reached = self.position["reward_reached"]
+        return self.step >= num_steps or (reached is not None and reached == stop_at_reward)
+
     def buffer_state(self, prompts: Any) -> BufferState:
         """`prompts` gives the prompt of a ticket."""
         state = self.position["buffer"]
@@ -129,7 +136,7 @@ def write_checkpoint(
         trainer = write(str(unfinished))
         with open(unfinished / STATE, "wb") as file:
             torch.save({"trainer": trainer, "rng": rng or {}}, file)
-        (unfinished / POSITION).write_text(json.dumps({"step": step, **position}))
+        (unfinished / POSITION).write_text(json.dumps({"format": FORMAT, "step": step, **position}))
         if rundir.config.exists():
             shutil.copyfile(rundir.config, unfinished / "run_config.yaml")
         _seal(unfinished)
@@ -141,27 +148,32 @@ def write_checkpoint(
     return final
 
 
-def read_newest(rundir: RunDir, tell: Callable[[str, str], None], before: int | None = None) -> Saved | None:
-    """The newest whole checkpoint (of a step below `before`), or None where there never was one.
-
-    One that is damaged is passed over with an event. Raises RunFolderError when there are some and none is whole.
-    """
+def read_newest(rundir: RunDir, before: int | None = None) -> tuple[Saved | None, list[str]]:
+    """The newest whole checkpoint (of a step below `before`), None where there never was one; and what is wrong with those
+    that are newer. Raises RunFolderError when there are some and none is whole."""
     folders = [folder for folder in checkpoint_folders(rundir) if before is None or step_of(folder) < before]
+    damage: list[str] = []
     for folder in reversed(folders):
-        if damage := damage_of(folder):
-            tell("checkpoint_damaged", f"{folder} cannot be used, and the one before it is taken: {damage}")
+        if what := damage_of(folder):
+            damage.append(f"{folder} cannot be used: {what}")
         else:
-            return read_checkpoint(folder)
-    if folders and before is None:
+            return read_checkpoint(folder), damage
+    if damage and before is None:
         raise RunFolderError(
-            f"none of the {len(folders)} checkpoints in {rundir.checkpoints} is whole; restore one from a backup, or remove the "
-            "folder to begin again from the first step"
+            f"none of the {len(damage)} checkpoints in {rundir.checkpoints} is whole ({damage[0]}); restore one from a backup, "
+            "or remove the folder to begin again from the first step"
         )
-    return None
+    return None, damage
 
 
 def read_checkpoint(folder: Path) -> Saved:
+    """Raises RunFolderError for one of another sluice."""
     position = json.loads((folder / POSITION).read_text())
+    if position.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{folder} was written by a sluice that writes checkpoints otherwise; go on with that one (environment.json names "
+            "its version), or begin a new run with model.path at this folder"
+        )
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     return Saved(folder, position["step"], position, state["trainer"], state["rng"])
 
@@ -207,7 +219,9 @@ def position_of(run: Run, metric: float | None) -> dict[str, Any]:
     }
     return {
         "metric": metric,
+        "reward_reached": run.stop_at_reward if run.reward_reached else None,
         "prompts": run.prompts.identity(),
+        "checks": run.checks.state_dict(),
         "buffer": {
             "head": buffer.head,
             "next_ticket": buffer.next_ticket,

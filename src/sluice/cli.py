@@ -68,11 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(command("sft", _sft, "fine-tune a model on given responses"))
     replay = command("replay", _replay, "make recorded steps again and compare every number")
     replay.add_argument("run", help="run folder")
-    replay.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="what if: settings of algorithm and trainer for the last step"
-    )
     replay.add_argument("--step", type=_step_or_steps, required=True, metavar="N|A:B", help="a step, or from A to B")
     replay.add_argument("--algorithm", metavar="NAME", help="what if: another row of the table for the last step")
+    replay.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what if: other settings of algorithm and trainer for the last step",
+    )
     replay.add_argument("--rewards", action="store_true", help="score the recorded responses again instead")
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
@@ -195,7 +199,7 @@ def _replay(args: argparse.Namespace) -> None:
     from sluice.launch import replay, score_again
 
     first, last = args.step
-    what_if = args.algorithm is not None or args.settings
+    what_if = args.algorithm is not None or args.set
     if args.rewards:
         if what_if:
             raise ConfigError(
@@ -204,7 +208,7 @@ def _replay(args: argparse.Namespace) -> None:
         count, lines = score_again(args.run, first, last)
         print("\n".join([*lines, f"{len(lines)} of {count} scores are other than recorded"]))
         return
-    outcomes = replay(args.run, first, last, args.algorithm, args.settings)
+    outcomes = replay(args.run, first, last, args.algorithm, args.set)
     for outcome in outcomes[: -1 if what_if else None]:
         print(f"step {outcome.step}: {outcome.difference or f'identical ({outcome.num_samples} samples)'}")
     if what_if:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
-from sluice.configsafety import CheckpointSection
+from sluice.configsafety import CheckpointSection, ChecksSection
 from sluice.configtraining import (
     AlgorithmSection,
     CriticSection,
@@ -223,6 +223,7 @@ class TrainConfig(Section):
     """Processes that compute rewards."""
     trainer: Annotated[LocalTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
     checkpoint: CheckpointSection = CheckpointSection()
+    checks: ChecksSection = ChecksSection()
 
     @model_validator(mode="after")
     def _rooms_fit(self) -> TrainConfig:
@@ -292,6 +293,37 @@ class TrainConfig(Section):
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so no response is worth anything; give one a weight")
         return self
+
+    @model_validator(mode="after")
+    def _checks_fit(self) -> TrainConfig:
+        """A default that has nothing to look at is let be: what `config show` prints must be readable again."""
+        severities = self.checks.severities()
+        for name, why in self.idle_checks().items():
+            if severities[name] not in ("off", ChecksSection.model_fields[name].default):
+                raise ValueError(f"checks.{name}={severities[name]} has no effect: {why}; leave it out")
+        default = ChecksSection.model_fields["max_error_share"].default
+        if severities["outcome_budget"] == "off" and self.checks.max_error_share != default:
+            raise ValueError(
+                "checks.max_error_share has no effect with checks.outcome_budget=off; leave one of them out"
+            )
+        compared = {"first_update_ratio", "padded_packed"} - self.idle_checks().keys()
+        if self.checks.logprob_tolerance is not None and all(severities[name] == "off" for name in compared):
+            raise ValueError(
+                "checks.logprob_tolerance has no effect: neither checks.first_update_ratio nor checks.padded_packed is made; leave it out"
+            )
+        return self
+
+    def idle_checks(self) -> dict[str, str]:
+        """The checks that have nothing to look at in this run, and why."""
+        idle: dict[str, str] = {}
+        if self.engine.name == "scripted":
+            why = "engine.name=scripted has no weights and says log-prob 0 for every token"
+            idle |= {"weights_match": why, "first_update_ratio": why}
+        if self.trainer.name == "dry":
+            idle |= dict.fromkeys(("padded_packed", "entropy"), "trainer.name=dry has no model")
+        if self.rollout.group_size == 1:
+            idle["equal_rewards"] = "rollout.group_size=1 makes the rewards of every group equal"
+        return idle
 
 
 class SftConfig(Section):

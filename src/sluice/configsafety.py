@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from sluice.configbase import Section
+from sluice.configbase import FinitePositive, Section
+
+Severity = Literal["off", "warn", "stop"]
 
 
 class CheckpointSection(Section):
@@ -19,7 +21,7 @@ class CheckpointSection(Section):
     best: Literal["max", "min"] = "max"
     """Which value of `best_metric` is the best."""
     auto_resume: bool = False
-    """Go on in the folder of run.name when there is one, as `sluice train --resume` does: for jobs that a cluster starts again."""
+    """Go on in the folder of run.name when there is one, as `--resume` does: for jobs that a cluster starts again."""
 
     @model_validator(mode="after")
     def _kept(self) -> CheckpointSection:
@@ -33,5 +35,49 @@ class CheckpointSection(Section):
         return self
 
 
-RESUMABLE = ("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers", "checkpoint.")
+class ChecksSection(Section):
+    weights_match: Severity = "stop"
+    """The engine decodes with the weights that the trainer has published."""
+    first_update_ratio: Severity = "stop"
+    """Engine and trainer give samples of the present weights the same log-probs."""
+    staleness: Severity = "stop"
+    """No group is trained more than rollout.max_staleness updates after it was sampled."""
+    trained_once: Severity = "stop"
+    """Every group is trained or rejected, once, in order, also across a resume."""
+    groups_whole: Severity = "stop"
+    """Every sample says of its tokens, reward and group what the engine and the reward said."""
+    advantages: Severity = "stop"
+    """Advantages sum to zero where the algorithm says so, and follow the rewards."""
+    loss_mask: Severity = "stop"
+    """There is a loss on the tokens that the policy wrote, and on no other."""
+    loss_scale: Severity = "stop"
+    """Every sample weighs in its update what the aggregation promises."""
+    padded_packed: Severity = "stop"
+    """The trainer's log-probs of a sample do not depend on the samples beside it."""
+    finite: Severity = "stop"
+    """No reward, log-prob, value or advantage is nan or infinite, and no log-prob positive."""
+    outcome_budget: Severity = "stop"
+    """Not more than max_error_share of a step's attempts end without a score."""
+    entropy: Severity = "warn"
+    """The entropy has neither collapsed nor run away while the reward did not rise."""
+    response_length: Severity = "warn"
+    """Responses have neither grown into the limit nor shrunk without more reward."""
+    repetition: Severity = "warn"
+    """Responses have not come to repeat themselves."""
+    equal_rewards: Severity = "warn"
+    """Not nearly all groups have equal rewards, which carry no signal."""
+    max_error_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of a step's attempts that may end in error or timeout (outcome_budget)."""
+    logprob_tolerance: FinitePositive | None = None
+    """Nats by which two log-probs of a token may differ in the mean over a batch, five times that over a sample
+    (first_update_ratio, padded_packed); left out, 2e-4 for float32 and 0.05 for bfloat16."""
+
+    def severities(self) -> dict[str, Severity]:
+        """Of every check, by its name."""
+        return {
+            name: getattr(self, name) for name, field in type(self).model_fields.items() if field.annotation == Severity
+        }
+
+
+RESUMABLE = ("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers", "checkpoint.", "checks.")
 """Keys that may be other when a run goes on: none of them changes what was done until then."""

@@ -38,6 +38,10 @@ class RewardError(RolloutError):
     """A reward raised, never returned, or returned something that is no score."""
 
 
+class CheckError(SluiceError):
+    """An invariant of the run that does not hold; what is wrong with it, and where."""
+
+
 class TrainingError(SluiceError):
     """An update that must not be made."""
 

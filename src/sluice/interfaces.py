@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sluice.types import Completion, Group, Message, Prompt, Sample, Sampling, Trajectory, Turn
@@ -41,6 +41,10 @@ class LanguageModel(Protocol):
         """[T, H] → [T, V] in FP32, whatever the weights' dtype."""
         ...
 
+    def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Every trained tensor, once."""
+        ...
+
 
 class Engine(Protocol):
     """Turns prompts into completions."""
@@ -51,8 +55,15 @@ class Engine(Protocol):
         """Returns when every later token is made by these weights."""
         ...
 
+    async def fingerprint(self) -> str | None:
+        """Of the weights that it decodes with, by its own reading and not from what it was told; None without weights."""
+        ...
+
     async def close(self) -> None: ...
 
+
+Layout = Literal["rows", "packed"]
+"""How samples are put before a model: side by side and padded, or one after the other."""
 
 TrainerOutput = Literal["old_logprobs", "ref_logprobs", "values"]
 """What a trainer can say of samples before it updates on them: a field of theirs."""
@@ -61,8 +72,10 @@ TrainerOutput = Literal["old_logprobs", "ref_logprobs", "values"]
 class Trainer(Protocol):
     """Turns batches into updates."""
 
-    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
-        """Fill the field `output` of the samples: by the policy's, the reference's or the critic's weights as they are."""
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput, layout: Layout | None = None) -> None:
+        """Fill the field `output` of the samples: by the policy's, the reference's or the critic's weights as they are.
+
+        In the trainer's own layout, if none is given."""
         ...
 
     async def forward_backward(self, minibatch: Any, loss: Callable[..., Any] | None) -> Metrics:
@@ -76,6 +89,10 @@ class Trainer(Protocol):
         ...
 
     def weights(self) -> Weights: ...
+
+    async def fingerprint(self) -> str | None:
+        """Of the policy's weights as they are; None without weights."""
+        ...
 
     def snapshot(self) -> Callable[[str], dict[str, Any]]:
         """Copy the state. What is returned writes the weights into a folder that `transformers` loads and gives the rest of
@@ -113,7 +130,11 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None: ...
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
+        """`fingerprint` is that of the weights after the step; None when there was no update, or there are no weights."""
+        ...
 
     def event(self, kind: str, message: str, **details: Any) -> None: ...
 

@@ -64,7 +64,7 @@ class Outcome:
 async def replay_step(replay: Replay, rundir: RunDir) -> Outcome:
     """Make the next step again from its recorded samples, and compare. Raises DataError when it is not on record."""
     step = replay.step + 1
-    rows = [row for row in ledger.read_step(rundir, step).to_pylist() if row["trained"]]
+    rows = [row for row in ledger.read_step(rundir, step).to_pylist() if row["loss_weights"]]
     if not rows:
         raise DataError(f"step {step} of {rundir.path} trained on nothing, so there is nothing to replay")
     recorded = _recorded_metrics(rundir, step)

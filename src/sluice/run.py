@@ -15,18 +15,22 @@ from sluice.types import Group, Sampling
 
 
 class Timer:
-    """Seconds spent per phase of a step, as `perf/PHASE_s`."""
+    """Seconds spent per phase of a step, as `perf/PHASE_s`; a phase inside another counts for itself only."""
 
     def __init__(self) -> None:
         self._metrics = Metrics()
+        self._inner_s = 0.0
+        """What phases inside the present one have taken."""
 
     @contextmanager
     def __call__(self, phase: str) -> Generator[None]:
-        start = time.perf_counter()
+        start, before, self._inner_s = time.perf_counter(), self._inner_s, 0.0
         try:
             yield
         finally:
-            self._metrics += Metrics({f"perf/{phase}_s": Sum(time.perf_counter() - start)})
+            seconds = time.perf_counter() - start
+            self._metrics += Metrics({f"perf/{phase}_s": Sum(seconds - self._inner_s)})
+            self._inner_s = before + seconds
 
     def drain(self) -> Metrics:
         metrics, self._metrics = self._metrics, Metrics()
@@ -52,6 +56,8 @@ class Run:
     sampling: Sampling
     tracker: Tracker
     rundir: RunDir
+    checks: Any
+    """The invariants that hold while it runs: see `sluice.checks`."""
 
     seed: int
     num_steps: int
@@ -74,4 +80,8 @@ class Run:
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""
+    reward_reached: bool = False
+    """Whether `stop_at_reward` has made the present step the last."""
+    fingerprint: str | None = None
+    """Of these weights; None without any."""
     timer: Timer = field(default_factory=Timer)

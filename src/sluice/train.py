@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
+from sluice.data.batch import Minibatch
 from sluice.data.samples import to_samples
-from sluice.errors import NonFiniteError, RolloutError
-from sluice.rollout.metrics import annotation_metrics, first_update_metrics, rollout_metrics
+from sluice.errors import CheckError, NonFiniteError, RolloutError
+from sluice.rollout.metrics import annotation_metrics, first_update_metrics, repetition, rollout_metrics
 from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
@@ -20,32 +21,45 @@ async def train(run: Run) -> None:
 
     Sync, async and distributed runs differ in what `run` was built from, never in this function.
     """
-    await run.engine.update_weights(run.trainer.weights(), run.step)
+    await publish(run)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
             with run.timer("rollout"), rejected_on_record(run):
                 groups = await run.buffer.take(run.groups_per_step)  # oldest first
-                check_staleness(run, groups)
+            everything = [*groups, *run.buffer.drain_rejected()]
             samples = to_samples(groups)
-            with run.timer("train"), saved_on_failure(run, groups, samples):
-                minibatches = await prepare(run, samples)  # log-probs, advantages, packing
-                stats = await update(run, minibatches)
-            run.step += 1
-            with run.timer("publish"):
-                await run.engine.update_weights(run.trainer.weights(), run.step)
+            with saved_on_failure(run, everything, samples):
+                with run.timer("checks"):
+                    run.checks.taken(run, everything, samples)
+                with run.timer("train"):
+                    stats = await learn(run, samples)
+                run.step += 1
+                await publish(run)
             await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
-            await after_step(run, groups, samples, stats)
+            await after_step(run, everything, samples, stats)
 
 
-def check_staleness(run: Run, groups: Sequence[Group]) -> None:
-    """The buffer bounds staleness by its structure; this says so if it ever does not."""
-    for group in groups:
-        staleness = run.step - group.oldest_version
-        if staleness > run.max_staleness:
-            raise RolloutError(
-                f"group {group.id} (prompt {group.prompt.id}) was sampled {staleness} updates ago, and "
-                f"rollout.max_staleness is {run.max_staleness}; this is a bug in the buffer"
-            )
+async def learn(run: Run, samples: Sequence[Sample]) -> Metrics:
+    """Log-probs, advantages and all updates of a step, with the checks in between."""
+    minibatches = await prepare(run, samples)
+    with run.timer("checks"):
+        await run.checks.assigned(run, samples, minibatches)
+
+    def before_the_weights_move(minibatch: Minibatch) -> None:
+        if minibatch.index == 0:
+            with run.timer("checks"):
+                run.checks.first_update(run, samples)
+
+    return await update(run, minibatches, before_the_weights_move)
+
+
+async def publish(run: Run) -> None:
+    """Give the engine the weights of the step, and see that it has them."""
+    with run.timer("publish"):
+        await run.engine.update_weights(run.trainer.weights(), run.step)
+        run.fingerprint = await run.trainer.fingerprint()
+    with run.timer("checks"):
+        await run.checks.published(run)
 
 
 @contextmanager
@@ -60,12 +74,14 @@ def rejected_on_record(run: Run) -> Generator[None]:
 
 @contextmanager
 def saved_on_failure(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> Generator[None]:
-    """A refused update leaves its batch in the ledger and an event before it ends the run."""
+    """A refused update, and a check that stops the run, leave their batch in the ledger and an event."""
+    step = run.step + 1
     try:
         yield
-    except NonFiniteError as error:
-        run.tracker.event("non_finite", str(error), step=run.step + 1)
-        run.tracker.log_groups(run.step + 1, groups, samples)
+    except (NonFiniteError, CheckError) as error:
+        if isinstance(error, NonFiniteError):  # a check has told its own
+            run.tracker.event("non_finite", str(error), step=step)
+        run.tracker.log_groups(step, groups, samples)
         raise
 
 
@@ -73,7 +89,7 @@ def stop_at_reward(run: Run, reward: float) -> None:
     """The step that reaches the reward to stop at is made the last one, unless the policy has not learned yet."""
     if run.stop_at_reward is not None and reward >= run.stop_at_reward and run.step > run.pretrain_steps:
         run.tracker.event("reward_reached", f"step {run.step} reached run.stop_at_reward={run.stop_at_reward:g}")
-        run.num_steps = run.step
+        run.num_steps, run.reward_reached = run.step, True
 
 
 async def follow_reference(run: Run) -> None:
@@ -83,20 +99,24 @@ async def follow_reference(run: Run) -> None:
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, then write a checkpoint if it is its turn; that time counts in the next step."""
-    everything = [*groups, *run.buffer.drain_rejected()]
+    """Record and track the step, judge its trend, then write a checkpoint if it is its turn; that time counts in the next."""
     metrics = (
-        rollout_metrics(everything, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
+        rollout_metrics(groups, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
     )
+    with run.timer("checks"):
+        metrics["rollout/repetition"] = repetition(groups)
     with run.timer("record"):
-        run.tracker.log_groups(run.step, everything, samples)
+        run.tracker.log_groups(run.step, groups, samples, run.fingerprint)
     metrics += run.timer.drain()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
-    run.tracker.log(run.step, metrics.values_by_name())
+    values = metrics.values_by_name()
+    run.tracker.log(run.step, values)
+    with run.timer("checks"):
+        run.checks.after_step(run, values)
     stop_at_reward(run, metrics["rollout/reward"].value())
     await follow_reference(run)
     if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
         with run.timer("checkpoint"):
-            await run.checkpoints.save(run, metrics.values_by_name())
+            await run.checkpoints.save(run, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -44,12 +44,16 @@ async def prepare(learner: Learner, samples: Sequence[Sample]) -> list[Minibatch
     return pack(samples, packing, algorithm)
 
 
-async def update(learner: Learner, minibatches: Sequence[Minibatch]) -> Metrics:
-    """The updates of a step, one after the other; their metrics together."""
+async def update(
+    learner: Learner, minibatches: Sequence[Minibatch], look: Callable[[Minibatch], None] | None = None
+) -> Metrics:
+    """The updates of a step, one after the other; their metrics together. `look` is called before each moves the weights."""
     loss = partial(loss_of, learner) if learner.step >= learner.pretrain_steps else None
     stats = Metrics()
     for minibatch in minibatches:
         stats += await learner.trainer.forward_backward(minibatch, loss)
+        if look:
+            look(minibatch)
         stats += await learner.trainer.optim_step()
         await asyncio.sleep(0)  # lets Ctrl-C and failing workers in
     return stats

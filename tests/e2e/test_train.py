@@ -19,6 +19,7 @@ from sluice.configfile import load
 from sluice.engines import embedded
 from sluice.viewer import report
 from small_runs import (
+    events_of,
     finished,
     ledger_of,
     make_architecture,
@@ -149,10 +150,12 @@ def _unreported(sample: Any) -> Any:
 
 @pytest.mark.parametrize("mistake", [_offset, _untempered, _unreported])
 def test_a_mistake_of_the_engine_shows(ready: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any):
-    """The measurement above can fail."""
+    """The measurement above can fail, and the check that looks at it tells."""
     monkeypatch.setattr(embedded, "sample_tokens", mistake(embedded.sample_tokens))
-    settings = ["rollout.temperature=0.7", "rollout.top_p=0.8", "run.num_steps=1"]
-    line = metrics_of(finished("train", "config.yaml", *settings))[0]
+    settings = ["rollout.temperature=0.7", "rollout.top_p=0.8", "run.num_steps=1", "checks.first_update_ratio=warn"]
+    run = finished("train", "config.yaml", *settings)
+    assert [event["details"]["check"] for event in events_of(run)] == ["first_update_ratio"]
+    line = metrics_of(run)[0]
     assert line["train/engine_logprob_diff/max"] > 9e-4
     assert line["train/engine_logprob_diff/mean"] > 9e-4
     assert abs(line["train/first_update/ppo_kl"]) > 9e-4

@@ -41,8 +41,8 @@ class Listener:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.heard.append((step, metrics))
 
-    def log_groups(self, step: int, groups: Any, samples: Any) -> None:
-        self.heard.append((step, groups, samples))
+    def log_groups(self, step: int, groups: Any, samples: Any, fingerprint: str | None = None) -> None:
+        self.heard.append((step, groups, samples, fingerprint))
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         self.heard.append((kind, message, details))
@@ -57,8 +57,8 @@ def test_several_trackers_hear_everything_and_all_are_closed_even_when_one_fails
     heard: list[list[Any]] = [[], [], []]
     trackers = Trackers([Listener(heard[0]), Listener(heard[1], fails=True), Listener(heard[2])])
     trackers.log(1, {"a": 2.0})
-    trackers.log_groups(1, [], [])
+    trackers.log_groups(1, [], [], "f00d")
     trackers.event("kind", "message", detail=3)
     with pytest.raises(OSError, match="cannot close"):
         trackers.close()
-    assert heard == [[(1, {"a": 2.0}), (1, [], []), ("kind", "message", {"detail": 3}), "closed"]] * 3
+    assert heard == [[(1, {"a": 2.0}), (1, [], [], "f00d"), ("kind", "message", {"detail": 3}), "closed"]] * 3

@@ -196,6 +196,10 @@ class PromptStream:
             "shuffle": self._shuffle,
         }
 
+    def changed(self) -> str:
+        """Which data file has other content than when the run began; empty when none has."""
+        return self._prompts.rows.changed()
+
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Raises DataError when it is of other data or of another order, so that positions there mean nothing here."""
         for name, now in self.identity().items():

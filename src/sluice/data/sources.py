@@ -49,6 +49,10 @@ class Rows(Protocol):
         """`file:line` for JSONL, `file row N` (from 1) for the others."""
         ...
 
+    def changed(self) -> str:
+        """Which file has other content than when it was opened; empty when none has."""
+        ...
+
 
 def open_rows(path: str, format: str = "auto", split: str | None = None) -> Rows:
     """Open the data at `path`; `format` is auto, jsonl, parquet or hf.
@@ -74,7 +78,26 @@ def open_rows(path: str, format: str = "auto", split: str | None = None) -> Rows
     return rows
 
 
-class JsonlRows:
+class _Files:
+    """The files that a table is read from."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._seen = {path: _stat(path) for path in paths}
+        self._contents = {path: _content(path) for path in self._seen}
+        self.fingerprint = hashlib.blake2b(b"".join(self._contents.values()), digest_size=16).hexdigest()
+
+    def changed(self) -> str:
+        """Files are read only when their size or time is another: this is cheap enough for every step."""
+        for path, seen in self._seen.items():
+            now = _stat(path)
+            if now != seen:
+                if now is None or _content(path) != self._contents[path]:
+                    return f"{path} {'is gone' if now is None else 'has other content'}"
+                self._seen[path] = now  # touched, or copied over itself
+        return ""
+
+
+class JsonlRows(_Files):
     """One JSON object per line. Only where each line starts is kept, so memory does not grow with the rows."""
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +116,7 @@ class JsonlRows:
                 self._starts.append(start)
             start += len(line)
         self._starts.append(start)
-        self.fingerprint = _digest([path])
+        super().__init__([path])
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -122,7 +145,7 @@ class JsonlRows:
         return tuple(names)
 
 
-class ParquetRows:
+class ParquetRows(_Files):
     """A Parquet file, decoded into an Arrow table; data larger than memory belongs in a Hugging Face folder."""
 
     def __init__(self, path: Path) -> None:
@@ -131,7 +154,7 @@ class ParquetRows:
         self.path, self.name = path, path.stem
         with boundary(DataError, f"{path} cannot be read as Parquet"):
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        self.fingerprint = _digest([path])
+        super().__init__([path])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -147,7 +170,7 @@ class ParquetRows:
         return f"{self.path} row {i + 1}"
 
 
-class HfRows:
+class HfRows(_Files):
     """A folder written by `datasets.save_to_disk`, memory-mapped."""
 
     def __init__(self, path: Path, split: str | None) -> None:
@@ -167,7 +190,7 @@ class HfRows:
         self.name = path.resolve().name + (f"-{split}" if split else "")
         self._place = f"{path} ({split})" if split else str(path)
         self._dataset = loaded.with_format(None)  # it may have been saved as one of tensors
-        self.fingerprint = _digest(Path(file["filename"]) for file in loaded.cache_files)
+        super().__init__(Path(file["filename"]) for file in loaded.cache_files)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -219,10 +242,15 @@ def _checked_split(path: Path, split: str | None, splits: list[str]) -> str:
     return split
 
 
-def _digest(paths: Iterable[Path]) -> str:
+def _stat(path: Path) -> tuple[int, int, int] | None:
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def _content(path: Path) -> bytes:
     """Hash of the bytes. All rows are read once anyway, and this is much faster than parsing them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()

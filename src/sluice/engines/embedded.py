@@ -22,6 +22,7 @@ from sluice.engines.slots import Prefix, SlotCache, SlotState
 from sluice.errors import EngineError
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
+from sluice.weights.fingerprint import fingerprint
 
 
 @dataclass(eq=False)
@@ -95,6 +96,9 @@ class EmbeddedEngine:
         self.version = version
         self._prefixes.clear()
         self._cache = SlotCache()  # training needs the memory
+
+    async def fingerprint(self) -> str:
+        return fingerprint(self.model.named_weights())
 
     async def close(self) -> None:
         if self._driver is not None:

@@ -50,5 +50,8 @@ class ScriptedEngine:
     async def update_weights(self, weights: Weights, version: int) -> None:
         self.version = version
 
+    async def fingerprint(self) -> None:
+        """There are no weights."""
+
     async def close(self) -> None:
         pass

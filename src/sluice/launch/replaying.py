@@ -12,11 +12,12 @@ from sluice.configfile import load
 from sluice.configtree import inline
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.describe import algorithm_of
-from sluice.errors import ConfigError
+from sluice.errors import ConfigError, DataError
 from sluice.launch.checked import checked_reward
 from sluice.launch.models import optimizer_settings, packing_of, policy_trainer, set_threads
 from sluice.launch.resuming import config_of, differences
 from sluice.rewards.rubric import Rubric
+from sluice.tracking import ledger
 from sluice.tracking.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def replay(folder: str, first: int, last: int, algorithm: str | None, settings: 
 
     rundir = RunDir(Path(folder))
     config = config_of(rundir)
+    _check_steps(rundir, first, last)
     other = _other(rundir, config, algorithm, settings)
     set_threads(config.run)
 
@@ -57,6 +59,7 @@ def score_again(folder: str, first: int, last: int) -> tuple[int, list[str]]:
 
     rundir = RunDir(Path(folder))
     config = config_of(rundir)
+    _check_steps(rundir, first, last)
     rubric = Rubric([checked_reward(reward) for reward in config.rewards], config.reward_workers)
     chat = Chat(load_tokenizer(config.model.path))
 
@@ -78,6 +81,15 @@ def score_again(folder: str, first: int, last: int) -> tuple[int, list[str]]:
         rubric.close()
 
 
+def _check_steps(rundir: RunDir, first: int, last: int) -> None:
+    recorded = ledger.steps(rundir)
+    if missing := sorted({first, last} - {*recorded}):
+        raise DataError(
+            f"step {missing[0]} is not in the ledger of {rundir.path}"
+            + (f", which has the steps {recorded[0]} to {recorded[-1]}" if recorded else ", which is empty")
+        )
+
+
 def _restored(rundir: RunDir, config: TrainConfig, other: TrainConfig, first: int) -> Replay:
     """With the models that both configs need, before the step `first`."""
     from sluice.checkpoint import read_newest
@@ -88,7 +100,9 @@ def _restored(rundir: RunDir, config: TrainConfig, other: TrainConfig, first: in
     packing = packing_of(config)
     richer = other if other_row.needs_reference and not row.needs_reference else config
     trainer = policy_trainer(richer, algorithm_of(richer), chat, packing)
-    saved = read_newest(rundir, lambda kind, message: print(f"{kind}: {message}"), before=first)
+    saved, damage = read_newest(rundir, before=first)
+    for message in damage:
+        print(message)
     if saved:
         trainer.restore(str(saved.folder), saved.trainer)
     return Replay(

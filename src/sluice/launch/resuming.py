@@ -28,27 +28,33 @@ def resolve_resume(folder: str, settings: Sequence[str]) -> tuple[Resolved[Train
     Raises ConfigError for a folder that is no run, and for settings that would change what the run is.
     """
     rundir = RunDir(Path(folder))
-    old = config_of(rundir)
+    config_of(rundir)  # raises for a folder that is no run
     new = load(TrainConfig, [str(rundir.config)], settings)
-    _refuse_other(rundir, old, new.config)
-    if new.config != old:
-        write_atomically(rundir.config, dump(new).encode())
+    _go_on_with(rundir, new)
     return new, rundir
 
 
-def resumable(config: TrainConfig) -> RunDir | None:
+def resumable(resolved: Resolved[TrainConfig]) -> RunDir | None:
     """The folder in which checkpoint.auto_resume goes on; None when there is none.
 
     Raises ConfigError when it is the folder of a run with another config.
     """
+    config = resolved.config
     if not config.checkpoint.auto_resume:
         return None
     assert config.run.name is not None  # the config sees to it
     rundir = RunDir(Path(config.run.folder) / config.run.name)
     if not rundir.config.is_file():
         return None
-    _refuse_other(rundir, config_of(rundir), config)
+    _go_on_with(rundir, resolved)
     return rundir
+
+
+def _go_on_with(rundir: RunDir, new: Resolved[TrainConfig]) -> None:
+    old = config_of(rundir)
+    _refuse_other(rundir, old, new.config)
+    if new.config != old:
+        write_atomically(rundir.config, dump(new).encode())
 
 
 def _refuse_other(rundir: RunDir, old: TrainConfig, new: TrainConfig) -> None:

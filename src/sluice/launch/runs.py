@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,13 @@ from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.resuming import locked, set_aside
-from sluice.tracking.rundir import RunDir, describe_environment
+from sluice.tracking.rundir import RunDir, describe_environment, write_atomically
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
 
 if TYPE_CHECKING:
     from sluice.checkpoint import Saved
+    from sluice.checks import Checker
 
 
 def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = None) -> Path:
@@ -41,30 +42,32 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
     With `resume`, or with checkpoint.auto_resume and a folder of that name, it goes on from the newest whole checkpoint there.
     Raises RunStopped when it was asked to leave, with a checkpoint on disk.
     """
+    from sluice.checkpoint import read_newest, seed_random_state
+
     config = resolved.config
-    resume = resume or resumable(config)
+    resume = resume or resumable(resolved)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(resume))
         checked = check(config)
         chat = Chat(load_tokenizer(config.model.path))
         chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
+        saved, damage = read_newest(resume) if resume else (None, [])
+        if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
+            print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
+            return resume.path
         set_threads(config.run)
         parts = engine_and_trainer(config, checked, chat)
-        if resume:
-            rundir = resume
-        else:
-            rundir = _make_rundir(resolved, name)
+        rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
+        if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
-        labels = [spec.label for spec in checked.rewards]
-        tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-        run = _assembled(config, checked, chat, parts, rundir, tracker, resume is not None)
-        if resume and run.step >= run.num_steps:
-            tracker.close()
-            print(f"{rundir.path} has made its {run.step} steps; with a higher run.num_steps it would go on")
-            return rundir.path
-        _to_the_end(rundir, tracker, _whole(run))
+            write_atomically(rundir.config, dump(resolved).encode())
+        run = _assembled(config, checked, chat, parts, rundir, saved)
+        seed_random_state(config.run.seed)
+        if resume:
+            _go_on(run, saved, damage)
+        _to_the_end(rundir, run.tracker, _whole(run))
     return rundir.path
 
 
@@ -91,6 +94,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     if longest := max(samples, key=len, default=None):
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)
+    write_atomically(rundir.config, dump(resolved).encode())
     tracker = _trackers(config, rundir, chat, updates)
 
     async def whole() -> None:
@@ -129,19 +133,20 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, tracker: Trackers, resume: bool
+    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
 ) -> Run:
-    """The run at its first step, or where the newest checkpoint in its folder was written."""
-    from sluice.checkpoint import Checkpoints, read_newest, seed_random_state
+    """All of a run but its state, of which only the buffer has its own from the beginning."""
+    from sluice.checkpoint import Checkpoints
 
     engine, trainer, packing, eos_ids = parts
     rollout, checkpoint = config.rollout, config.checkpoint
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
-    saved = read_newest(rundir, tracker.event) if resume else None
     if saved:
         prompts.check_identity(saved.position["prompts"])
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
-    run = Run(
+    labels = [spec.label for spec in checked.rewards]
+    tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
+    return Run(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
@@ -163,6 +168,7 @@ def _assembled(
         ),
         tracker=tracker,
         rundir=rundir,
+        checks=_checker(config),
         seed=config.run.seed,
         num_steps=config.run.num_steps,
         groups_per_step=rollout.groups_per_step,
@@ -185,19 +191,18 @@ def _assembled(
         ),
         checkpoint_every=checkpoint.every_steps,
     )
-    seed_random_state(config.run.seed)
-    if resume:
-        _go_on(run, saved)
-    return run
 
 
-def _go_on(run: Run, saved: Saved | None) -> None:
-    """Put the trainer where the checkpoint was written, and what was recorded later out of the way."""
+def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
+    """Put trainer and checks where the checkpoint was written, and what was recorded later out of the way."""
     from sluice.checkpoint import restore_random_state
 
+    for message in damage:
+        run.tracker.event("checkpoint_damaged", f"{message}; the one before it is taken")
     if saved:
         run.step = saved.step
         run.trainer.restore(str(saved.folder), saved.trainer)
+        run.checks.load_state_dict(saved.position["checks"])
         restore_random_state(saved.rng)
     aside = set_aside(run.rundir, run.step)
     where = f"checkpoint {saved.folder}" if saved else "the first step: there is no checkpoint"
@@ -242,6 +247,17 @@ def _stopping_on_sigterm(run: Run) -> Generator[None]:
         loop.remove_signal_handler(signal.SIGTERM)
 
 
+def _checker(config: TrainConfig) -> Checker:
+    from sluice.checks import Checker
+
+    tolerance = 2e-4 if config.model.dtype == "float32" else 0.05
+    return Checker(
+        {**config.checks.severities(), **dict.fromkeys(config.idle_checks(), "off")},
+        logprob_tolerance=config.checks.logprob_tolerance or tolerance,
+        max_error_share=config.checks.max_error_share,
+    )
+
+
 def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:
     """Whatever ends the work, the record stays readable; an error goes to events.jsonl before it goes to the user."""
     from sluice.viewer.report import write_report
@@ -262,10 +278,9 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
             print(f"no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _make_rundir(resolved: Resolved[Any], name: str) -> RunDir:
+def _make_rundir(resolved: Resolved[Any], name: str, adopt: bool = False) -> RunDir:
     run: RunSection = resolved.config.run
-    rundir = RunDir.create(run.folder, run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    rundir.config.write_text(dump(resolved))
+    rundir = RunDir.create(run.folder, run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", adopt)
     rundir.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return rundir
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 
 from sluice.algorithms.diagnostics import explained_variance
@@ -40,6 +42,20 @@ def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
     for label in sorted({label for t in scored for label in t.reward_parts}):
         metrics[f"rollout/reward/{label}"] = Mean.of(t.reward_parts.get(label, 0.0) for t in scored)
     return metrics
+
+
+def repetition(groups: Sequence[Group]) -> Mean:
+    """Share of the 4-grams of completions that have been in the same completion before."""
+    completions = [turn.completion.token_ids for group in groups for t in group.trajectories for turn in t.turns]
+    lengths = [len(ids) for ids in completions]
+    ids = np.fromiter(chain.from_iterable(completions), np.int64, sum(lengths))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    num = max(0, len(ids) - 3)
+    grams = owner[:num].astype(np.uint64)
+    for place in range(4):  # one number each, equal for equal ones of one completion and hardly ever for others
+        grams = grams * np.uint64(0x9E3779B97F4A7C15) + ids[place : place + num].astype(np.uint64)
+    grams = grams[owner[:num] == owner[3:]]
+    return Mean(len(grams) - len(np.unique(grams)), len(grams))
 
 
 def first_update_metrics(samples: Sequence[Sample]) -> Metrics:

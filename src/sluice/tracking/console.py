@@ -91,7 +91,9 @@ class ConsoleTracker:
         if self._bar:
             self._bar.update(self._task, completed=step, left=left)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
         """Samples are for the ledger."""
 
     def event(self, kind: str, message: str, **details: Any) -> None:

@@ -74,28 +74,38 @@ _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()
 """Columns worth a dictionary; for the other floats it makes the file a third larger."""
 
 
-def write_step(rundir: RunDir, step: int, groups: Sequence[Group], samples: Sequence[Sample], pieces: Pieces) -> Path:
+def write_step(
+    rundir: RunDir,
+    step: int,
+    groups: Sequence[Group],
+    samples: Sequence[Sample],
+    pieces: Pieces,
+    fingerprint: str | None = None,
+) -> Path:
     """Write one row per sample, and one per unbroken history of a trajectory that gave none (rejected, no score).
 
-    The file appears whole or not at all. Raises ValueError for a sample of a group that is not given.
+    `fingerprint` is that of the weights after the step; it goes into the file's metadata. The file appears whole or not at
+    all. Raises ValueError for a sample of a group that is not given.
     """
     by_trajectory: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
         by_trajectory.setdefault((sample.group, sample.index), []).append(sample)
     rows: list[dict[str, Any]] = [
-        _about(group, trajectory) | {"index": index} | part
+        about | _of_trajectory(trajectory) | {"index": index} | part
         for group in groups
+        for about in (_of_group(group),)
         for index, trajectory in enumerate(group.trajectories)
         for part in _parts(trajectory, by_trajectory.pop((group.id, index), []))
     ]
     if by_trajectory:
         raise ValueError(f"step {step}: samples of unknown trajectories (group, index): {sorted(by_trajectory)[:4]}")
-    texts = iter(pieces([i for row in rows for i in row["token_ids"]]))
+    ids = list({i for row in rows for i in row["token_ids"]})
+    texts = dict(zip(ids, map(_text, pieces(ids)), strict=True))
     for row in rows:
-        row["tokens"] = [_text(next(texts)) for _ in row["token_ids"]]
+        row["tokens"] = [texts[i] for i in row["token_ids"]]
     rundir.ledger.mkdir(exist_ok=True)
     path = _path(rundir, step)
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"fingerprint": fingerprint} if fingerprint else None))
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": _REPEATING}
     write_atomically(path, lambda file: pq.write_table(table, file, **options))
     return path
@@ -113,11 +123,20 @@ def read_step(rundir: RunDir, step: int, columns: Sequence[str] | None = None) -
         raise _broken(path, error) from None
 
 
+def read_fingerprint(rundir: RunDir, step: int) -> str | None:
+    """Of the weights after the step; None when it was refused, or there are no weights. Raises DataError as `read_step`."""
+    return (_metadata(rundir, step).metadata or {}).get(b"fingerprint", b"").decode() or None
+
+
 def num_rows(rundir: RunDir, step: int) -> int:
     """How many rows a step has, without reading them. Raises DataError as `read_step`."""
+    return _metadata(rundir, step).num_rows
+
+
+def _metadata(rundir: RunDir, step: int) -> pq.FileMetaData:
     path = _path(rundir, step)
     try:
-        return pq.read_metadata(path).num_rows
+        return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, error) from None
 
@@ -136,8 +155,8 @@ def _broken(path: Path, error: Exception) -> DataError:
     return DataError(f"cannot read {path}: {error}; the other steps can be read when it is removed")
 
 
-def _about(group: Group, trajectory: Trajectory) -> dict[str, Any]:
-    """What all rows of a trajectory share."""
+def _of_group(group: Group) -> dict[str, Any]:
+    """What all rows of a group share."""
     prompt = group.prompt
     return {
         "group": group.id,
@@ -146,6 +165,13 @@ def _about(group: Group, trajectory: Trajectory) -> dict[str, Any]:
         "reference": None if prompt.reference is None else _json(prompt.reference),
         "metadata": _json(dict(prompt.metadata)),
         "where": _text(prompt.where),
+        "rejected": _text(group.rejected),
+    }
+
+
+def _of_trajectory(trajectory: Trajectory) -> dict[str, Any]:
+    """What all rows of a trajectory share."""
+    return {
         "response": _text(trajectory.response),
         "finish_reason": trajectory.turns[-1].completion.finish_reason if trajectory.turns else None,
         "stop_reason": _text(trajectory.stop_reason),
@@ -153,7 +179,6 @@ def _about(group: Group, trajectory: Trajectory) -> dict[str, Any]:
         "error": _text(trajectory.error),
         "reward": trajectory.reward,
         "reward_parts": [(_text(name), value) for name, value in trajectory.reward_parts.items()],
-        "rejected": _text(group.rejected),
     }
 
 

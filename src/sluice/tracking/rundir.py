@@ -28,16 +28,19 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, folder: str | Path, name: str) -> RunDir:
+    def create(cls, folder: str | Path, name: str, adopt: bool = False) -> RunDir:
         """Make the run folder `folder/name`. Of several processes that try at once, one succeeds.
 
-        Raises ConfigError when it exists already (it is not touched) or cannot be made.
+        Raises ConfigError when it cannot be made, or exists already and is not one to `adopt`: one without a config, whose
+        process was killed before there was anything.
         """
         path = Path(folder) / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()  # the operating system makes sure that only one process succeeds
         except FileExistsError as error:
+            if adopt and not cls(path).config.exists() and path.is_dir():
+                return cls(path)
             if error.filename != str(path):  # the parent is a file
                 raise ConfigError(f"cannot make the run folder {path}: {error.filename} is not a folder") from None
             raise ConfigError(
@@ -52,7 +55,7 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        """The resolved config, with the origin of each value."""
+        """The resolved config, with the origin of each value; the first file of a run that is there to stay."""
         return self.path / "config.yaml"
 
     @property

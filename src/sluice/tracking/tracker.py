@@ -28,20 +28,28 @@ class FileTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._write(lambda: append_line(self.rundir.metrics, {"step": step, **metrics}), self.rundir.metrics)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        self._write(lambda: write_step(self.rundir, step, groups, samples, self.pieces), f"step {step} of the ledger")
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
+        def write() -> None:
+            write_step(self.rundir, step, groups, samples, self.pieces, fingerprint)
+
+        self._write(write, f"step {step} of the ledger")
 
     def event(self, kind: str, message: str, **details: Any) -> None:
-        """Never waits: one that finds no room on the disk is written with the next that does."""
+        """Never waits: one that finds no room on the disk is written later."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._events.append({"time": now, "kind": kind, "message": message, "details": details})
+        self._write_events()
+
+    def close(self) -> None:
+        self._write_events()
+
+    def _write_events(self) -> None:
         with suppress(OSError):
             while self._events:
                 append_line(self.rundir.events, self._events[0])
                 del self._events[0]
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _write(self, write: Callable[[], object], what: object) -> None:
         patiently(write, str(what), self._disk_wait_s, self._tell)
@@ -54,9 +62,11 @@ class Trackers(list[Tracker]):
         for tracker in self:
             tracker.log(step, metrics)
 
-    def log_groups(self, step: int, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    def log_groups(
+        self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
+    ) -> None:
         for tracker in self:
-            tracker.log_groups(step, groups, samples)
+            tracker.log_groups(step, groups, samples, fingerprint)
 
     def event(self, kind: str, message: str, **details: Any) -> None:
         for tracker in self:

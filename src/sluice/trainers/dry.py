@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sluice.data.batch import Minibatch
-from sluice.interfaces import TrainerOutput
+from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.types import Sample
 from sluice.weights.in_process import InProcessWeights
@@ -18,7 +18,7 @@ class DryTrainer:
     def __init__(self) -> None:
         self.updates: list[list[str]] = []
 
-    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput, layout: Layout | None = None) -> None:
         raise TypeError(f"a dry trainer has no model to compute {output} with")
 
     async def forward_backward(self, minibatch: Minibatch, loss: Callable[..., Any] | None) -> Metrics:
@@ -34,6 +34,9 @@ class DryTrainer:
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(None)
+
+    async def fingerprint(self) -> None:
+        """There are no weights."""
 
     def snapshot(self) -> Callable[[str], dict[str, Any]]:
         """There are no weights; what was trained is the state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_budget
 from sluice.errors import NonFiniteError
-from sluice.interfaces import TrainerOutput
+from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Mean, Metrics, Sum
 from sluice.trainers.critic import Critic
 from sluice.trainers.logprobs import token_logprobs
 from sluice.trainers.model import PolicyModel, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
+from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights
 
 Loss = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
@@ -47,14 +49,15 @@ class LocalTrainer:
         self._policy_has_gradient = False
         self._reference_moved = False
 
-    async def forward(self, samples: Sequence[Sample], output: TrainerOutput) -> None:
+    async def forward(self, samples: Sequence[Sample], output: TrainerOutput, layout: Layout | None = None) -> None:
         """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values.
 
         All log-probs, the reference's too, are at the sampler's temperature and over the ids that it kept: the KL term is
         between the two policies as they would be sampled, each renormalised over the same ids.
         """
-        for part in under_budget(samples, self.packing):
-            micro_batch = collate(part, self.packing.layout)
+        packing = replace(self.packing, layout=layout or self.packing.layout)
+        for part in under_budget(samples, packing):
+            micro_batch = collate(part, packing.layout)
             with torch.no_grad():  # as a decorator it would end before an async function's body begins
                 values = self._output(output, micro_batch.to(self.model.device))
             for sample, row in zip(part, micro_batch.spread(values, 0.0), strict=True):
@@ -139,6 +142,9 @@ class LocalTrainer:
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(self.model)
+
+    async def fingerprint(self) -> str:
+        return fingerprint(self.model.named_weights())
 
     def snapshot(self) -> Callable[[str], dict[str, Any]]:
         """Copy weights and optimiser state to the CPU; what is returned writes the weights into a folder that `transformers`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ class PolicyModel:
         if self.config._attn_implementation == "sdpa":
             return mask
         return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.model.named_parameters()
 
     def architecture(self) -> dict[str, Any]:
         """All of the config that decides what the weights compute."""

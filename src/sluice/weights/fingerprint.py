@@ -1,0 +1,34 @@
+"""A short word for weights: two models with the same word hold the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits of the names, shapes and bits of some tensors, in any order, of any dtype and on any device.
+
+    Each tensor's bits are summed as whole numbers, modulo 2**64: a pass over the memory and no more. Values that only
+    changed places within a tensor go unseen.
+    """
+    named = sorted(weights, key=lambda pair: pair[0])
+    sums = torch.stack([_sum_of_bits(tensor) for _, tensor in named]).tolist() if named else []
+    text = "".join(f"{name} {tuple(t.shape)} {t.dtype} {total}\n" for (name, t), total in zip(named, sums, strict=True))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Eight bytes at a time, which is several times as fast as the tensor's own width; what is left over at that width."""
+    flat = tensor.detach().contiguous().flatten()
+    own = _INTEGERS[flat.element_size()]
+    per_word = 8 // flat.element_size()
+    if flat.storage_offset() % per_word:
+        flat = flat.clone()
+    whole = len(flat) - len(flat) % per_word
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].view(own).sum(dtype=torch.int64)

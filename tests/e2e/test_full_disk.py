@@ -1,0 +1,90 @@
+"""A full disk is waited for, within a limit, and costs nothing: neither a sample nor a step nor a checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from same import assert_same_runs
+from small_runs import events_of, finished, set_up, sluice, workplace
+
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A disk of 4 MiB at runs/, in a workplace."""
+    set_up(tmp_path)
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    try:
+        with workplace(tmp_path, monkeypatch):
+            yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).with_name("sluice"), "train", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte; what fills it is the returned file."""
+    with pytest.raises(OSError, match="No space left"), open(disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 65536) or file.write(b"\0")
+    return disk / "ballast"
+
+
+def train_until_full(disk: Path, wait_s: float, every: int) -> tuple[subprocess.Popen[str], list[str], Path]:
+    """Start a run, fill its disk after the second step, and come back when it says that it waits."""
+    settings = (f"run.disk_wait_s={wait_s}", f"checkpoint.every_steps={every}", f"run.num_steps={NUM_STEPS}")
+    process = start("config.yaml", "run.name=full", "run.num_threads=1", *settings)
+    guard = threading.Timer(90, process.kill)
+    guard.start()
+    said: list[str] = []
+    ballast = disk / "ballast"
+    assert process.stdout is not None
+    for line in process.stdout:
+        said.append(line)
+        if line.strip().startswith("2/"):
+            fill(disk)
+        if line.startswith("disk_full"):
+            break
+    guard.cancel()
+    assert said[-1].startswith("disk_full"), [said, process.communicate()]
+    return process, said, ballast
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every: int):
+    process, said, ballast = train_until_full(small_disk, 60, every)
+    ballast.unlink()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    full = [event["message"] for event in events_of(small_disk / "full") if event["kind"] == "disk_full"]
+    assert full, "what could not be written while the disk was full is written later"
+    assert "waits for room on the disk, for at most 60 s (run.disk_wait_s)" in full[0]
+    whole = finished("train", "config.yaml", f"run.num_steps={NUM_STEPS}", f"checkpoint.every_steps={every}", name="whole")
+    assert_same_runs(whole, small_disk / "full", NUM_STEPS)
+
+
+def test_when_nobody_makes_room_it_ends_and_can_be_resumed(small_disk: Path):
+    process, _, ballast = train_until_full(small_disk, 1, 1)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "could not be written within 1 s (run.disk_wait_s): the disk is full" in error
+    assert "--resume" in error
+    ballast.unlink()
+    assert sluice("train", "--resume", "runs/full") == 0
+    whole = finished("train", "config.yaml", f"run.num_steps={NUM_STEPS}", "checkpoint.every_steps=1", name="whole")
+    assert_same_runs(whole, small_disk / "full", NUM_STEPS)

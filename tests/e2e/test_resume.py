@@ -1,0 +1,245 @@
+"""A run that goes on from a checkpoint is the run that was never interrupted; one that cannot go on says why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from same import assert_same_runs, consumed_prompts
+from small_runs import events_of, finished, metrics_of, set_up, sluice, workplace, write_rows
+
+EVERY = ("checkpoint.every_steps=1", "checkpoint.keep_last=null")
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    set_up(tmp_path)
+    with workplace(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def forget_after(run: Path, step: int) -> None:
+    """As if the process had been killed before it wrote another checkpoint."""
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+SEVERAL_UPDATES = ("trainer.updates_per_batch=4", "trainer.tokens_per_micro_batch=64")
+VARIANTS = {
+    "cispo, 4 updates in micro-batches": SEVERAL_UPDATES,
+    "dynamic sampling, packed": ("algorithm.name=dapo", "rewards.0.name=users_code:any_a", "trainer.layout=packed"),
+    "a schedule": ("trainer.schedule=linear", "trainer.warmup_updates=2"),
+    "a critic of its own": ("algorithm.name=ppo", "critic.pretrain_steps=1"),
+    "a critic's head": ("algorithm.name=ppo", "critic.model=head", *SEVERAL_UPDATES),
+    "a reference that stays": ("algorithm.name=grpo", "algorithm.kl_coef=0.1"),
+    "a reference that follows": ("algorithm.name=grpo", "algorithm.kl_coef=0.1", "reference.update_every_steps=2"),
+    "bfloat16": ("model.dtype=bfloat16", "algorithm.old_logprobs=recomputed"),
+    "random weights, top-p": ("model.random_weights=true", "rollout.top_p=0.9"),
+    "an environment that draws": ("rollout.environment=users_code:draws",),
+}
+USERS = """
+import random
+from sluice.types import Trajectory
+
+def any_a(prompt, trajectory):
+    return float("a" in trajectory.response or "b" in trajectory.response)
+
+async def draws(prompt, policy):
+    said = await policy.respond([{"role": "user", "content": f"say {random.randrange(1000)}"}])
+    return Trajectory(policy.turns, stop_reason="done")
+"""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_is_uninterrupted_to_the_last_bit(ready: Path, variant: str):
+    """From a checkpoint in the middle, with steps recorded after it, which are set aside and made again."""
+    with open("users_code.py", "a") as file:
+        file.write(USERS)
+    whole = finished("train", "config.yaml", "run.num_steps=5", *EVERY, *VARIANTS[variant], name="whole")
+    killed = Path(shutil.copytree(whole, "runs/killed"))
+    forget_after(killed, 2)
+    assert sluice("train", "--resume", killed) == 0
+    assert_same_runs(whole, killed, 5)
+    aside = killed / "set-aside-001"
+    assert [line["step"] for line in metrics_of(aside)] == [3, 4, 5]
+    assert sorted(path.name for path in (aside / "ledger").iterdir()) == [f"step-{n:06d}.parquet" for n in (3, 4, 5)]
+    assert [event["kind"] for event in events_of(killed)].count("resumed") == 1
+
+
+def test_without_a_checkpoint_it_begins_again_in_the_same_folder(ready: Path):
+    whole = finished("train", "config.yaml", *EVERY, name="whole")
+    killed = Path(shutil.copytree(whole, "runs/killed"))
+    forget_after(killed, 0)
+    assert sluice("train", "--resume", killed) == 0
+    assert_same_runs(whole, killed, 3)
+
+
+def test_more_steps_go_on_from_the_end(ready: Path, capsys: pytest.CaptureFixture[str]):
+    whole = finished("train", "config.yaml", *EVERY, "run.num_steps=5", name="whole")
+    short = finished("train", "config.yaml", *EVERY, "run.num_steps=2", name="short")
+    assert sluice("train", "--resume", short) == 0
+    assert "runs/short has ended after 2 steps; with a higher run.num_steps it would go on" in capsys.readouterr().out
+    assert events_of(short) == []
+    assert sluice("train", "--resume", short, "run.num_steps=5") == 0
+    assert_same_runs(whole, short, 5)
+    assert sluice("train", "--resume", short) == 0, "the config in the folder knows of the new end"
+    assert "ended after 5 steps" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_at_its_reward_has_ended(ready: Path, capsys: pytest.CaptureFixture[str]):
+    run = finished("train", "config.yaml", *EVERY, "run.num_steps=9", "run.stop_at_reward=0.0")
+    assert sluice("train", "--resume", run) == 0
+    assert "has ended after 1 steps" in capsys.readouterr().out
+    assert sluice("train", "--resume", run, "run.stop_at_reward=null", "run.num_steps=3") == 0
+    assert len(metrics_of(run)) == 3
+
+
+REFUSED = {
+    "another learning rate": (["trainer.learning_rate=1e-4"], "trainer.learning_rate was 0.001 and is 0.0001"),
+    "a section that is another": (["rewards=[{name: 'users_code:share_of_a'}]"], "rewards.0.name was"),
+    "a file": (["config.yaml"], "config.yaml has no effect"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_make_it_another_run_is_refused(ready: Path, capsys: pytest.CaptureFixture[str], what: str):
+    settings, said = REFUSED[what]
+    run = finished("train", "config.yaml", *EVERY)
+    before = (run / "config.yaml").read_bytes()
+    assert sluice("train", "--resume", run, *settings) == 2
+    assert said in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(ready: Path, capsys: pytest.CaptureFixture[str]):
+    assert sluice("train", "--resume", "model") == 2
+    assert "model is no run folder: config.yaml is missing" in capsys.readouterr().err
+    assert sluice("train", "--resume", "nowhere") == 2
+
+
+def test_data_that_changed_is_refused(ready: Path, capsys: pytest.CaptureFixture[str]):
+    """A position in other data is another prompt."""
+    run = finished("train", "config.yaml", *EVERY)
+    write_rows("prompts.jsonl", [{"prompt": f"other {i}"} for i in range(20)])
+    assert sluice("train", "--resume", run, "run.num_steps=5") == 2
+    assert "the prompts cannot be resumed: their fingerprint was" in capsys.readouterr().err
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "run_state.json", "checksums.json"])
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_in_half, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_loudly(
+    ready: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
+):
+    whole = finished("train", "config.yaml", *EVERY, "run.num_steps=4", name="whole")
+    run = Path(shutil.copytree(whole, "runs/damaged"))
+    forget_after(run, 3)
+    damage(run / "checkpoints/step-000003" / name)
+    capsys.readouterr()
+    assert sluice("train", "--resume", run) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint_damaged: runs/damaged/checkpoints/step-000003 cannot be used" in said
+    assert name in said
+    assert_same_runs(whole, run, 4)
+    assert (run / "set-aside-001/checkpoints/step-000003").is_dir()
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_thrown_away(ready: Path, capsys: pytest.CaptureFixture[str]):
+    run = finished("train", "config.yaml", *EVERY)
+    for folder in (run / "checkpoints").iterdir():
+        flip_a_byte(folder / "model.safetensors")
+    assert sluice("train", "--resume", run) == 1
+    assert "none of the 3 checkpoints" in capsys.readouterr().err
+    assert len(metrics_of(run)) == 3
+
+
+def test_the_last_and_the_best_are_kept(ready: Path):
+    settings = ("checkpoint.keep_last=2", "checkpoint.best_metric=rollout/reward", "checkpoint.best=min")
+    run = finished("train", "config.yaml", "checkpoint.every_steps=1", *settings, "run.num_steps=8", "run.seed=3")
+    rewards = {line["step"]: line["rollout/reward"] for line in metrics_of(run)}
+    worst = min(rewards, key=lambda step: rewards[step])
+    assert worst < 7, "the test shows nothing"
+    kept = sorted(int(folder.name[5:]) for folder in (run / "checkpoints").iterdir())
+    assert kept == [worst, 7, 8]
+
+
+def test_auto_resume_begins_goes_on_and_refuses_another_config(ready: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["train", "config.yaml", "run.name=job", "checkpoint.auto_resume=true", *EVERY, "run.num_threads=1"]
+    whole = finished("train", "config.yaml", *EVERY, "run.num_steps=4", name="whole")
+    assert sluice(*words, "run.num_steps=2") == 0
+    assert sluice(*words, "run.num_steps=4") == 0
+    assert_same_runs(whole, Path("runs/job"), 4)
+    assert sluice(*words, "run.num_steps=4", "run.seed=5") == 2
+    assert "runs/job was run with another config: run.seed was 0 and is 5" in capsys.readouterr().err
+    assert sluice("train", "config.yaml", "checkpoint.auto_resume=true") == 2
+    assert "checkpoint.auto_resume needs run.name" in capsys.readouterr().err
+
+
+def start(*words: str | Path) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).with_name("sluice"), "train", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    end = time.monotonic() + 90
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+LONG = ("run.name=job", "run.num_threads=1", "run.num_steps=100000", "checkpoint.every_steps=1000")
+
+
+def test_sigterm_leaves_a_checkpoint_and_two_runs_are_kept_apart(ready: Path):
+    """One process, two questions: a second run in the folder of the first is refused; SIGTERM saves what was done."""
+    process = start("config.yaml", *LONG)
+    try:
+        wait_for_steps(process, Path("runs/job"), 3)
+        second = subprocess.run(
+            [Path(sys.executable).with_name("sluice"), "train", "--resume", "runs/job"], capture_output=True, text=True
+        )
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert second.returncode == 1
+    assert f"the run folder runs/job is in use by process {process.pid} on" in second.stderr
+    assert process.returncode == 143
+    steps = len(metrics_of(Path("runs/job")))
+    assert said == f"stopped by SIGTERM after step {steps}; to go on: sluice train --resume runs/job\n"
+    assert events_of(Path("runs/job"))[-1]["kind"] == "stopped"
+    assert (Path("runs/job") / f"checkpoints/step-{steps:06d}").is_dir()
+    assert sluice("train", "--resume", "runs/job", f"run.num_steps={steps + 2}", "checkpoint.every_steps=10") == 0
+    whole = finished("train", "config.yaml", f"run.num_steps={steps + 2}", "checkpoint.every_steps=10", name="whole")
+    assert_same_runs(whole, Path("runs/job"), steps + 2)
+
+
+def test_the_lock_dies_with_its_owner(ready: Path):
+    process = start("config.yaml", *LONG)
+    try:
+        wait_for_steps(process, Path("runs/job"), 1)
+    finally:
+        process.kill()
+        process.communicate()
+    assert sluice("train", "--resume", "runs/job", "run.num_steps=2") == 0
+    assert len(consumed_prompts(Path("runs/job"), 2)) == 8

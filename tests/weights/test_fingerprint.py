@@ -1,0 +1,54 @@
+"""A fingerprint is equal for equal weights, on whatever device and in whatever order, and for no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import tiny_model
+from sluice.weights.fingerprint import fingerprint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
+
+
+def some(dtype: torch.dtype, length: int) -> torch.Tensor:
+    return torch.arange(1, length + 1).to(dtype)
+
+
+@given(length=st.integers(1, 40), place=st.integers(0, 39), dtype=st.sampled_from(DTYPES))
+def test_every_single_value_counts(length: int, place: int, dtype: torch.dtype):
+    """Those beyond the last eight whole bytes, too."""
+    tensor = some(dtype, length)
+    before = fingerprint([("a", tensor)])
+    assert fingerprint([("a", tensor.clone())]) == before
+    tensor[place % length] += 1
+    assert fingerprint([("a", tensor)]) != before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_a_tensor_lies_in_memory_does_not_count(dtype: torch.dtype):
+    whole = some(dtype, 64).view(8, 8)
+    for tensor in (whole.t(), whole[:, 1:6], whole.flatten()[3:], whole[1:, ::2]):
+        assert fingerprint([("a", tensor)]) == fingerprint([("a", tensor.contiguous().clone())])
+
+
+def test_names_shapes_and_dtypes_count_and_order_does_not():
+    a, b = some(torch.float32, 6), some(torch.float32, 4)
+    one = fingerprint([("a", a), ("b", b)])
+    assert fingerprint(iter([("b", b), ("a", a)])) == one
+    others = [("b", a), ("a", b)], [("a", a)], [("a", a.view(2, 3)), ("b", b)], [("a", a.bfloat16()), ("b", b)], []
+    assert len({one, *map(fingerprint, others)}) == 1 + len(others)
+    assert len(one) == 16
+
+
+def test_a_tied_head_is_read_once_and_an_update_shows():
+    model = tiny_model("gemma2")
+    names = [name for name, _ in model.named_weights()]
+    assert len(names) == len(set(names))
+    before = fingerprint(model.named_weights())
+    assert before == fingerprint(tiny_model("gemma2").named_weights())
+    with torch.no_grad():
+        next(iter(model.named_weights()))[1][0, 0] += 1e-3
+    assert before != fingerprint(model.named_weights())
