@@ -217,19 +217,19 @@ MISTAKES = {
         long_prompts,
         [],
         [
-            "1 prompt of 3 have more than the 248 tokens that the window of 256",
+            "1 of 3 prompts have more than the 248 tokens that the window of 256",
             "prompts.jsonl:2: 249 tokens",
             "data.long_prompts=skip",
         ],
     ),
     "prompts that will be skipped": Mistake(
-        long_prompts, ["data.long_prompts=skip"], ["warning: 1 prompt of 3", "prompts.jsonl:2: 249 tokens"], 0
+        long_prompts, ["data.long_prompts=skip"], ["warning: 1 of 3 prompts have", "prompts.jsonl:2: 249 tokens"], 0
     ),
     "only prompts that are too long": Mistake(
         None,
         ["data.long_prompts=skip", "engine.max_model_len=12"],
         [
-            "failure: 20 prompts of 20 have more than the 4 tokens",
+            "failure: 20 of 20 prompts have more than the 4 tokens",
             "there is nothing to train on; lower rollout.max_new_tokens",
         ],
     ),
@@ -244,7 +244,7 @@ MISTAKES = {
     "roles without a template": Mistake(
         conversations,
         ["model.random_weights=true"],
-        ["4 prompts of 4 have messages in roles, and the tokeniser has no chat template", "prompts.jsonl:1"],
+        ["4 of 4 prompts have messages in roles, and the tokeniser has no chat template", "prompts.jsonl:1"],
         0,
     ),
     # model

@@ -11,7 +11,7 @@ from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet, SftSet
 from sluice.errors import ConfigError, DataError
 from sluice.launch.checked import window_of
-from sluice.preflight.findings import Item, listed, plural
+from sluice.preflight.findings import Item, listed
 from sluice.preflight.folder import ModelFolder
 from sluice.types import Message
 
@@ -43,10 +43,10 @@ class Encoded:
         ordered = sorted(self.lengths)
         top = sorted(range(len(self.lengths)), key=lambda k: -self.lengths[k])[:NUM_LONGEST]
         longest = ", ".join(f"{where(self.rows[k])} ({self.lengths[k]})" for k in top)
-        return (
-            f"{ordered[0]} to {ordered[-1]} tokens, half of the rows at most {ordered[len(ordered) // 2]}",
-            f"the longest: {longest}",
-        )
+        if ordered[0] == ordered[-1]:
+            return f"{ordered[0]} tokens each", f"the longest: {longest}"
+        spread = f"{ordered[0]} to {ordered[-1]} tokens, half of the rows at most {ordered[len(ordered) // 2]}"
+        return spread, f"the longest: {longest}"
 
 
 def check_prompts(config: TrainConfig, prompts: PromptSet, chat: Chat, model: ModelFolder | None) -> tuple[Item, int]:
@@ -68,7 +68,7 @@ def check_prompts(config: TrainConfig, prompts: PromptSet, chat: Chat, model: Mo
         )
     if encoded.unroled:
         item.warn(
-            f"{plural(len(encoded.unroled), 'prompt')} of {total} have messages in roles, and the tokeniser has no chat template: "
+            f"{len(encoded.unroled)} of {total} prompts have messages in roles, and the tokeniser has no chat template: "
             "their texts are joined with newlines and their roles are lost. Take a model whose tokeniser has a template, or "
             f"write the prompts as texts. The first: {where(encoded.unroled[0])}"
         )
@@ -88,7 +88,7 @@ def check_pairs(config: SftConfig, pairs: SftSet, chat: Chat, model: ModelFolder
     if long:
         lines = [f"{where(encoded.rows[k])}: {encoded.lengths[k]} tokens" for k in long]
         item.fail(
-            f"{plural(len(long), 'row')} of {total} have more tokens, prompt and response, than the {model.max_length} positions "
+            f"{len(long)} of {total} rows have more tokens, prompt and response, than the {model.max_length} positions "
             f"of the model; shorten or remove them:\n{listed(lines)}"
         )
     return item, encoded.longest
@@ -145,7 +145,7 @@ def _encode(
         if not chat.tokenizer.chat_template and [message["role"] for message in messages] != ["user"]:
             encoded.unroled.append(i)
     if bad:
-        item.fail(f"{plural(len(bad), 'row')} of {total} cannot be encoded; correct or remove them:\n{listed(bad)}")
+        item.fail(f"{len(bad)} of {total} rows cannot be encoded; correct or remove them:\n{listed(bad)}")
     return encoded
 
 
@@ -157,7 +157,7 @@ def _check_room(
     if not lines:
         return
     text = (
-        f"{plural(len(lines), 'prompt')} of {len(encoded.lengths)} have more than the {room} tokens that the window of {window} "
+        f"{len(lines)} of {len(encoded.lengths)} prompts have more than the {room} tokens that the window of {window} "
         f"leaves beside rollout.max_new_tokens={max_new_tokens}"
     )
     if len(lines) == len(encoded.lengths):

@@ -165,7 +165,10 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
         "trainer": {"name": config.trainer.name, "updates_per_batch": 1},
         "algorithm": {"dynamic_sampling": False},
         "checkpoint": {"every_steps": None},
+        "checks": {"outcome_budget": "warn"},  # a random model may well have no score
     }
+    if config.checks.outcome_budget == "off":
+        del changes["checks"]
     if config.engine.name == "embedded":
         changes["engine"] = {"name": "embedded", "num_slots": 2}
     if "critic" in set_by_user:
