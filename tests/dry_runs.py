@@ -26,6 +26,7 @@ from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.trainers.dry import DryTrainer
 from sluice.types import Group, Prompt, Sample, Sampling, Trajectory
+from sluice.waits import Wait
 
 T = TypeVar("T")
 EOS = 1
@@ -92,7 +93,8 @@ class TimedRubric:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
 
-    async def score(self, prompt: Prompt, trajectory: Trajectory) -> None:
+    async def score(self, prompt: Prompt, trajectory: Trajectory, wait: Wait) -> None:
+        wait.at("reward timed")
         if self.max_delay_s:
             await asyncio.sleep(self._random.uniform(0, self.max_delay_s))
         trajectory.outcome, trajectory.reward = "scored", self.reward(prompt, trajectory)
@@ -168,6 +170,9 @@ class Workshop:
             "long_prompts": "error",
             "group_filter": None,
             "attempt_timeout_s": 60.0,
+            "engine_retries": 2,
+            "vocab_size": None,
+            "max_length": None,
             "pretrain_steps": 0,
             "update_reference_every": None,
             "stop_at_reward": None,

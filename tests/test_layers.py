@@ -19,11 +19,13 @@ LEVELS = [
     [
         "types",
         "errors",
+        "waits",
+        "threads",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
     ["interfaces", "hooks", "config+configbase+configsafety+configtraining+configtree+configfile"],
     ["tracking"],
-    ["run"],
+    ["run", "watchdog+dump"],
     ["algorithms"],
     ["data", "rewards"],
     ["environments", "weights"],

@@ -244,24 +244,21 @@ def failing_from(call: int, error: BaseException) -> Callable[..., None]:
     return step
 
 
-def broken_run(workshop: Workshop, what: str, error: Exception, **changes: Any) -> Run:
-    """Fine for the first steps, then `what` raises `error`."""
-    fails = failing_from(11, error)
-
-    class Engine(ScriptedEngine):
-        async def generate(self, prompt_ids: Any, sampling: Any) -> Completion:
-            fails()
-            return await super().generate(prompt_ids, sampling)
-
+def failing_environment(fails: Callable[[], None]) -> Callable[..., Any]:
     async def environment(prompt: Prompt, policy: Any) -> Trajectory:
         fails()
         await policy.respond(prompt.messages)
         return Trajectory(policy.turns)
 
+    return environment
+
+
+def broken_run(workshop: Workshop, what: str, error: Exception, **changes: Any) -> Run:
+    """Fine for the first steps, then `what` raises `error`."""
+    fails = failing_from(11, error)
+
     parts = {
-        "script": lambda: {"script": lambda ids, sampling: fails() or workshop.digits(ids, sampling)},
-        "engine": lambda: {"engine": Engine(workshop.digits)},
-        "environment": lambda: {"environment": environment},
+        "environment": lambda: {"environment": failing_environment(fails)},
         "rubric": lambda: {"reward": lambda prompt, t: fails() or float(t.response)},
         "filter": lambda: {"group_filter": lambda group: fails() or True},
     }
@@ -269,8 +266,6 @@ def broken_run(workshop: Workshop, what: str, error: Exception, **changes: Any) 
 
 
 FAILURES = [
-    ("script", ValueError("boom"), EngineError, "the script of the scripted engine: ValueError: boom"),
-    ("engine", EngineError("the engine was closed"), EngineError, "the engine was closed"),
     ("environment", DataError("no such table"), DataError, "no such table"),
     ("rubric", RewardError("no process"), RewardError, "no process"),
     ("rubric", RuntimeError("a bug"), RuntimeError, "a bug"),
@@ -292,6 +287,49 @@ def test_what_ends_a_worker_is_what_the_caller_sees(
     assert type(caught.value) is expected
     assert text in str(caught.value)
     assert error in (caught.value, caught.value.__cause__)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_an_engine_that_only_fails_ends_the_run(workshop: Workshop, max_staleness: int):
+    """By the limit for groups without a score, and with the engine's own words."""
+    fails = failing_from(11, ValueError("boom"))
+    run = workshop.run(script=lambda ids, s: fails() or workshop.digits(ids, s), max_staleness=max_staleness)
+    with pytest.raises(RolloutError, match=r"4 groups in a row .*the script of the scripted engine: ValueError: boom"):
+        finish(train(run))
+
+
+def test_weights_that_cannot_be_published_end_the_run(workshop: Workshop):
+    """An engine that went on with old weights would be one whose samples nobody could trust."""
+
+    class Engine(ScriptedEngine):
+        async def update_weights(self, weights: Any, version: int) -> None:
+            if version == 2:
+                raise EngineError("no room for the weights")
+            await super().update_weights(weights, version)
+
+    run = workshop.run(engine=Engine(workshop.digits))
+    with pytest.raises(EngineError, match="no room for the weights"):
+        finish(train(run))
+    assert run.step == 2
+
+
+def test_what_fails_at_once_does_not_fail_without_end_while_the_trainer_is_busy(workshop: Workshop):
+    """A rejected group gives its slot back, so workers would go through all prompts before anyone looks at a limit."""
+    fails, rejected = failing_from(GROUPS_PER_STEP * GROUP_SIZE + 1, OSError("gone")), 12
+    run = workshop.run(
+        environment=failing_environment(fails),
+        trainer=Stuck(),
+        max_staleness=3,
+        limits=Limits(rejected=rejected, failed=1000),
+    )
+
+    async def busy() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await train(run)
+
+    finish(busy())
+    assert rejected < run.buffer.next_ticket < rejected + 5 * GROUPS_PER_STEP
 
 
 def test_prompts_that_end_are_an_error_of_the_run(workshop: Workshop):

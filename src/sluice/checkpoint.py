@@ -63,7 +63,12 @@ class Checkpoints:
         await self.finish()
         metric = metrics.get(self.best_metric) if self.best_metric else None
         work = partial(self._write, run.step, run.trainer.snapshot(), position_of(run, metric), random_state())
-        self._writing = asyncio.create_task(asyncio.to_thread(work))
+
+        def watched() -> None:
+            with run.waits("checkpoint", "writing", f"step {run.step}"):
+                work()
+
+        self._writing = asyncio.create_task(asyncio.to_thread(watched))
 
     async def save_now(self, run: Run) -> None:
         """The same, if the step has no checkpoint yet, and wait until it is on disk."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
-from sluice.configsafety import CheckpointSection, ChecksSection
+from sluice.configsafety import CheckpointSection, ChecksSection, WatchdogSection
 from sluice.configtraining import (
     AlgorithmSection,
     CriticSection,
@@ -119,6 +119,8 @@ class RolloutSection(Section):
     """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
     timeout_s: PositiveFloat = 3600.0
     """Longest attempt at a prompt, generation included; one that takes longer has no score."""
+    engine_retries: NonNegativeInt = 2
+    """Times that a generation that failed in the engine is tried again; then its attempt has no score."""
     filter: DottedPath | None = None
     """`module:function` with `(group) -> bool`: false rejects the group, and another prompt takes its place."""
     max_rejected_groups: PositiveInt | None = None
@@ -223,6 +225,7 @@ class TrainConfig(Section):
     """Processes that compute rewards."""
     trainer: Annotated[LocalTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
     checkpoint: CheckpointSection = CheckpointSection()
+    watchdog: WatchdogSection = WatchdogSection()
     checks: ChecksSection = ChecksSection()
 
     @model_validator(mode="after")

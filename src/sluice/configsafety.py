@@ -35,6 +35,12 @@ class CheckpointSection(Section):
         return self
 
 
+class WatchdogSection(Section):
+    warn_after_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] | None = 120.0
+    """Seconds after which what holds the run up is named, on the console and in events.jsonl; then after twice as many, and so
+    on. null: never."""
+
+
 class ChecksSection(Section):
     weights_match: Severity = "stop"
     """The engine decodes with the weights that the trainer has published."""
@@ -44,6 +50,8 @@ class ChecksSection(Section):
     """No group is trained more than rollout.max_staleness updates after it was sampled."""
     trained_once: Severity = "stop"
     """Every group is trained or rejected, once, in order, also across a resume."""
+    data_unchanged: Severity = "stop"
+    """The data files have the content that they had when the run began."""
     groups_whole: Severity = "stop"
     """Every sample says of its tokens, reward and group what the engine and the reward said."""
     advantages: Severity = "stop"
@@ -79,5 +87,8 @@ class ChecksSection(Section):
         }
 
 
-RESUMABLE = ("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers", "checkpoint.", "checks.")
+RESUMABLE = (
+    *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
+    *("checkpoint.", "checks.", "watchdog."),
+)
 """Keys that may be other when a run goes on: none of them changes what was done until then."""

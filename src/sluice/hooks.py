@@ -11,7 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from sluice.errors import ConfigError
@@ -55,6 +55,16 @@ def raised_at(error: BaseException) -> str:
     frames = [(file, line) for file, line in frames if not file.startswith((_OWN_FOLDER, "<frozen "))]
     users = [(file, line) for file, line in frames if not file.startswith(_LIBRARY_FOLDERS)]
     return " at {}:{}".format(*(users or frames)[-1]) if frames else ""
+
+
+def innermost_place(frame: FrameType | None) -> str:
+    """`file:line` of the innermost frame of the user's code or of sluice, of those from `frame` outwards; empty if there is none."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OWN_FOLDER) or not file.startswith((*_LIBRARY_FOLDERS, "<")):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def first_line(error: BaseException) -> str:

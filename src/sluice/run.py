@@ -12,22 +12,36 @@ from sluice.interfaces import Engine, Environment, Tracker, Trainer
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.tracking.rundir import RunDir
 from sluice.types import Group, Sampling
+from sluice.waits import Wait, Waits
 
 
 class Timer:
-    """Seconds spent per phase of a step, as `perf/PHASE_s`; a phase inside another counts for itself only."""
+    """Seconds spent per phase of a step, as `perf/PHASE_s`; a phase inside another counts for itself only.
 
-    def __init__(self) -> None:
+    While it lasts, a phase is on the list of what is waited for.
+    """
+
+    def __init__(self, waits: Waits, name: Callable[[], str]) -> None:
+        """`name` says whose phase it is, as it begins."""
+        self._waits, self._name = waits, name
         self._metrics = Metrics()
         self._inner_s = 0.0
         """What phases inside the present one have taken."""
+        self._wait: Wait | None = None
 
     @contextmanager
-    def __call__(self, phase: str) -> Generator[None]:
+    def __call__(self, phase: str, *, queued: bool = False) -> Generator[Wait]:
         start, before, self._inner_s = time.perf_counter(), self._inner_s, 0.0
+        outer = self._wait
+        if outer:
+            outer.at(outer.stage.name, queued=True)  # it waits for the one inside
         try:
-            yield
+            with self._waits(self._name(), phase, queued=queued) as self._wait:
+                yield self._wait
         finally:
+            self._wait = outer
+            if outer:
+                outer.at(outer.stage.name)
             seconds = time.perf_counter() - start
             self._metrics += Metrics({f"perf/{phase}_s": Sum(seconds - self._inner_s)})
             self._inner_s = before + seconds
@@ -45,7 +59,7 @@ class Run:
     trainer: Trainer
     environment: Environment
     rubric: Any
-    """Scores a trajectory: `await rubric.score(prompt, trajectory)`."""
+    """Scores a trajectory: `await rubric.score(prompt, trajectory, wait)`, and tells the wait what it waits for."""
     chat: Any
     """Messages to ids, and ids to text."""
     buffer: Any
@@ -72,6 +86,12 @@ class Run:
     long_prompts: Literal["error", "skip"]
     group_filter: Callable[[Group], bool] | None
     attempt_timeout_s: float
+    engine_retries: int
+    """Times that a failed generation is tried again, with the same seed."""
+    vocab_size: int | None
+    """Of the model; token ids from it on are foreign. None without a model."""
+    max_length: int | None
+    """Positions of the model."""
     stop_at_reward: float | None
     checkpoints: Any
     """`await checkpoints.save(run, metrics)` copies the state and writes it while the run goes on."""
@@ -84,4 +104,10 @@ class Run:
     """Whether `stop_at_reward` has made the present step the last."""
     fingerprint: str | None = None
     """Of these weights; None without any."""
-    timer: Timer = field(default_factory=Timer)
+    engine_failure: str = ""
+    """The failure of the engine that was told last."""
+    waits: Waits = field(default_factory=Waits)
+    timer: Timer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timer = Timer(self.waits, lambda: f"the loop after step {self.step}")

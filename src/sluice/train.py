@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 from sluice.data.batch import Minibatch
@@ -14,6 +14,7 @@ from sluice.run import Run
 from sluice.tracking.metrics import Mean, Metrics
 from sluice.types import Group, Sample
 from sluice.update import prepare, update
+from sluice.waits import Wait
 
 
 async def train(run: Run) -> None:
@@ -24,33 +25,38 @@ async def train(run: Run) -> None:
     await publish(run)
     async with rollout_workers(run):  # a worker that raises ends the run
         while run.step < run.num_steps:
-            with run.timer("rollout"), rejected_on_record(run):
+            with run.timer("rollout", queued=True), rejected_on_record(run):
                 groups = await run.buffer.take(run.groups_per_step)  # oldest first
             everything = [*groups, *run.buffer.drain_rejected()]
             samples = to_samples(groups)
             with saved_on_failure(run, everything, samples):
                 with run.timer("checks"):
                     run.checks.taken(run, everything, samples)
-                with run.timer("train"):
-                    stats = await learn(run, samples)
+                with run.timer("train") as wait:
+                    stats = await learn(run, samples, wait)
                 run.step += 1
                 await publish(run)
             await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
             await after_step(run, everything, samples, stats)
 
 
-async def learn(run: Run, samples: Sequence[Sample]) -> Metrics:
+async def learn(run: Run, samples: Sequence[Sample], wait: Wait) -> Metrics:
     """Log-probs, advantages and all updates of a step, with the checks in between."""
     minibatches = await prepare(run, samples)
     with run.timer("checks"):
         await run.checks.assigned(run, samples, minibatches)
+
+    def told() -> Iterator[Minibatch]:
+        for number, minibatch in enumerate(minibatches, start=1):
+            wait.at("train", f"update {number} of {len(minibatches)}")
+            yield minibatch
 
     def before_the_weights_move(minibatch: Minibatch) -> None:
         if minibatch.index == 0:
             with run.timer("checks"):
                 run.checks.first_update(run, samples)
 
-    return await update(run, minibatches, before_the_weights_move)
+    return await update(run, told(), before_the_weights_move)
 
 
 async def publish(run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -45,7 +45,7 @@ async def prepare(learner: Learner, samples: Sequence[Sample]) -> list[Minibatch
 
 
 async def update(
-    learner: Learner, minibatches: Sequence[Minibatch], look: Callable[[Minibatch], None] | None = None
+    learner: Learner, minibatches: Iterable[Minibatch], look: Callable[[Minibatch], None] | None = None
 ) -> Metrics:
     """The updates of a step, one after the other; their metrics together. `look` is called before each moves the weights."""
     loss = partial(loss_of, learner) if learner.step >= learner.pretrain_steps else None

@@ -253,7 +253,7 @@ def test_real_file_by_number_is_the_file_by_line():
     assert all(rows[i] == json.loads(lines[i]) for i in range(len(rows)))
 
 
-def test_content_that_changes_after_opening_is_told(tmp_path: Path):
+def test_content_that_changes_after_opening_is_told(tmp_path):
     """In place, by another file of its name, or by taking it away; but not when it is only touched or written as it was."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n')

@@ -243,3 +243,38 @@ def test_the_lock_dies_with_its_owner(ready: Path):
         process.communicate()
     assert sluice("train", "--resume", "runs/job", "run.num_steps=2") == 0
     assert len(consumed_prompts(Path("runs/job"), 2)) == 8
+
+
+def test_data_that_change_under_a_run_stop_it_and_the_old_ones_let_it_go_on(
+    ready: Path, capsys: pytest.CaptureFixture[str]
+):
+    """In place, by a reward of the second step: real files, a real run."""
+    (ready / "edits.py").write_text(
+        "from users_code import share_of_small_letters as f\n"
+        "def edit(prompt, trajectory):\n"
+        "    if open('metrics').read().count('\\n') == 1:\n"
+        "        text = open('prompts.jsonl').read().replace('task 19', 'task 91')\n"
+        "        open('prompts.jsonl', 'w').write(text)\n"
+        "    return f(prompt, trajectory)\n"
+    )
+    os.symlink("runs/test/metrics.jsonl", "metrics")
+    Path("runs/test").mkdir(parents=True)
+    Path("runs/test/metrics.jsonl").touch()
+    before = Path("prompts.jsonl").read_text()
+    words = [
+        "run.name=test",
+        "run.num_threads=1",
+        "checkpoint.auto_resume=true",
+        "rewards=[{name: 'edits:edit'}]",
+        *EVERY,
+    ]
+    assert sluice("train", "config.yaml", *words) == 1
+    said = capsys.readouterr().err
+    assert "check data_unchanged, step 2: prompts.jsonl has other content since the run began" in said
+    assert [event["details"]["check"] for event in events_of(Path("runs/test")) if event["kind"] == "check"] == [
+        "data_unchanged"
+    ]
+    Path("prompts.jsonl").write_text(before)
+    Path("edits.py").write_text("from users_code import share_of_small_letters as edit\n")
+    assert sluice("train", "config.yaml", *words) == 0
+    assert [line["step"] for line in metrics_of(Path("runs/test"))] == [1, 2, 3]

@@ -294,6 +294,9 @@ class LongNow:
     prompts: Any
     too_long: Callable[[int], bool]
 
+    def changed(self) -> str:
+        return ""
+
     def __getitem__(self, position: int) -> Prompt:
         prompt = self.prompts[position]
         if self.too_long(position):

@@ -22,6 +22,7 @@ CHECKS: dict[str, Callable[..., str]] = {
         updates.weights_match,
         groups.staleness,
         groups.trained_once,
+        groups.data_unchanged,
         groups.groups_whole,
         groups.loss_mask,
         groups.outcome_budget,
@@ -66,6 +67,7 @@ class Checker:
         self._judge(run, step, "staleness", step_groups, run.step, run.max_staleness)
         self._judge(run, step, "trained_once", step_groups, self.last_ticket)
         self.last_ticket = max([self.last_ticket, *(group.id for group in step_groups if not group.rejected)])
+        self._judge(run, step, "data_unchanged", run.prompts)
         self._judge(run, step, "outcome_budget", step_groups, self.max_error_share)
         self._judge(run, step, "groups_whole", step_groups, samples, run.group_size)
         self._judge(run, step, "loss_mask", samples)

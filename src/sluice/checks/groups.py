@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from sluice.checks.columns import column, first, place
 from sluice.types import Group, Sample, Trajectory
@@ -39,6 +40,12 @@ def trained_once(groups: Sequence[Group], last_ticket: int) -> str:
                 f"group {ticket} was neither trained nor rejected, and group {newest} after it is about to be trained"
             )
     return ""
+
+
+def data_unchanged(prompts: Any) -> str:
+    """`prompts.changed()` names the data file that has other content than when the run began."""
+    file = prompts.changed()
+    return file and f"{file} since the run began: rows that were checked may no longer be those that are read"
 
 
 def outcome_budget(groups: Sequence[Group], max_error_share: float) -> str:

@@ -8,6 +8,7 @@ sequence at a time, and lets other tasks run in between.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
-from sluice.engines.sampling import check_room, kept_lists, sample_tokens
+from sluice.engines.sampling import check_ids, check_room, kept_lists, sample_tokens
 from sluice.engines.slots import Prefix, SlotCache, SlotState
 from sluice.errors import EngineError
+from sluice.hooks import first_line
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
 from sluice.weights.fingerprint import fingerprint
@@ -57,22 +59,24 @@ class EmbeddedEngine:
         self.version = 0
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # by slot
+        self._closed = False
         self._wanted: Counter[bytes] = Counter()
         """How many waiting requests want each prompt; its prefix is kept as long as one does."""
         self._prefixes: dict[bytes, Prefix] = {}
-        self._cache = SlotCache()
-        self._state = SlotState(model.device)
-        self._stop_rows: dict[frozenset[int], int] = {}
-        self._stop_table = torch.zeros(0, vocab_size, dtype=torch.bool, device=model.device)
+        self._reset_slots()
         self._driver: asyncio.Task[None] | None = None
         self._cancelled = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Raises PromptTooLongError when prompt and completion do not fit the window, EngineError when decoding fails.
 
-        Cancelling the call gives its slot back.
+        What is wrong with one request fails that request; a step that fails as a whole (out of memory) fails all that are
+        in flight. The engine can be used again after both. Cancelling the call gives its slot back.
         """
+        if self._closed:
+            raise EngineError("the engine is closed")
         check_room(prompt_ids, sampling, self.max_model_len)
+        check_ids(prompt_ids, self.vocab_size)
         key = array("q", prompt_ids).tobytes()
         self._wanted[key] += 1
         request = _Request(key, prompt_ids, sampling, asyncio.get_running_loop().create_future())
@@ -101,11 +105,24 @@ class EmbeddedEngine:
         return fingerprint(self.model.named_weights())
 
     async def close(self) -> None:
+        self._closed = True
         if self._driver is not None:
             self._driver.cancel()
-        self._fail(EngineError("the engine was closed"))
+        self._fail("the engine was closed")
+
+    def status(self) -> str:
+        """What it does at the moment, for people."""
+        return (
+            f"{len(self._active)} completions are decoded, {len(self._waiting)} wait; weights of version {self.version}"
+        )
 
     # -- the driver --
+
+    def _reset_slots(self) -> None:
+        self._cache = SlotCache()
+        self._state = SlotState(self.model.device)
+        self._stop_rows: dict[frozenset[int], int] = {}
+        self._stop_table = torch.zeros(0, self.vocab_size, dtype=torch.bool, device=self.model.device)
 
     async def _drive(self) -> None:
         try:
@@ -114,9 +131,11 @@ class EmbeddedEngine:
                 self._step()
                 await asyncio.sleep(0)
         except Exception as cause:
-            error = EngineError(f"decoding failed: {type(cause).__name__}: {cause}")
-            error.__cause__ = cause
-            self._fail(error)
+            traceback.clear_frames(
+                cause.__traceback__
+            )  # they hold the tensors of the step, and memory may be what is wanted
+            in_flight = len(self._active) + len(self._waiting)
+            self._fail(f"decoding failed: {first_line(cause)} ({in_flight} completions were in flight)", cause)
         finally:
             self._driver = None
 
@@ -130,15 +149,16 @@ class EmbeddedEngine:
             if quiet == 5:
                 return
 
-    def _fail(self, error: EngineError) -> None:
+    def _fail(self, what: str, cause: Exception | None = None) -> None:
+        """Fail all requests; what the step left half done is dropped with them."""
         requests = [*self._active, *self._waiting]
         self._active.clear()
         self._waiting.clear()
         self._wanted.clear()
         self._prefixes.clear()
+        self._reset_slots()
         for request in requests:
-            if not request.done.done():
-                request.done.set_exception(error)
+            _fail_request(request, what, cause)
 
     def _note_cancelled(self, done: asyncio.Future[Completion]) -> None:
         self._cancelled |= done.cancelled()
@@ -272,12 +292,26 @@ class EmbeddedEngine:
         full = count >= state["limit"][rows]
         ends: dict[int, FinishReason] = {first + slot: "length" for slot in full.nonzero().flatten().tolist()}
         ends |= {first + slot: "stop" for slot in stopped.nonzero().flatten().tolist()}
-        ends |= {slot: "stop" for slot in range(first, rows.stop) if self._says_stop(slot)}
-        for slot in sorted(ends, reverse=True):  # from the end, so that a move never fills a slot still to be freed
-            self._finish(slot, ends[slot])
+        failures: dict[int, Exception] = {}
+        for slot in range(first, rows.stop):
+            try:
+                if self._says_stop(slot):
+                    ends[slot] = "stop"
+            except Exception as error:
+                failures[slot] = error
+        # from the end, so that a move never fills a slot still to be freed
+        for slot in sorted(ends.keys() | failures.keys(), reverse=True):
+            if slot in failures:
+                cause = failures[slot]
+                _fail_request(
+                    self._active[slot], f"the text cannot be searched for stop strings: {first_line(cause)}", cause
+                )
+                self._free(slot)
+            else:
+                self._finish(slot, ends[slot])
 
     def _says_stop(self, slot: int) -> bool:
-        """Whether the text of a slot now holds one of its stop strings."""
+        """Whether the text of a slot now holds one of its stop strings. Raises what the decoder raises."""
         stop = self._active[slot].sampling.stop
         if not stop:
             return False
@@ -308,3 +342,11 @@ class EmbeddedEngine:
             self._state.move(last, slot)
             self._active[slot] = self._active[last]
         self._active.pop()
+
+
+def _fail_request(request: _Request, what: str, cause: Exception | None) -> None:
+    """Each with an exception of its own: one that is raised in many places gathers all their tracebacks."""
+    if not request.done.done():
+        error = EngineError(what)
+        error.__cause__ = cause
+        request.done.set_exception(error)

@@ -25,6 +25,15 @@ def check_room(prompt_ids: Sequence[int], sampling: Sampling, max_model_len: int
         )
 
 
+def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises EngineError for what is no token id of the model; beside others it would fail them too."""
+    if wrong := set(map(type, prompt_ids)) - {int}:
+        raise EngineError(f"a prompt that holds a {wrong.pop().__name__}: token ids are whole numbers")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        foreign = min(prompt_ids) if min(prompt_ids) < 0 else max(prompt_ids)
+        raise EngineError(f"a prompt with the token id {foreign}: the model has the ids 0 to {vocab_size - 1}")
+
+
 def sample_tokens(
     logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,13 +29,18 @@ class ScriptedEngine:
         self.max_model_len = max_model_len
         self.max_delay_s = max_delay_s
         self.version = 0
+        self._num_open = 0
         self._random = random.Random(delay_seed)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         check_room(prompt_ids, sampling, self.max_model_len)
         version = self.version
-        if self.max_delay_s:
-            await asyncio.sleep(self._random.uniform(0, self.max_delay_s))
+        self._num_open += 1
+        try:
+            if self.max_delay_s:
+                await asyncio.sleep(self._random.uniform(0, self.max_delay_s))
+        finally:
+            self._num_open -= 1
         with boundary(EngineError, "the script of the scripted engine"):
             answer = list(self.script(prompt_ids, sampling))
         token_ids = answer[: sampling.max_new_tokens]
@@ -49,6 +54,10 @@ class ScriptedEngine:
 
     async def update_weights(self, weights: Weights, version: int) -> None:
         self.version = version
+
+    def status(self) -> str:
+        """What it does at the moment, for people."""
+        return f"{self._num_open} completions wait for their delay; weights of version {self.version}"
 
     async def fingerprint(self) -> None:
         """There are no weights."""

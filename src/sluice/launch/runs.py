@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import sys
-import time
 from collections.abc import Coroutine, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
-from sluice.errors import DataError, RunStopped
+from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_threads
@@ -25,11 +24,13 @@ from sluice.launch.resuming import resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
+from sluice.threads import DaemonThreads
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.resuming import locked, set_aside
 from sluice.tracking.rundir import RunDir, describe_environment, write_atomically
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
+from sluice.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sluice.checkpoint import Saved
@@ -67,7 +68,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         seed_random_state(config.run.seed)
         if resume:
             _go_on(run, saved, damage)
-        _to_the_end(rundir, run.tracker, _whole(run))
+        _to_the_end(rundir, run.tracker, _whole(run, config.watchdog.warn_after_s))
     return rundir.path
 
 
@@ -126,8 +127,8 @@ def _trackers(
 
     parts = [f"rollout/reward/{label}" for label in rewards or ()]
     tracker += [
+        ConsoleTracker(num_steps, extra=parts),  # first: it can tell of a disk that hangs
         FileTracker(rundir, chat.pieces, config.run.disk_wait_s, tell),
-        ConsoleTracker(num_steps, extra=parts),
     ]
     return tracker
 
@@ -140,6 +141,7 @@ def _assembled(
 
     engine, trainer, packing, eos_ids = parts
     rollout, checkpoint = config.rollout, config.checkpoint
+    model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
     if saved:
         prompts.check_identity(saved.position["prompts"])
@@ -180,6 +182,9 @@ def _assembled(
         long_prompts=config.data.long_prompts,
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
+        engine_retries=rollout.engine_retries,
+        vocab_size=model.config.vocab_size if model else None,
+        max_length=model.max_length if model else None,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=Checkpoints(
             rundir,
@@ -210,23 +215,46 @@ def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
     run.tracker.event("resumed", f"from {where}{later}", step=run.step, environment=describe_environment())
 
 
-async def _whole(run: Run) -> None:
+async def _whole(run: Run, warn_after_s: float | None) -> None:
+    asyncio.get_running_loop().set_default_executor(DaemonThreads())
+    with _watchdog(run, warn_after_s).watching():
+        try:
+            await _work(run)
+        finally:
+            with run.waits("the run", "last checkpoint"), suppress(SluiceError):  # what ended the work is the news
+                await run.checkpoints.finish()
+            with run.waits("the run", "engine and reward processes ending"):
+                await run.engine.close()
+                run.rubric.close()
+
+
+async def _work(run: Run) -> None:
     from sluice.train import train as loop
 
     try:
         with _stopping_on_sigterm(run):
-            await run.rubric.start()
+            with run.waits("the run", "reward processes starting"):
+                await run.rubric.start()
             await loop(run)
-        await run.checkpoints.finish()
+        with run.waits("the run", "last checkpoint"):
+            await run.checkpoints.finish()
     except RunStopped:
         if run.step:
-            await run.checkpoints.save_now(run)
+            with run.waits("the run", "last checkpoint"):
+                await run.checkpoints.save_now(run)
         raise RunStopped(
             f"stopped by SIGTERM after step {run.step}; to go on: sluice train --resume {run.rundir.path}"
         ) from None
-    finally:
-        await run.engine.close()
-        run.rubric.close()
+
+
+def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
+    sections = {
+        "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
+        "buffer": run.buffer.status,
+        "engine": run.engine.status,
+        "reward processes": run.rubric.status,
+    }
+    return Watchdog(run.waits, run.tracker, run.rundir, warn_after_s, sections)
 
 
 @contextmanager
@@ -280,7 +308,7 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
 
 def _make_rundir(resolved: Resolved[Any], name: str, adopt: bool = False) -> RunDir:
     run: RunSection = resolved.config.run
-    rundir = RunDir.create(run.folder, run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", adopt)
+    rundir = RunDir.create(run.folder, run.name, adopt) if run.name else RunDir.create_stamped(run.folder, name)
     rundir.environment.write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return rundir
 

@@ -15,15 +15,19 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sluice.errors import RewardError
 from sluice.rewards.spec import RewardSpec
+from sluice.waits import Wait
 
 START_LIMIT_S = 120.0
 """For importing the user's modules."""
+START_TRIES = 3
+"""Of a process that is killed while it starts: that is the machine's doing."""
 
 _ENTRY = """\
 import json, sys
@@ -61,6 +65,7 @@ class Worker:
         self._log = log
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._process: subprocess.Popen[bytes] | None = None
+        self._wait: Wait | None = None  # of the sample that it computes
         self._in_use = threading.RLock()
         self._lock = threading.Lock()  # no process may be spawned after `close`
         self._closed = False
@@ -71,33 +76,53 @@ class Worker:
         Raises RewardError when it cannot be started, with what it said.
         """
         with self._in_use:
-            if self._process is None or self._process.poll() is not None:
+            for tries_left in reversed(range(START_TRIES)):
+                if self._process is not None and self._process.poll() is None:
+                    return
                 self._kill()
                 self._spawn()
-                self._greet()
+                self._greet(last=not tries_left)
 
-    def _greet(self) -> None:
+    def _greet(self, last: bool) -> None:
+        """Returns when the process is ready, or was killed and this was not the `last` try."""
         try:
             self._send(self._specs, START_LIMIT_S)
             ok, what = self._receive(START_LIMIT_S)
         except TimeoutError:
             ok, what = False, f"its imports did not end within {START_LIMIT_S:g} s"
         except (OSError, EOFError, pickle.UnpicklingError):
-            ok, what = False, self._cause_of_death() + (f"; see {self._log}" if self._log else "")
+            what, killed = self._cause_of_death()
+            if killed and not last:
+                return
+            ok, what = False, what + (f"; see {self._log}" if self._log else "")
         if not ok:
             self._kill()
             raise RewardError(f"a reward process could not start: {what}")
 
-    def values(self, sample: bytes) -> list[float | dict[str, float]]:
-        """The value of every part, for a pickled (prompt, trajectory).
+    def values(self, sample: bytes, wait: Wait) -> list[float | dict[str, float]]:
+        """The value of every part, for a pickled (prompt, trajectory). `wait` is told which part is computed.
 
         Raises PartError, PartTimeout or WorkerDied for the first part that gives none, RewardError when none starts.
         """
         with self._in_use:
-            self.start()
-            return [self._value(index, spec, sample) for index, spec in enumerate(self._specs)]
+            self._wait = wait
+            try:
+                wait.at("reward process starting")
+                self.start()
+                return [self._value(index, spec, sample, wait) for index, spec in enumerate(self._specs)]
+            finally:
+                self._wait = None
 
-    def _value(self, index: int, spec: RewardSpec, sample: bytes) -> float | dict[str, float]:
+    def status(self) -> str:
+        """What it does at the moment, for people."""
+        process, wait = self._process, self._wait
+        name = f"process {process.pid}" if process else "no process"
+        if wait is None:
+            return f"{name}: idle"
+        return f"{name}: {wait.stage.name} for {wait.name}, {wait.details}, for {time.monotonic() - wait.stage.since:.1f} s"
+
+    def _value(self, index: int, spec: RewardSpec, sample: bytes, wait: Wait) -> float | dict[str, float]:
+        wait.at(f"reward {spec.label}")
         try:
             if index == 0:
                 self._send(sample, spec.timeout_s)
@@ -107,7 +132,7 @@ class Worker:
             what = f"did not return within {spec.timeout_s:g} s (timeout_s); its process was killed"
             raise PartTimeout(index, what) from None
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise WorkerDied(index, self._cause_of_death()) from None
+            raise WorkerDied(index, self._cause_of_death()[0]) from None
         if not ok:
             raise PartError(index, result)
         return result
@@ -147,20 +172,21 @@ class Worker:
         self._socket.settimeout(limit_s)
         return pickle.load(self._pipe)
 
-    def _cause_of_death(self) -> str:
+    def _cause_of_death(self) -> tuple[str, bool]:
+        """As text, and whether a signal ended it: then it was no doing of the user's code, as far as one can know."""
         process = self._process
         if process is None:
-            return "the rubric was closed"
+            return "the rubric was closed", False
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
         code = process.returncode
         self._kill()
         if code is None:
-            return "its process closed its connection to sluice"
+            return "its process closed its connection to sluice", False
         if code >= 0:
-            return f"its process ended with exit code {code}"
+            return f"its process ended with exit code {code}", False
         hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-        return f"its process was killed ({signal.Signals(-code).name}{hint})"
+        return f"its process was killed ({signal.Signals(-code).name}{hint})", True
 
     def _kill(self) -> None:
         """Kill the process and all that it started."""

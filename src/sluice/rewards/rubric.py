@@ -15,6 +15,7 @@ from sluice.errors import ConfigError, RewardError, boundary
 from sluice.rewards.pool import PartError, PartTimeout, Worker, WorkerDied
 from sluice.rewards.spec import RewardSpec, build
 from sluice.types import Outcome, Prompt, Trajectory
+from sluice.waits import Wait
 
 
 @dataclass
@@ -58,17 +59,23 @@ class Rubric:
             self.close()
             raise
 
-    async def score(self, prompt: Prompt, trajectory: Trajectory) -> None:
+    async def score(self, prompt: Prompt, trajectory: Trajectory, wait: Wait | None = None) -> None:
         """Fill the trajectory's `outcome`, and `reward` and `reward_parts` (before weighting) or `error`.
 
         Never raises for what a reward does. Takes at most the sum of the time limits, twice where a process is
-        killed from outside, once there is a free process.
+        killed from outside, once there is a free process. `wait` is told which part is computed.
         """
-        verdict = await asyncio.get_running_loop().run_in_executor(self._threads, self._score, prompt, trajectory)
+        wait = wait or Wait("scoring")
+        wait.at("a free reward process", queued=True)
+        verdict = await asyncio.get_running_loop().run_in_executor(self._threads, self._score, prompt, trajectory, wait)
         trajectory.outcome = verdict.outcome
         trajectory.reward = verdict.reward
         trajectory.reward_parts = verdict.parts
         trajectory.error = verdict.error
+
+    def status(self) -> str:
+        """What each process does at the moment, for people."""
+        return "\n".join(worker.status() for worker in self._workers)
 
     def close(self) -> None:
         """Kill all processes; what is being scored gets no score."""
@@ -76,15 +83,15 @@ class Rubric:
             worker.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _score(self, prompt: Prompt, trajectory: Trajectory) -> _Verdict:
-        worker = self._idle.get()
+    def _score(self, prompt: Prompt, trajectory: Trajectory, wait: Wait) -> _Verdict:
+        worker = self._idle.get_nowait()
         try:
             with boundary(RewardError, "cannot be sent to a reward process"):
                 sample = pickle.dumps((prompt, trajectory))
             try:
-                values = worker.values(sample)
+                values = worker.values(sample, wait)
             except WorkerDied:  # once may be the machine's doing, twice is the sample's
-                values = worker.values(sample)
+                values = worker.values(sample, wait)
             return self._weigh(values)
         except PartError as error:
             outcome = "timeout" if isinstance(error, PartTimeout) else "error"
@@ -93,6 +100,7 @@ class Rubric:
             return _Verdict("error", error=self._message(prompt, error))
         finally:
             self._idle.put(worker)
+            wait.at("the event loop", queued=True)
 
     def _weigh(self, values: Sequence[float | dict[str, float]]) -> _Verdict:
         parts: dict[str, float] = {}

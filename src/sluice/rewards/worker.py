@@ -5,6 +5,7 @@ The parent keeps the time; see `sluice.rewards.pool`. Both sides pickle, since b
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import numbers
 import os
@@ -33,6 +34,8 @@ def serve(fd: int, parent: int) -> None:
     the value, or what went wrong as text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide on
+    if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
+        faulthandler.register(signal.SIGUSR1)  # says in the log where the reward is
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.set_inheritable(fd, False)
     pipe = socket.socket(fileno=fd).makefile("rwb")

@@ -74,7 +74,7 @@ class GroupBuffer:
         async with self._changed:
             if self._again:  # its slot was never given back
                 return self._again.popleft()
-            await self._changed.wait_for(lambda: self._free > 0)
+            await self._changed.wait_for(self._may_admit)
             self._free -= 1
             self.next_ticket += 1
             return self.next_ticket - 1
@@ -123,6 +123,14 @@ class GroupBuffer:
             self._stopped = True
             self._changed.notify_all()
 
+    def status(self) -> str:
+        """What it holds at the moment, for people."""
+        out = sorted(set(range(self.head, self.next_ticket)) - self.done.keys())
+        return (
+            f"{self._free} of {self.num_slots} slots free; tickets from {self.head} on below {self.next_ticket}: "
+            f"handed in {sorted(self.done)}, out {out}"
+        )
+
     def drain_rejected(self) -> list[Group]:
         """Rejected groups that are older than the last one taken, each told once."""
         rejected, self._rejected = self._rejected, []
@@ -143,6 +151,11 @@ class GroupBuffer:
                 self._rejected += [group for group in groups if group.rejected]
                 raise self._over_limit(group, num_rejected, failed_in_a_row)
         return groups
+
+    def _may_admit(self) -> bool:
+        """A slot is free, and there are not so many rejected groups that nobody has taken yet that the next `take` may end
+        the run for them: while the trainer is busy, what fails at once would fail without end."""
+        return self._free > 0 and sum(bool(g.rejected) for g in self.done.values()) <= self.limits.rejected
 
     @staticmethod
     def _failures_after(group: Group, before: int) -> int:

@@ -6,36 +6,75 @@ import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
-from sluice.interfaces import Engine
-from sluice.types import Message, Sampling, Turn
+from sluice.errors import EngineError, PromptTooLongError, boundary
+from sluice.run import Run
+from sluice.types import Completion, Message, Sampling, Turn
+from sluice.waits import Wait
 
 
 class SamplingPolicy:
-    """One per trajectory. `seed` seeds its calls one after the other."""
+    """One per trajectory. `seed` seeds its calls one after the other; `wait` is told when they wait for the engine."""
 
-    def __init__(self, engine: Engine, chat: Any, sampling: Sampling, seed: str) -> None:
+    def __init__(self, run: Run, seed: str, wait: Wait) -> None:
         self.turns: list[Turn] = []
-        self._engine = engine
-        self._chat = chat
-        self._sampling = sampling
+        self._run = run
         self._seed = seed
+        self._wait = wait
         self._num_calls = 0
+        self._num_open = 0
         self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
 
     async def respond(self, messages: Sequence[Message]) -> Message:
+        """Raises PromptTooLongError for a conversation without room, EngineError when every try failed."""
+        chat = self._run.chat
         messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
-        prompt_ids = self._chat.encode_next(*self._last, messages) if self._last else None
-        prompt_ids = prompt_ids or self._chat.encode(messages)
-        sampling = replace(self._sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
-        self._num_calls += 1  # not the number of turns: calls may run side by side
-        completion = await self._engine.generate(prompt_ids, sampling)
-        completion.text = self._chat.decode(completion.token_ids)
+        prompt_ids = chat.encode_next(*self._last, messages) if self._last else None
+        prompt_ids = prompt_ids or chat.encode(messages)
+        completion = await self._generate(prompt_ids)
+        completion.text = chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))
         reply = {"role": "assistant", "content": completion.text}
         self._last = prompt_ids + completion.token_ids, messages, dict(reply)
         return reply
+
+    async def _generate(self, prompt_ids: list[int]) -> Completion:
+        sampling = replace(self._run.sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
+        self._num_calls += 1  # not the number of turns: calls may run side by side
+        self._wait.at("engine", f"turn {self._num_calls}")
+        self._num_open += 1
+        try:
+            return await self._tried(prompt_ids, sampling)
+        finally:
+            self._num_open -= 1
+            if not self._num_open:
+                self._wait.at("environment")
+
+    async def _tried(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
+        """The same seed every time: what is sampled does not depend on how often it was tried."""
+        for retries_left in reversed(range(self._run.engine_retries + 1)):
+            try:
+                with boundary(EngineError, "the engine"):
+                    return await self._run.engine.generate(prompt_ids, sampling)
+            except PromptTooLongError:
+                raise
+            except EngineError as error:
+                if not retries_left:
+                    raise
+                self._tell_retry(error, retries_left)
+        raise AssertionError("the last try returns or raises")
+
+    def _tell_retry(self, error: EngineError, retries_left: int) -> None:
+        """Once for a failure that hits many requests: a step of the engine fails for all that are decoded in it."""
+        failure = f"{error} in step {self._run.step + 1}, {retries_left} retries left"
+        if failure != self._run.engine_failure:
+            self._run.engine_failure = failure
+            wait = self._wait
+            self._run.tracker.event(
+                "engine_retry",
+                f"{wait.name}, turn {self._num_calls}, {wait.details}: {error}; tried again (rollout.engine_retries)",
+                retries_left=retries_left,
+            )
 
 
 def seed_of(name: str) -> int:

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from sluice.algorithms import why_rejected
-from sluice.errors import DataError, EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.errors import DataError, EngineError, EnvironmentError_, PromptTooLongError, boundary, first_error
 from sluice.hooks import raised_at
-from sluice.interfaces import Environment
 from sluice.rollout.policy import SamplingPolicy
+from sluice.rollout.trainable import check_trainable, sound_turns
 from sluice.run import Run
-from sluice.types import Group, Prompt, Trajectory
+from sluice.types import Group, Outcome, Prompt, Trajectory
 
 
 @asynccontextmanager
@@ -40,11 +40,15 @@ async def _worker(run: Run) -> None:
 async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
     """All attempts at one prompt, scored; `rejected` says why when it is not to be trained on.
 
-    Raises what ends a run: errors of the engine, and a prompt without room unless such prompts are to be skipped.
+    Raises what ends a run: a filter that raises, and a prompt without room unless such prompts are to be skipped.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            attempts = [tasks.create_task(_attempt(run, ticket, prompt, i)) for i in range(run.group_size)]
+            attempts = [
+                # named like its wait, so that the watchdog can tell which one blocks the event loop
+                tasks.create_task(_attempt(run, ticket, prompt, i), name=f"rollout {ticket}.{i}")
+                for i in range(run.group_size)
+            ]
     except BaseExceptionGroup as errors:
         error = first_error(errors)
         raise error from error.__cause__
@@ -56,41 +60,57 @@ async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
     group = Group(ticket, prompt, [result for result in results if isinstance(result, Trajectory)])
     group.rejected = why_rejected(run.algorithm, group)
     if not group.rejected and run.group_filter is not None:
-        with boundary(EnvironmentError_, f"rollout.filter, on the group of prompt {prompt.id}"):
+        with (
+            run.waits(f"rollout {ticket}", "rollout.filter", f"prompt {prompt.id}"),
+            boundary(EnvironmentError_, f"rollout.filter, on the group of prompt {prompt.id}"),
+        ):
             group.rejected = "" if run.group_filter(group) else "rollout.filter"
     _tell_errors(run, group)
     return group
 
 
 async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Trajectory | PromptTooLongError:
+    """One attempt, scored."""
+    with run.waits(f"rollout {ticket}.{index}", "environment", f"prompt {prompt.id}") as wait:
+        trajectory = await _played(run, prompt, SamplingPolicy(run, f"{run.seed}/{ticket}/{index}", wait))
+        # an environment may say itself that it failed; no reward makes that a score
+        if isinstance(trajectory, Trajectory) and trajectory.outcome not in ("error", "timeout"):
+            await run.rubric.score(prompt, trajectory, wait)
+            _add_turn_rewards(trajectory)
+    return trajectory
+
+
+async def _played(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajectory | PromptTooLongError:
     """A prompt to be skipped is a value: while an exception is on its way up a TaskGroup, a cancellation gets lost."""
-    policy = SamplingPolicy(run.engine, run.chat, run.sampling, f"{run.seed}/{ticket}/{index}")
+
+    def failed(reason: str, error: str, outcome: Outcome = "error") -> Trajectory:
+        return Trajectory(sound_turns(run, policy.turns), stop_reason=reason, outcome=outcome, error=error)
+
     try:
         async with asyncio.timeout(run.attempt_timeout_s):
             with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
-                trajectory = await _play(run.environment, prompt, policy)
+                return await _play(run, prompt, policy)
     except TimeoutError:
-        error = f"prompt {prompt.id}: no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(policy.turns)} turns"
-        return Trajectory(policy.turns, stop_reason="timeout", outcome="timeout", error=error)
+        what = f"no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(policy.turns)} turns"
+        return failed("timeout", f"prompt {prompt.id}: {what}", "timeout")
     except EnvironmentError_ as error:
         where = raised_at(error.__cause__) if error.__cause__ else ""
-        return Trajectory(policy.turns, stop_reason="error", outcome="error", error=f"{error}{where}")
+        return failed("error", f"{error}{where}")
     except DataError as error:
         if policy.turns:
-            return Trajectory(policy.turns, stop_reason="error", outcome="error", error=f"prompt {prompt.id}: {error}")
+            return failed("error", f"prompt {prompt.id}: {error}")
         raise DataError(f"prompt {prompt.id} ({prompt.where}): {error}") from error
     except PromptTooLongError as error:
         if policy.turns:  # the prompt had room, and the conversation has outgrown it
-            return Trajectory(policy.turns, stop_reason="window", outcome="error", error=f"prompt {prompt.id}: {error}")
+            return failed("window", f"prompt {prompt.id}: {error}")
         if run.long_prompts == "skip":
             return error
         raise PromptTooLongError(
             f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
         ) from None
-    if trajectory.outcome not in ("error", "timeout"):  # an environment may say so itself; no reward makes it a score
-        await run.rubric.score(prompt, trajectory)
-        _add_turn_rewards(trajectory)
-    return trajectory
+    except EngineError as error:
+        tries = f"tried {run.engine_retries + 1} times (rollout.engine_retries)"
+        return failed("engine", f"prompt {prompt.id}: {error}; {tries}")
 
 
 def _add_turn_rewards(trajectory: Trajectory) -> None:
@@ -116,18 +136,15 @@ def _add_turn_rewards(trajectory: Trajectory) -> None:
     trajectory.reward = math.fsum(earned_parts)
 
 
-async def _play(environment: Environment, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:
+async def _play(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:
     try:
-        trajectory = await environment(prompt, policy)
+        trajectory = await run.environment(prompt, policy)
     except (asyncio.CancelledError, SystemExit) as error:
         if (task := asyncio.current_task()) and task.cancelling():
             raise
         # Not the end of the run but the environment's doing; as it is, it would end a worker or the process in silence.
         raise RuntimeError(repr(error)) from error
-    if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"returned {type(trajectory).__name__}, not a Trajectory")
-    if not trajectory.num_response_tokens:
-        raise ValueError("returned a Trajectory without a token of the policy")
+    check_trainable(run, trajectory)
     return trajectory
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 from sluice.errors import ConfigError, DataError, RunFolderError
 
 GIT_TIMEOUT_S = 10
+_APPENDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class RunDir:
                 f"cannot make the run folder {path}: {error.strerror}; choose another place with run.folder=…"
             ) from None
         return cls(path)
+
+    @classmethod
+    def create_stamped(cls, folder: str | Path, stem: str) -> RunDir:
+        """Make the run folder `folder/STEM-TIME`, with a number behind it where the clock has shown that time before."""
+        for name in _stamped(stem):
+            try:
+                return cls.create(folder, name)
+            except ConfigError:
+                if not (Path(folder) / name).exists():
+                    raise
+        raise AssertionError("there is always a next name")
 
     @property
     def config(self) -> Path:
@@ -89,9 +104,30 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def stacks(self) -> Path:
+        """Where the stacks of all threads go at once on SIGUSR1, whatever the process does; empty until then."""
+        return self.path / "stacks.txt"
+
+    def create_dump(self) -> Path:
+        """A new and empty `dump-TIME.txt`; none is ever written over, whatever the clock says."""
+        for name in _stamped("dump"):
+            path = self.path / f"{name}.txt"
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        raise AssertionError("there is always a next name")
+
+    @property
     def report(self) -> Path:
         """The run on one page."""
         return self.path / "report.html"
+
+
+def _stamped(stem: str) -> Iterator[str]:
+    """STEM-TIME, then STEM-TIME-2, and so on: clocks are set back, and two may ask within a second."""
+    first = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    yield first
+    yield from (f"{first}-{number}" for number in itertools.count(2))
 
 
 def finite(value: Any) -> Any:
@@ -109,14 +145,15 @@ def finite(value: Any) -> Any:
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one line of JSON and return when it is on disk; nan and inf become null, other objects their text.
 
-    Whenever the process dies, all lines before are whole. For one writing process. Raises OSError when the disk is full.
+    Whenever the process dies, all lines before are whole. For one writing process, and any of its threads. Raises OSError when the disk is full.
     """
     line = json.dumps(finite(record), allow_nan=False, default=str).encode() + b"\n"
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        _cut_torn_line(file)
-        if os.write(file, line) < len(line):
-            raise OSError(errno.ENOSPC, "disk full: only part of a line was written", str(path))
+        with _APPENDING:  # a half-written line of another thread is not a torn one
+            _cut_torn_line(file)
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, "disk full: only part of a line was written", str(path))
         os.fsync(file)
     finally:
         os.close(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +25,7 @@ class FileTracker:
         self.pieces = pieces
         self._disk_wait_s, self._tell = disk_wait_s, tell
         self._events: list[dict[str, Any]] = []  # that found no room
+        self._telling = threading.Lock()  # watchdog and checkpoints speak from threads of their own
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._write(lambda: append_line(self.rundir.metrics, {"step": step, **metrics}), self.rundir.metrics)
@@ -46,7 +48,7 @@ class FileTracker:
         self._write_events()
 
     def _write_events(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError), self._telling:
             while self._events:
                 append_line(self.rundir.events, self._events[0])
                 del self._events[0]
