@@ -35,6 +35,7 @@ LEVELS = [
     ["checkpoint", "update"],
     ["train", "replay", "viewer", "describe", "analysis"],
     ["launch"],
+    ["preflight"],
     ["cli"],
 ]
 PLACES = {name: (level, room) for level, rooms in enumerate(LEVELS) for room in rooms for name in room.split("+")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show × or π does not end a run
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        return args.command(args) or 0
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         return 143
@@ -35,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written until now is whole", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Any, help: str, parent: Any = commands) -> argparse.ArgumentParser:
         sub = parent.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=action)
+        sub.set_defaults(command=action, refuse=sub.error)
         return sub
 
     def takes_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
@@ -81,11 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
 
+    check = command("check", _check, "look for whatever would end or spoil a run, before it is paid for")
+    takes_config(check)
+    check.add_argument("--sft", action="store_true", help="the config is for `sluice sft`")
+    check.add_argument("--offline", action="store_true", help="leave out the trial: no torch, and no weights needed")
+    check.add_argument(
+        "--rows", type=_count, default=500, metavar="N", help="rows whose gold answers are scored (default: 500)"
+    )
     config = commands.add_parser("config", help="look at a config without running it")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     for name, action, help in (
         ("show", _show, "print every setting and where it comes from"),
-        ("check", _check, "resolve every name and read every data row"),
         ("explain", _explain, "print the batch arithmetic, and the loss with its bounds and denominators"),
     ):
         sub = command(name, action, help, actions)
@@ -170,6 +176,8 @@ def _train(args: argparse.Namespace) -> None:
                 f"--resume goes on with the config in the run folder, so {files[0]} has no effect; leave it out"
             )
         resolved, resume = resolve_resume(args.resume, args.config)
+    elif not args.config:
+        args.refuse("the following arguments are required: CONFIG [KEY=VALUE], or else --resume RUN")
     else:
         resolved, resume = _load(args, sft=False), None
     print(describe(resolved.config), flush=True)
@@ -225,12 +233,20 @@ def _show(args: argparse.Namespace) -> None:
     print(dump(_load(args, args.sft)), end="")
 
 
-def _check(args: argparse.Namespace) -> None:
-    resolved = _load(args, args.sft)
-    from sluice.launch import check, check_sft
+def _check(args: argparse.Namespace) -> int:
+    config = _load(args, args.sft).config
+    from sluice.preflight import check_sft, check_training
+    from sluice.preflight.findings import plural
 
-    rows = len(check_sft(resolved.config) if args.sft else check(resolved.config).prompts)
-    print(f"the config is sound, and so are all {rows} rows of {resolved.config.data.path}")
+    start = time.monotonic()
+    items = check_sft(config, args.offline) if args.sft else check_training(config, args.rows, args.offline)
+    levels: list[str] = []
+    for item in items:
+        print(item.text(), flush=True)
+        levels += [level for level, _ in item.findings]
+    failures, warnings = (plural(levels.count(level), level) for level in ("failure", "warning"))
+    print(f"{failures}, {warnings}, {time.monotonic() - start:.0f} s")
+    return 2 if "failure" in levels else 0
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sluice.algorithms import Algorithm
-from sluice.config import FileData, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import AnyReward, FileData, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
+from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
 from sluice.describe import algorithm_of
@@ -32,27 +34,102 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
-    rollout, engine = config.rollout, config.engine
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],
-        environment=single_turn
-        if rollout.environment == "single_turn"
-        else _hook("rollout.environment", rollout.environment, "prompt", "policy", awaited=True),
-        group_filter=_hook("rollout.filter", rollout.filter, "group") if rollout.filter else None,
-        script=_hook("engine.script", engine.script, "prompt_ids", "sampling")
-        if isinstance(engine, ScriptedEngine)
-        else None,
-        prompts=load_prompts(
-            _rows(config.data),
-            prompt=config.data.prompt,
-            reference=config.data.reference,
-            reference_pattern=config.data.reference_pattern,
-            id=config.data.id,
-            metadata=config.data.metadata,
-            system_prompt=config.data.system_prompt,
-        ),
+        environment=environment_of(config),
+        group_filter=filter_of(config),
+        script=script_of(config),
+        prompts=prompts_of(config),
     )
+
+
+def checked_reward(reward: AnyReward) -> RewardSpec:
+    """One of `rewards`. Raises ConfigError when it cannot be had or cannot work."""
+    arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
+    spec = RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
+    build(spec)
+    return spec
+
+
+def environment_of(config: TrainConfig) -> Callable[..., Any]:
+    name = config.rollout.environment
+    return (
+        single_turn if name == "single_turn" else _hook("rollout.environment", name, "prompt", "policy", awaited=True)
+    )
+
+
+def filter_of(config: TrainConfig) -> Callable[..., Any] | None:
+    return _hook("rollout.filter", config.rollout.filter, "group") if config.rollout.filter else None
+
+
+def script_of(config: TrainConfig) -> Callable[..., Any] | None:
+    engine = config.engine
+    return _hook("engine.script", engine.script, "prompt_ids", "sampling") if engine.name == "scripted" else None
+
+
+def prompts_of(config: TrainConfig) -> PromptSet:
+    """Read every row. Raises DataError, or ConfigError for data that cannot be what the config says it is."""
+    data = config.data
+    return load_prompts(
+        _rows(data),
+        prompt=data.prompt,
+        reference=data.reference,
+        reference_pattern=data.reference_pattern,
+        id=data.id,
+        metadata=data.metadata,
+        system_prompt=data.system_prompt,
+    )
+
+
+def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
+    """Whether window and stop tokens fit a model of so many ids and positions. Raises ConfigError."""
+    window = window_of(config, max_length)
+    if window > max_length:
+        raise ConfigError(
+            f"engine.max_model_len={window} is longer than the {max_length} positions of the "
+            "model; lower it, or leave it out"
+        )
+    if unknown := [i for i in config.rollout.stop_token_ids if i >= vocab_size]:
+        raise ConfigError(f"rollout.stop_token_ids: {unknown[0]} is not among the {vocab_size} ids of the model")
+    if config.rollout.max_new_tokens >= window:
+        raise ConfigError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
+            "tokens (engine.max_model_len, or else the model's positions); lower it"
+        )
+
+
+def window_of(config: TrainConfig, max_length: int) -> int:
+    """Longest prompt + completion, in tokens."""
+    return config.engine.max_model_len or max_length
+
+
+def check_vocabulary(where: str, num_tokens: int, vocab_size: int) -> None:
+    """Raises ConfigError for a tokeniser with tokens that the model at `where` does not know."""
+    if num_tokens > vocab_size:
+        raise ConfigError(
+            f"{where}: the tokeniser has {num_tokens} tokens and the model {vocab_size}; they do not belong together"
+        )
+
+
+def check_second(
+    config: TrainConfig, key: str, path: str | None, chat: Chat, own: tuple[int, int], policys: tuple[int, int]
+) -> None:
+    """Whether a reference or a critic sees the policy's tokens, at the policy's positions.
+
+    `own` and `policys` are numbers of ids and of positions; `path` is None for one that begins as the policy. Raises ConfigError.
+    """
+    window = window_of(config, policys[1])
+    if own[0] < policys[0] or own[1] < window:
+        raise ConfigError(
+            f"{key}={path}: {own[0]} ids and {own[1]} positions are fewer than the "
+            f"{policys[0]} ids of the policy or the {window} positions of its window"
+        )
+    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
+    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
+        )
 
 
 def check_sft(config: SftConfig) -> SftSet:
@@ -70,10 +147,3 @@ def _hook(key: str, dotted: str, *arguments: str, awaited: bool = False) -> Call
 
 def _rows(data: FileData) -> Rows:
     return open_rows(data.path, data.format, data.split)
-
-
-def checked_reward(reward: Any) -> RewardSpec:
-    arguments = reward.model_dump(exclude={"name", "label", "weight", "timeout_s"})
-    spec = RewardSpec(label_of(reward), reward.name, reward.weight, reward.timeout_s, arguments)
-    build(spec)
-    return spec

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configtraining import OptimizerSection
-from sluice.data.chat import Chat, load_tokenizer
+from sluice.data.chat import Chat
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -44,21 +43,7 @@ def engine_and_trainer(
     from sluice.engines.embedded import EmbeddedEngine
 
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
-    if config.engine.max_model_len and config.engine.max_model_len > model.max_length:
-        raise ConfigError(
-            f"engine.max_model_len={config.engine.max_model_len} is longer than the {model.max_length} positions of the "
-            "model; lower it, or leave it out"
-        )
-    if unknown := [i for i in config.rollout.stop_token_ids if i >= model.config.vocab_size]:
-        raise ConfigError(
-            f"rollout.stop_token_ids: {unknown[0]} is not among the {model.config.vocab_size} ids of the model"
-        )
-    window = config.engine.max_model_len or model.max_length
-    if config.rollout.max_new_tokens >= window:
-        raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
-            "tokens (engine.max_model_len, or else the model's positions); lower it"
-        )
+    check_fits(config, model.config.vocab_size, model.max_length)
     embedded = EmbeddedEngine(
         model,
         chat.decode,
@@ -120,28 +105,15 @@ def load_policy(
         random_weights=settings.random_weights and not path,
         seed=config.run.seed,
     )
-    if len(chat.tokenizer) > model.config.vocab_size:
-        raise ConfigError(
-            f"{key}={path or settings.path}: the tokeniser has {len(chat.tokenizer)} tokens and the model "
-            f"{model.config.vocab_size}; they do not belong together"
-        )
+    check_vocabulary(f"{key}={path or settings.path}", len(chat.tokenizer), model.config.vocab_size)
     return model
 
 
 def _second(config: TrainConfig, chat: Chat, key: str, path: str | None, policy: PolicyModel) -> PolicyModel:
     """A reference or a critic: it sees the policy's tokens, at the policy's positions."""
     model = load_policy(config, chat, key, path)
-    window = config.engine.max_model_len or policy.max_length
-    if model.config.vocab_size < policy.config.vocab_size or model.max_length < window:
-        raise ConfigError(
-            f"{key}={path}: {model.config.vocab_size} ids and {model.max_length} positions are fewer than the "
-            f"{policy.config.vocab_size} ids of the policy or the {window} positions of its window"
-        )
-    has_tokenizer = path is not None and any(Path(path).expanduser().glob("tokenizer*"))
-    if path and has_tokenizer and load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
-        raise ConfigError(
-            f"{key}={path}: its tokeniser has other tokens than the one of model.path={config.model.path}"
-        )
+    own, theirs = (model.config.vocab_size, model.max_length), (policy.config.vocab_size, policy.max_length)
+    check_second(config, key, path, chat, own, theirs)
     return model
 
 

@@ -167,7 +167,7 @@ def load_model(
     target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     with boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _refuse_unknown_layers(f"{key}={path}", config.get_text_config())
+        refuse_unknown_layers(f"{key}={path}", config.get_text_config())
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         settings = {"dtype": _DTYPES[dtype]} | ({"attn_implementation": "eager"} if capped else {})
         if random_weights:
@@ -188,7 +188,8 @@ def load_model(
     return policy
 
 
-def _refuse_unknown_layers(where: str, config: Any) -> None:
+def refuse_unknown_layers(where: str, config: Any) -> None:
+    """Raises ConfigError for a text model's config with layers of a kind that is not supported."""
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(

@@ -1,0 +1,212 @@
+"""How much memory a run will want at most, from the shapes of its models, against what is free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sluice.config import ModelSection, SftConfig, TrainConfig
+from sluice.preflight.findings import Item, size
+from sluice.preflight.folder import ModelFolder
+
+FP32 = 4
+PROCESS_BYTES = 450 * 2**20
+"""Python, torch, transformers and matplotlib on a CPU."""
+CHUNK_ELEMENTS = 2**24
+"""Logits that the trainer holds at once (`trainers.logprobs`)."""
+CHUNK_COPIES = 4
+"""They, their log-softmax, and the gradients of both."""
+DECODE_COPIES = 4
+"""Logits of all slots, tempered, as probabilities and summed up."""
+CACHE_STEP = 64
+"""The engine's cache grows by so many tokens."""
+SLACK = 1.1
+"""What is not listed: gradients of activations, fragments."""
+QUERY_LIMIT_S = 10
+RAM, CUDA = "in RAM", "on the CUDA device"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory."""
+
+    name: str
+    bytes: float
+    fixed: bool = False
+    """Weights and what the optimiser keeps of them, which no setting of batch or engine makes smaller."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is computed at once."""
+
+    tokens: int
+    """Of a micro-batch, padding included."""
+    longest: int
+    """Tokens of its longest sample."""
+    packed: bool
+
+
+def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item:
+    """`parts` against the memory of the device that the model will be on."""
+    item, found = Item("memory"), _free(config.model)
+    fixed = sum(part.bytes for part in parts if part.fixed)
+    total = SLACK * sum(part.bytes for part in parts)
+    largest = sorted(parts, key=lambda part: -part.bytes)
+    item.note(", ".join(f"{part.name} {size(part.bytes)}" for part in largest))
+    if found is None:
+        item.summary = f"at most about {size(total)}; how much is free is not known on this system"
+        return item
+    free, where = found
+    if where == RAM:
+        total += PROCESS_BYTES
+    item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
+    if fixed > free:
+        item.fail(
+            f"weights, gradients and optimiser alone take {size(fixed)}, and {size(free)} are free {where}; take a smaller "
+            "model or a larger machine"
+        )
+    elif total > free:
+        knobs = "trainer.tokens_per_micro_batch"
+        if isinstance(config, TrainConfig):
+            knobs += ", engine.num_slots or rollout.max_new_tokens"
+        item.warn(
+            f"the run may want {size(total)} when its samples are as long as they may be, and {size(free)} are free {where}; lower "
+            f"{knobs}: the largest part is {largest[0].name}"
+        )
+    return item
+
+
+def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_prompt: int, window: int) -> list[Part]:
+    """Of all `models` (policy, and reference and critic where there are any), for prompts of at most that many tokens."""
+    policy, width, rollout = models["policy"], _width(config.model), config.rollout
+    samples = rollout.groups_per_step * rollout.group_size
+    longest = min(window, longest_prompt + rollout.max_new_tokens)
+    assert config.trainer.name == "local"
+    update = -(-samples // config.trainer.updates_per_batch)
+    batch = _batch(longest, update, config.trainer.tokens_per_micro_batch, config.trainer.layout)
+    parts = [
+        *learner("policy", policy, width),
+        Part("activations", activation_bytes(policy, width, batch)),
+        Part("logits", logits_bytes(policy, width, batch)),
+    ]
+    if _in_ram(config.model):
+        parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
+    if "reference" in models:
+        parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
+    if "critic" in models:
+        parts += learner("critic", models["critic"], width)
+        parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
+    if config.engine.name == "embedded":
+        groups = rollout.groups_per_step * (rollout.max_staleness + 1)
+        slots = min(config.engine.num_slots, groups * rollout.group_size)
+        length = -(-longest // CACHE_STEP) * CACHE_STEP
+        prefill = min(config.engine.prefill_tokens, groups * longest)
+        parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + prefill)))
+        parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
+    return parts
+
+
+def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:
+    width, trainer = _width(config.model), config.trainer
+    batch = _batch(longest_row, trainer.samples_per_update, trainer.tokens_per_micro_batch, trainer.layout)
+    parts = [
+        *learner("policy", model, width),
+        Part("activations", activation_bytes(model, width, batch)),
+        Part("logits", logits_bytes(model, width, batch)),
+    ]
+    if _in_ram(config.model):
+        parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, {"policy": model})))
+    return parts
+
+
+def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
+    """A model that learns: with BF16 weights it has FP32 masters, and gradients in both."""
+    count, half = model.num_parameters, width < FP32
+    of = "" if owner == "policy" else f"{owner}'s "
+    return [
+        Part(f"{of}weights", count * width, fixed=True),
+        *([Part(f"{of}FP32 masters", count * FP32, fixed=True)] if half else []),
+        Part(f"{of}gradients", count * (FP32 + (width if half else 0)), fixed=True),
+        Part(f"{of}AdamW moments", 2 * count * FP32, fixed=True),
+    ]
+
+
+def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
+    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights."""
+    width = _width(config.model)
+    per_parameter = width + (FP32 if width < FP32 else 0) + 2 * FP32
+    return per_parameter * sum(models[name].num_parameters for name in ("policy", "critic") if name in models)
+
+
+def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
+    """What the forward of a micro-batch keeps for its backward; a rough figure, fitted to what six architectures keep."""
+    config = model.config
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    queries, keys = model.query_size, model.key_size
+    per_token = 4 * model.inner_size * experts + 10 * config.hidden_size + 5 * queries + 5 * keys
+    if getattr(config, "attn_logit_softcapping", None):  # eager attention: scores of every pair
+        per_token += 3 * config.num_attention_heads * (batch.tokens if batch.packed else batch.longest)
+    mask = batch.tokens**2 * (1 + width) if batch.packed else 0
+    return batch.tokens * config.num_hidden_layers * per_token * width + mask
+
+
+def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
+    """A chunk of logits; and for a BF16 model its head in FP32, with a gradient of its own."""
+    head = 2 * model.vocab_size * model.config.hidden_size if width < FP32 else 0
+    return FP32 * (head + CHUNK_COPIES * min(CHUNK_ELEMENTS, batch.tokens * model.vocab_size))
+
+
+def _batch(longest: int, samples: int, tokens_per_micro_batch: int, layout: str) -> Batch:
+    return Batch(max(longest, min(tokens_per_micro_batch, samples * longest)), longest, layout == "packed")
+
+
+def _width(model: ModelSection) -> int:
+    return FP32 if model.dtype == "float32" else 2
+
+
+def _in_ram(model: ModelSection) -> bool:
+    return model.device == "cpu" or _cuda_free() is None
+
+
+def _free(model: ModelSection) -> tuple[int, str] | None:
+    """Bytes, and where; None where that cannot be found out."""
+    if model.device != "cpu" and (cuda := _cuda_free()) is not None:
+        return cuda, CUDA
+    if model.device == "cuda" or (ram := _ram_free()) is None:
+        return None
+    return ram, RAM
+
+
+@cache
+def _cuda_free() -> int | None:
+    """Of the first visible device, by nvidia-smi, since torch takes seconds to ask."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if not visible or visible == "-1":
+        return None
+    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_LIMIT_S, check=True)
+        return int(done.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _ram_free(root: Path = Path("/")) -> int | None:
+    """What the kernel says is available, or less where a control group allows less."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+    group = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):  # no limit is the word "max"
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int((group / "memory.max").read_text()) - used + int(stat.get("inactive_file", 0)))
+    return max(0, free)
