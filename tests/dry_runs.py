@@ -77,8 +77,8 @@ class Notes:
 
 
 class NoCheckpoints:
-    async def save(self, run: Run, metrics: dict[str, float]) -> None:
-        """The last step of every run wants one."""
+    async def after_step(self, run: Run, metrics: dict[str, float]) -> None:
+        """None is written."""
 
 
 @dataclass
@@ -177,7 +177,6 @@ class Workshop:
             "update_reference_every": None,
             "stop_at_reward": None,
             "checkpoints": NoCheckpoints(),
-            "checkpoint_every": None,
         }
         return Run(**(parts | changes))
 

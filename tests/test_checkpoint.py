@@ -31,9 +31,15 @@ def checkpointed(workshop: Workshop, folder: Path, max_staleness: int, seed: int
     run = workshop.run(
         timing, max_staleness=max_staleness, algorithm="dapo", script=workshop.digits_or_nothing_new, **changes
     )
-    run.num_steps, run.checkpoint_every = NUM_STEPS, 1
+    run.num_steps = NUM_STEPS
     run.checkpoints = Checkpoints(
-        RunDir(folder), keep_last=None, best_metric=None, best="max", disk_wait_s=0, tell=run.tracker.event
+        RunDir(folder),
+        every_steps=1,
+        keep_last=None,
+        best_metric=None,
+        best="max",
+        disk_wait_s=0,
+        tell=run.tracker.event,
     )
     return run
 
@@ -114,7 +120,7 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path: Path, workshop:
         return wait_and_write
 
     run.trainer.snapshot = slow  # type: ignore[method-assign]
-    run.checkpoint_every, run.num_steps = 2, 4
+    run.checkpoints.every_steps, run.num_steps = 2, 4
     finish(whole(run))
     assert written[0] > 2 * 2, "training went on meanwhile: two updates a step"
     saved, _ = read_newest(RunDir(tmp_path), before=3)

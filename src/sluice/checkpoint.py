@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sluice.errors import RunFolderError, TrainingError, boundary
+from sluice.data.sources import did_you_mean
+from sluice.errors import ConfigError, RunFolderError, TrainingError, boundary
 from sluice.rollout.buffer import BufferState
 from sluice.run import Run
 from sluice.tracking.rundir import RunDir, patiently, sync_folder
@@ -42,40 +43,57 @@ class Checkpoints:
         self,
         rundir: RunDir,
         *,
+        every_steps: int | None,
         keep_last: int | None,
         best_metric: str | None,
         best: Literal["max", "min"],
         disk_wait_s: float,
         tell: Callable[[str, str], None],
     ) -> None:
-        """`tell` takes the kind and the text of an event; `keep_last` None keeps all."""
+        """`every_steps` None writes one at the end only, `keep_last` None keeps all; `tell` takes kind and text of an event."""
         self.rundir = rundir
-        self.keep_last, self.best_metric = keep_last, best_metric
+        self.every_steps, self.keep_last, self.best_metric = every_steps, keep_last, best_metric
         self._sign = 1 if best == "max" else -1
         self._disk_wait_s, self._tell = disk_wait_s, tell
         self._writing: asyncio.Task[None] | None = None
+        self._metric: float | None = None
+        self._rng: dict[str, Any] | None = None
+        """As the last step ended: an attempt that is made again draws what it drew."""
 
-    async def save(self, run: Run, metrics: dict[str, float]) -> None:
-        """Copy the state of a run between two steps and write it while the run goes on, once the last one is written.
+    async def after_step(self, run: Run, metrics: dict[str, float]) -> None:
+        """Copy the state if it is its turn, once the last checkpoint is written, and write it while the run goes on.
 
-        Raises what went wrong with the last one.
+        Raises what went wrong with the last one, and ConfigError for a best metric that there is not.
         """
+        if self.best_metric and self.best_metric not in metrics and run.step > run.pretrain_steps:
+            raise ConfigError(
+                f"checkpoint.best_metric={self.best_metric} is no metric of this run{did_you_mean(self.best_metric, metrics)}"
+            )
+        self._metric = metrics.get(self.best_metric) if self.best_metric else None
+        self._rng = random_state()
+        if run.step == run.num_steps or (self.every_steps and run.step % self.every_steps == 0):
+            await self._save(run)
+
+    async def save_now(self, run: Run) -> None:
+        """Write the state after the last step, if that is not done, and wait until it is on disk."""
         await self.finish()
-        metric = metrics.get(self.best_metric) if self.best_metric else None
-        work = partial(self._write, run.step, run.trainer.snapshot(), position_of(run, metric), random_state())
+        if not checkpoint_folder(self.rundir, run.step).exists():
+            await self._save(run)
+            await self.finish()
+
+    async def _save(self, run: Run) -> None:
+        position, rng = (
+            position_of(run, self._metric),
+            self._rng or random_state(),
+        )  # before an await lets attempts begin
+        await self.finish()
+        work = partial(self._write, run.step, run.trainer.snapshot(), position, rng)
 
         def watched() -> None:
             with run.waits("checkpoint", "writing", f"step {run.step}"):
                 work()
 
         self._writing = asyncio.create_task(asyncio.to_thread(watched))
-
-    async def save_now(self, run: Run) -> None:
-        """The same, if the step has no checkpoint yet, and wait until it is on disk."""
-        await self.finish()
-        if not checkpoint_folder(self.rundir, run.step).exists():
-            await self.save(run, {})
-            await self.finish()
 
     async def finish(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Raises what went wrong with it."""

@@ -94,9 +94,7 @@ class Run:
     """Positions of the model."""
     stop_at_reward: float | None
     checkpoints: Any
-    """`await checkpoints.save(run, metrics)` copies the state and writes it while the run goes on."""
-    checkpoint_every: int | None
-    """Steps between checkpoints, besides the one at the end."""
+    """`await checkpoints.after_step(run, metrics)` copies the state when it is time, and writes it while the run goes on."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

@@ -123,6 +123,5 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
         run.checks.after_step(run, values)
     stop_at_reward(run, metrics["rollout/reward"].value())
     await follow_reference(run)
-    if run.step == run.num_steps or (run.checkpoint_every and run.step % run.checkpoint_every == 0):
-        with run.timer("checkpoint"):
-            await run.checkpoints.save(run, values)
+    with run.timer("checkpoint"):
+        await run.checkpoints.after_step(run, values)

@@ -278,3 +278,9 @@ def test_data_that_change_under_a_run_stop_it_and_the_old_ones_let_it_go_on(
     Path("edits.py").write_text("from users_code import share_of_small_letters as edit\n")
     assert sluice("train", "config.yaml", *words) == 0
     assert [line["step"] for line in metrics_of(Path("runs/test"))] == [1, 2, 3]
+
+
+def test_a_best_metric_that_is_none_is_told_in_the_first_step(ready: Path, capsys: pytest.CaptureFixture[str]):
+    assert sluice("train", "config.yaml", "run.name=test", "checkpoint.best_metric=rollout/rewards") == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.best_metric=rollout/rewards is no metric of this run; did you mean 'rollout/reward'?" in said

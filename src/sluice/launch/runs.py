@@ -188,13 +188,13 @@ def _assembled(
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=Checkpoints(
             rundir,
+            every_steps=checkpoint.every_steps,
             keep_last=checkpoint.keep_last,
             best_metric=checkpoint.best_metric,
             best=checkpoint.best,
             disk_wait_s=config.run.disk_wait_s,
             tell=tracker.event,
         ),
-        checkpoint_every=checkpoint.every_steps,
     )
 
 
