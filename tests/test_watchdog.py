@@ -242,8 +242,11 @@ def test_the_list_can_be_read_while_it_is_written():
     def write(number: int) -> None:
         while not end.is_set():
             with waits(f"rollout {number}", "a", "prompt") as wait:
+                time.sleep(1e-4)  # lets another thread in
                 wait.at("b", "turn 1")
+                time.sleep(1e-4)
                 wait.at("c", "", queued=True)
+                time.sleep(1e-4)
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(2)]
     for thread in threads:

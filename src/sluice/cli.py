@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Any, help: str, parent: Any = commands) -> argparse.ArgumentParser:
         sub = parent.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=action)
+        sub.set_defaults(command=action, refuse=sub.error)
         return sub
 
     def takes_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
@@ -176,6 +176,8 @@ def _train(args: argparse.Namespace) -> None:
                 f"--resume goes on with the config in the run folder, so {files[0]} has no effect; leave it out"
             )
         resolved, resume = resolve_resume(args.resume, args.config)
+    elif not args.config:
+        args.refuse("the following arguments are required: CONFIG [KEY=VALUE], or else --resume RUN")
     else:
         resolved, resume = _load(args, sft=False), None
     print(describe(resolved.config), flush=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,20 +24,42 @@ class Stage(NamedTuple):
 
 
 class Wait:
-    """One of the things that a run is doing, and the stage that it is in. Belongs to whoever made it."""
+    """One of the things that a run is doing, and the stage that it is in; as a context manager, on its list as long as the block.
 
-    def __init__(self, name: str, details: str = "") -> None:
+    Belongs to whoever made it. Runs make hundreds in every step, so it does little.
+    """
+
+    __slots__ = ("_list", "_stage", "details", "name", "task")
+
+    def __init__(
+        self, name: str, details: str = "", stage: str = "beginning", queued: bool = False, waits: Waits | None = None
+    ) -> None:
         self.name = name
         """`rollout 17.3`: ticket and attempt."""
         self.details = details
         """`prompt gsm8k-0412`"""
-        self.task = _current_task()
+        self.task: asyncio.Task[Any] | None = None
         """Which asyncio task it belongs to; None in a thread without a loop."""
-        self.stage = Stage("beginning", "", False, time.monotonic())
+        self._list = waits
+        self._stage = stage, "", queued, time.monotonic()
 
     def at(self, stage: str, place: str | None = None, *, queued: bool = False) -> None:
         """From now on it is in this stage; `place` stays as it was when it is left out."""
-        self.stage = Stage(stage, self.stage.place if place is None else place, queued, time.monotonic())
+        self._stage = stage, self._stage[1] if place is None else place, queued, time.monotonic()
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(*self._stage)
+
+    def __enter__(self) -> Wait:
+        self.task = _current_task()
+        if self._list is not None:
+            self._list.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._list is not None:
+            self._list.discard(self)
 
 
 @dataclass(frozen=True)
@@ -64,18 +85,23 @@ class Waits:
         self._lock = threading.Lock()
         self._all: set[Wait] = set()
 
-    @contextmanager
-    def __call__(self, name: str, stage: str, details: str = "", *, queued: bool = False) -> Generator[Wait]:
-        """On the list as long as the block."""
-        wait = Wait(name, details)
-        wait.at(stage, queued=queued)
+    def __call__(self, name: str, stage: str, details: str = "", *, queued: bool = False) -> Wait:
+        return Wait(name, details, stage, queued, self)
+
+    def add(self, wait: Wait) -> None:
         with self._lock:
             self._all.add(wait)
-        try:
-            yield wait
-        finally:
-            with self._lock:
-                self._all.discard(wait)
+
+    def discard(self, wait: Wait) -> None:
+        with self._lock:
+            self._all.discard(wait)
+
+    def glance(self) -> tuple[float, bool]:
+        """The longest age of all in seconds, and whether any of them is not queued: without the cost of `standing`."""
+        with self._lock:
+            stages = [wait._stage for wait in self._all]
+        oldest = min((since for *_, since in stages), default=math.inf)
+        return time.monotonic() - oldest, not all(queued for _, _, queued, _ in stages)
 
     def standing(self) -> list[Standing]:
         """As they stand now: what waits for nothing on the list first, and of those the longest first."""

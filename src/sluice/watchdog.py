@@ -24,7 +24,7 @@ from sluice.interfaces import Tracker
 from sluice.tracking.rundir import RunDir
 from sluice.waits import Standing, Waits
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 1.0
 END_LIMIT_S = 10.0
 """For the thread to end: a disk that hangs may hold it."""
 SETTLE_S = 0.05
@@ -80,11 +80,14 @@ class Watchdog:
                 self._warn(loop, main, pulse.silent_s())
 
     def _warn(self, loop: asyncio.AbstractEventLoop, main: int, silent_s: float) -> None:
+        oldest_s, any_unqueued = self._waits.glance()
+        if any_unqueued:
+            self._last_unqueued = time.monotonic()
+        if oldest_s < self._warn_after_s:
+            return
         standing = self._waits.standing()
         candidates = [s for s in standing if not s.stage.queued]
-        if candidates:
-            self._last_unqueued = time.monotonic()
-        elif time.monotonic() - self._last_unqueued >= self._warn_after_s:
+        if not candidates and time.monotonic() - self._last_unqueued >= self._warn_after_s:
             candidates = standing  # what is queued waits for the others, and there have been none for long
         due = [s for s in candidates if s.age_s >= self._told_after_s.get(s.stage.name, self._warn_after_s)]
         if not due:

@@ -27,6 +27,7 @@ from sluice.tracking.ledger import read_fingerprint
 from sluice.tracking.rundir import RunDir
 from sluice.trainers.local import LocalTrainer
 from sluice.types import Sample
+from sluice.waits import Waits
 from sluice.weights.fingerprint import fingerprint
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, workplace, write_config
 
@@ -117,7 +118,7 @@ def test_what_is_remembered_fits_into_json_and_goes_on(workshop: Workshop):
 def test_a_phase_inside_another_counts_for_itself_only(monkeypatch: pytest.MonkeyPatch):
     now = iter([0.0, 10.0, 11.0, 12.0, 14.0, 20.0, 30.0, 31.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    timer = Timer()
+    timer = Timer(Waits(), lambda: "step 1")
     with timer("train"):
         with timer("checks"):
             pass

@@ -29,7 +29,7 @@ from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.rollout.policy import SamplingPolicy
 from sluice.run import Run
-from sluice.types import Completion, Group, Sample, Trajectory
+from sluice.types import Group, Sample, Trajectory
 from small_runs import events_of, ledger_of, make_model, set_up, sluice, workplace
 
 REWARDS = """
@@ -191,14 +191,15 @@ def test_z4_a_mask_that_leaks(
 
 
 def test_z4_a_log_prob_that_is_no_number(here: Path, monkeypatch: pytest.MonkeyPatch):
-    generate = EmbeddedEngine.generate
+    """Behind the look that is taken at every attempt, after which only sluice could have made it."""
+    make = loop.to_samples
 
-    async def infinite(self: EmbeddedEngine, *request: Any) -> Completion:
-        completion = await generate(self, *request)
-        completion.logprobs[-1] = float("-inf")
-        return completion
+    def infinite(groups: Sequence[Group]) -> list[Sample]:
+        for group in groups:
+            group.trajectories[0].turns[-1].completion.logprobs[-1] = float("-inf")
+        return make(groups)
 
-    monkeypatch.setattr(EmbeddedEngine, "generate", infinite)
+    monkeypatch.setattr(loop, "to_samples", infinite)
     stops("finite")
 
 
@@ -323,7 +324,7 @@ def test_z9_responses_tokenised_again_after_sampling(here: Path, monkeypatch: py
     async def normalised(self: SamplingPolicy, messages: Any) -> Any:
         reply = await respond(self, messages)
         completion = self.turns[-1].completion
-        ids = self._chat.tokenizer(completion.text.swapcase()).input_ids
+        ids = self._run.chat.tokenizer(completion.text.swapcase()).input_ids
         completion.token_ids = ids + completion.token_ids[len(ids) :]
         return reply
 
@@ -345,8 +346,8 @@ def test_z9_samples_made_of_other_tokens_than_the_engine_gave(here: Path, monkey
 def test_z15_an_exception_becomes_a_score(here: Path, monkeypatch: pytest.MonkeyPatch):
     score = Rubric.score
 
-    async def errors_are_zeros(self: Rubric, prompt: Any, trajectory: Trajectory) -> None:
-        await score(self, prompt, trajectory)
+    async def errors_are_zeros(self: Rubric, prompt: Any, trajectory: Trajectory, wait: Any) -> None:
+        await score(self, prompt, trajectory, wait)
         if trajectory.outcome == "error":
             trajectory.outcome, trajectory.reward = "scored", 0.0
 
