@@ -20,6 +20,8 @@ KEPT_ID_BYTES = 1.9
 PROMPT_TOKEN_BYTES = 1
 """The samples of a group repeat it."""
 ROW_BYTES = 200
+STEP_BYTES = 24_000
+"""Of a file of the ledger, whatever is in it: its schema says what each column means, and each has pages of its own."""
 SHORT = 0.1
 """Responses are taken to be at least this share of rollout.max_new_tokens."""
 
@@ -68,7 +70,7 @@ def ledger_bytes(config: TrainConfig, algorithm: Algorithm, longest_prompt: int)
     per_token = SAMPLED_TOKEN_BYTES + KEPT_ID_BYTES * rollout.top_k
     per_token += FURTHER_COLUMN_BYTES * sum(_further_columns(config, algorithm))
     per_row = ROW_BYTES + PROMPT_TOKEN_BYTES * longest_prompt + per_token * rollout.max_new_tokens
-    return config.run.num_steps * rollout.groups_per_step * rollout.group_size * per_row
+    return config.run.num_steps * (STEP_BYTES + rollout.groups_per_step * rollout.group_size * per_row)
 
 
 def num_checkpoints(config: TrainConfig) -> int:

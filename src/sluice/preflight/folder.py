@@ -82,10 +82,12 @@ def read_folder(path: str, *, key: str = "model.path", random_weights: bool = Fa
 
         whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config = whole.get_text_config()
+    with boundary(ConfigError, f"{where}: its config is not that of a decoder that sluice knows"):
+        count = count_parameters(config)
     elements = None if random_weights else _elements(folder, where)
     counted = "counted from its config" if elements is None else "counted in its files"
     own = _ids(_generation_config(folder, where).get("eos_token_id")) | _ids(getattr(config, "eos_token_id", None))
-    return ModelFolder(path, config, count_parameters(config) if elements is None else elements, counted, own)
+    return ModelFolder(path, config, count if elements is None else elements, counted, own)
 
 
 def count_parameters(config: Any) -> int:

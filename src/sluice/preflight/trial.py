@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, config: TrainConfig | SftConfig, pairs: SftSet | None = None) -> None:
         """`pairs` are the rows of an SFT config."""
         self._config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="sluice-check-")
+        self._folder = tempfile.TemporaryDirectory(prefix="sluice-check-", ignore_cleanup_errors=True)
         self._path = Path(self._folder.name)
         small = _small_sft(config, pairs, self._path) if isinstance(config, SftConfig) else _small_training(config)
         small["run"] = (small.get("run") or {}) | {"folder": str(self._path / "runs"), "name": RUN}
