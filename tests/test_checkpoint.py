@@ -11,12 +11,13 @@ import pytest
 
 from dry_runs import GROUP_SIZE, GROUPS_PER_STEP, Notes, Timing, Workshop, finish
 from same import same
-from sluice.checkpoint import Checkpoints, checkpoint_folders, read_newest, write_checkpoint
+from sluice.checkpoint import Checkpoints, read_newest, write_checkpoint
 from sluice.errors import RunFolderError, TrainingError
 from sluice.rollout.buffer import BufferState, GroupBuffer
 from sluice.run import Run
 from sluice.tracking.rundir import RunDir
 from sluice.train import train
+from sluice.types import Group
 
 NUM_STEPS = 8
 
@@ -140,7 +141,7 @@ def test_what_goes_wrong_in_the_writer_ends_the_run(tmp_path: Path, workshop: Wo
     ):
         finish(whole(run))
     assert not list(tmp_path.rglob("*.partial"))
-    assert checkpoint_folders(RunDir(tmp_path)) == []
+    assert RunDir(tmp_path).checkpoint_folders() == []
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path):
@@ -173,7 +174,33 @@ def test_a_stopped_buffer_tells_whoever_takes(workshop: Workshop):
         await run.buffer.stop()
         with pytest.raises(RunStopped):
             await taking
-        with pytest.raises(RunStopped):
+        await run.buffer.admit()
+        await run.buffer.put(Group(0, run.prompts[0], []))
+        with pytest.raises(RunStopped):  # though there is one to take
             await run.buffer.take(1)
+
+    asyncio.run(work())
+
+
+def test_a_cancelled_wait_leaves_the_writing_to_the_next_who_waits(workshop: Workshop, tmp_path: Path):
+    """Ctrl-C while the loop waits for the last checkpoint: it is written all the same."""
+    run = checkpointed(workshop, tmp_path, 0, seed=1)
+
+    def slow(folder: str) -> dict[str, Any]:
+        time.sleep(0.3)
+        return {"updates": []}
+
+    run.trainer.snapshot = lambda: slow  # type: ignore[method-assign]
+
+    async def work() -> None:
+        run.step = 1
+        await run.checkpoints.after_step(run, {})
+        waiting = asyncio.create_task(run.checkpoints.finish())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await run.checkpoints.finish()
+        assert RunDir(tmp_path).checkpoint(1).is_dir()
 
     asyncio.run(work())

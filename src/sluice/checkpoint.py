@@ -55,7 +55,7 @@ class Checkpoints:
         self.every_steps, self.keep_last, self.best_metric = every_steps, keep_last, best_metric
         self._sign = 1 if best == "max" else -1
         self._disk_wait_s, self._tell = disk_wait_s, tell
-        self._writing: asyncio.Task[None] | None = None
+        self._writing: asyncio.Future[None] | None = None
         self._metric: float | None = None
         self._rng: dict[str, Any] | None = None
         """As the last step ended: an attempt that is made again draws what it drew."""
@@ -77,7 +77,7 @@ class Checkpoints:
     async def save_now(self, run: Run) -> None:
         """Write the state after the last step, if that is not done, and wait until it is on disk."""
         await self.finish()
-        if not checkpoint_folder(self.rundir, run.step).exists():
+        if not self.rundir.checkpoint(run.step).exists():
             await self._save(run)
             await self.finish()
 
@@ -87,22 +87,27 @@ class Checkpoints:
             self._rng or random_state(),
         )  # before an await lets attempts begin
         await self.finish()
-        work = partial(self._write, run.step, run.trainer.snapshot(), position, rng)
+        step, write = run.step, run.trainer.snapshot()
 
-        def watched() -> None:
-            with run.waits("checkpoint", "writing", f"step {run.step}"):
-                work()
+        def work() -> None:
+            with run.waits("checkpoint", "writing", f"step {step}"):
+                self._write(step, write, position, rng)
 
-        self._writing = asyncio.create_task(asyncio.to_thread(watched))
+        self._writing = asyncio.get_running_loop().run_in_executor(None, work)
 
     async def finish(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Raises what went wrong with it."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            await writing
+        writing = self._writing
+        if writing is None:
+            return
+        try:
+            await asyncio.shield(writing)  # whoever is cancelled while waiting leaves the writing to the next who waits
+        finally:
+            if writing.done():
+                self._writing = None
 
     def _write(self, step: int, write: Write, position: dict[str, Any], rng: dict[str, Any]) -> None:
-        what = f"checkpoint {checkpoint_folder(self.rundir, step)}"
+        what = f"checkpoint {self.rundir.checkpoint(step)}"
         with boundary(TrainingError, f"{what} could not be written"):
             work = partial(write_checkpoint, self.rundir, step, write, position, rng)
             patiently(work, what, self._disk_wait_s, partial(self._tell, "disk_full"))
@@ -112,7 +117,7 @@ class Checkpoints:
         """Keep the last ones, and besides the one with the best metric."""
         if self.keep_last is None:
             return
-        old = checkpoint_folders(self.rundir)
+        old = self.rundir.checkpoint_folders()
         scored = [(self._sign * value, folder) for folder in old if (value := _metric_of(folder)) is not None]
         kept = {*old[-self.keep_last :], *([max(scored)[1]] if scored else [])}
         for folder in old:
@@ -151,7 +156,7 @@ def write_checkpoint(
     rundir: RunDir, step: int, write: Write, position: dict[str, Any], rng: dict[str, Any] | None = None
 ) -> Path:
     """Write `checkpoints/step-000100` beside its final name, bring it to disk, and rename it."""
-    final = checkpoint_folder(rundir, step)
+    final = rundir.checkpoint(step)
     unfinished = final.with_name(f".{final.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -159,7 +164,7 @@ def write_checkpoint(
         trainer = write(str(unfinished))
         with open(unfinished / STATE, "wb") as file:
             torch.save({"trainer": trainer, "rng": rng or {}}, file)
-        (unfinished / POSITION).write_text(json.dumps({"format": FORMAT, "step": step, **position}))
+        (unfinished / POSITION).write_text(json.dumps({"format": FORMAT, "step": step, **position}, default=float))
         if rundir.config.exists():
             shutil.copyfile(rundir.config, unfinished / "run_config.yaml")
         _seal(unfinished)
@@ -174,7 +179,11 @@ def write_checkpoint(
 def read_newest(rundir: RunDir, before: int | None = None) -> tuple[Saved | None, list[str]]:
     """The newest whole checkpoint (of a step below `before`), None where there never was one; and what is wrong with those
     that are newer. Raises RunFolderError when there are some and none is whole."""
-    folders = [folder for folder in checkpoint_folders(rundir) if before is None or step_of(folder) < before]
+    folders = [
+        folder
+        for folder in rundir.checkpoint_folders()
+        if before is None or int(folder.name.removeprefix("step-")) < before
+    ]
     damage: list[str] = []
     for folder in reversed(folders):
         if what := damage_of(folder):
@@ -217,20 +226,6 @@ def damage_of(folder: Path) -> str:
                 f"{name} was written with {checksum['bytes']} bytes and checksum {checksum['blake2b']}, and has {found}"
             )
     return ""
-
-
-def checkpoint_folder(rundir: RunDir, step: int) -> Path:
-    return rundir.checkpoints / f"step-{step:06d}"
-
-
-def checkpoint_folders(rundir: RunDir) -> list[Path]:
-    """In the order of their steps; unfinished ones are none."""
-    folders = [path for path in rundir.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(folders, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def position_of(run: Run, metric: float | None) -> dict[str, Any]:

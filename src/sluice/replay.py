@@ -50,7 +50,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Replayed:
     """One step, beside what was recorded of it."""
 
     step: int
@@ -61,7 +61,7 @@ class Outcome:
     """Of the update: recorded, and now."""
 
 
-async def replay_step(replay: Replay, rundir: RunDir) -> Outcome:
+async def replay_step(replay: Replay, rundir: RunDir) -> Replayed:
     """Make the next step again from its recorded samples, and compare. Raises DataError when it is not on record."""
     step = replay.step + 1
     rows = [row for row in ledger.read_step(rundir, step).to_pylist() if row["loss_weights"]]
@@ -81,7 +81,7 @@ async def replay_step(replay: Replay, rundir: RunDir) -> Outcome:
         or _first_other_metric(metrics)
         or _other_weights(ledger.read_fingerprint(rundir, step), fingerprint)
     )
-    return Outcome(step, len(samples), difference, metrics)
+    return Replayed(step, len(samples), difference, metrics)
 
 
 def recorded_trajectories(rundir: RunDir, step: int, chat: Any) -> list[tuple[Prompt, Trajectory, dict[str, Any]]]:

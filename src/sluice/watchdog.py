@@ -74,10 +74,15 @@ class Watchdog:
     def _watch(self, loop: asyncio.AbstractEventLoop, main: int, stacks: int) -> None:
         pulse = _Pulse(loop)
         while not self._end.wait(min(LOOK_EVERY_S, self._warn_after_s / 4)):
-            with suppress(OSError):  # a full disk, of which the run itself will tell
+            try:
                 if os.fstat(stacks).st_size:
                     self._dump(loop, stacks)
                 self._warn(loop, main, pulse.silent_s())
+            except OSError:
+                pass  # a full disk, of which the run itself will tell
+            except Exception as error:
+                self._tracker.event("watchdog", f"it has stopped looking: {type(error).__name__}: {error}")
+                return
 
     def _warn(self, loop: asyncio.AbstractEventLoop, main: int, silent_s: float) -> None:
         oldest_s, any_unqueued = self._waits.glance()

@@ -105,6 +105,7 @@ def test_a_run_that_stopped_at_its_reward_has_ended(ready: Path, capsys: pytest.
 
 
 REFUSED = {
+    "a schedule of another length": (["run.num_steps=9"], "run.num_steps was 3 and is 9: with trainer.schedule=linear"),
     "another learning rate": (["trainer.learning_rate=1e-4"], "trainer.learning_rate was 0.001 and is 0.0001"),
     "a section that is another": (["rewards=[{name: 'users_code:share_of_a'}]"], "rewards.0.name was"),
     "a file": (["config.yaml"], "config.yaml has no effect"),
@@ -114,7 +115,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_would_make_it_another_run_is_refused(ready: Path, capsys: pytest.CaptureFixture[str], what: str):
     settings, said = REFUSED[what]
-    run = finished("train", "config.yaml", *EVERY)
+    schedule = ["trainer.schedule=linear"] if "schedule" in what else []
+    run = finished("train", "config.yaml", *EVERY, *schedule)
     before = (run / "config.yaml").read_bytes()
     assert sluice("train", "--resume", run, *settings) == 2
     assert said in capsys.readouterr().err
@@ -215,9 +217,10 @@ def test_sigterm_leaves_a_checkpoint_and_two_runs_are_kept_apart(ready: Path):
     process = start("config.yaml", *LONG)
     try:
         wait_for_steps(process, Path("runs/job"), 3)
-        second = subprocess.run(
-            [Path(sys.executable).with_name("sluice"), "train", "--resume", "runs/job"], capture_output=True, text=True
-        )
+        command = [Path(sys.executable).with_name("sluice"), "train", "--resume", "runs/job", "reward_workers=3"]
+        config = Path("runs/job/config.yaml").read_bytes()
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert Path("runs/job/config.yaml").read_bytes() == config
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
     finally:
@@ -284,3 +287,25 @@ def test_a_best_metric_that_is_none_is_told_in_the_first_step(ready: Path, capsy
     assert sluice("train", "config.yaml", "run.name=test", "checkpoint.best_metric=rollout/rewards") == 2
     said = capsys.readouterr().err
     assert "checkpoint.best_metric=rollout/rewards is no metric of this run; did you mean 'rollout/reward'?" in said
+
+
+def test_a_second_sigterm_ends_what_does_not_listen(ready: Path):
+    """An environment that blocks the event loop, for ever."""
+    (ready / "blocks.py").write_text(
+        "import time\nasync def play(prompt, policy):\n    open('begun', 'w').close()\n    time.sleep(600)\n"
+    )
+    process = start("config.yaml", *LONG, "rollout.environment=blocks:play")
+    try:
+        end = time.monotonic() + 90
+        while not Path("begun").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGTERM

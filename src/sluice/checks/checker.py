@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 from sluice.checks import collapse, groups, updates
 from sluice.checks.collapse import Trend
+from sluice.configsafety import Severity
 from sluice.data.batch import Minibatch
 from sluice.errors import CheckError
 from sluice.interfaces import Trainer
 from sluice.run import Run
 from sluice.types import Group, Sample
-
-Severity = Literal["off", "warn", "stop"]
 
 CHECKS: dict[str, Callable[..., str]] = {
     check.__name__: check

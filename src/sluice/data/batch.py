@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sluice.algorithms.aggregation import token_coefficients
 from sluice.algorithms.spec import Algorithm
+from sluice.interfaces import Layout
 from sluice.types import Sample
-
-Layout = Literal["rows", "packed"]
 
 
 @dataclass(frozen=True)

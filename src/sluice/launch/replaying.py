@@ -21,13 +21,13 @@ from sluice.tracking import ledger
 from sluice.tracking.rundir import RunDir
 
 if TYPE_CHECKING:
-    from sluice.replay import Outcome, Replay
+    from sluice.replay import Replay, Replayed
 
 OTHER = ("algorithm.", "trainer.")
 """Keys of which a replay can ask: what if."""
 
 
-def replay(folder: str, first: int, last: int, algorithm: str | None, settings: Sequence[str]) -> list[Outcome]:
+def replay(folder: str, first: int, last: int, algorithm: str | None, settings: Sequence[str]) -> list[Replayed]:
     """Replay the steps `first` to `last`, from the newest whole checkpoint before them or else from the first step.
 
     With an `algorithm` (a row of the table, without the words that the run had changed) or `settings`, the last step alone is
@@ -41,9 +41,9 @@ def replay(folder: str, first: int, last: int, algorithm: str | None, settings: 
     other = _other(rundir, config, algorithm, settings)
     set_threads(config.run)
 
-    async def whole() -> list[Outcome]:
+    async def whole() -> list[Replayed]:
         replay = _restored(rundir, config, other, first)
-        outcomes: list[Outcome] = []
+        outcomes: list[Replayed] = []
         while replay.step < last:
             if replay.step == last - 1 and other != config:
                 _change(replay, other)
@@ -121,7 +121,7 @@ def _change(replay: Replay, other: TrainConfig) -> None:
     assert isinstance(other.trainer, LocalTrainer)
     replay.algorithm, replay.old_logprobs = algorithm_of(other), other.algorithm.old_logprobs
     replay.packing = trainer.packing = packing_of(other)
-    trainer.optimizer.settings = optimizer_settings(other.trainer)
+    trainer.optimizer.use(optimizer_settings(other.trainer))
     trainer.entropy_gradient = replay.algorithm.entropy_coef > 0
 
 

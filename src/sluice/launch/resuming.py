@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sluice.config import TrainConfig
-from sluice.configfile import Resolved, dump, load
+from sluice.configfile import Resolved, load
 from sluice.configsafety import RESUMABLE
 from sluice.configtree import dotted, inline, leaves
 from sluice.errors import ConfigError
-from sluice.tracking.rundir import RunDir, write_atomically
+from sluice.tracking.rundir import RunDir
 
 
 def config_of(rundir: RunDir) -> TrainConfig:
@@ -23,38 +23,30 @@ def config_of(rundir: RunDir) -> TrainConfig:
 
 
 def resolve_resume(folder: str, settings: Sequence[str]) -> tuple[Resolved[TrainConfig], RunDir]:
-    """The config of a run folder with `settings` over it, which is written there when it is another.
+    """The config of a run folder with `settings` over it.
 
     Raises ConfigError for a folder that is no run, and for settings that would change what the run is.
     """
     rundir = RunDir(Path(folder))
-    config_of(rundir)  # raises for a folder that is no run
+    old = config_of(rundir)
     new = load(TrainConfig, [str(rundir.config)], settings)
-    _go_on_with(rundir, new)
+    _refuse_other(rundir, old, new.config)
     return new, rundir
 
 
-def resumable(resolved: Resolved[TrainConfig]) -> RunDir | None:
+def resumable(config: TrainConfig) -> RunDir | None:
     """The folder in which checkpoint.auto_resume goes on; None when there is none.
 
     Raises ConfigError when it is the folder of a run with another config.
     """
-    config = resolved.config
     if not config.checkpoint.auto_resume:
         return None
     assert config.run.name is not None  # the config sees to it
     rundir = RunDir(Path(config.run.folder) / config.run.name)
     if not rundir.config.is_file():
         return None
-    _go_on_with(rundir, resolved)
+    _refuse_other(rundir, config_of(rundir), config)
     return rundir
-
-
-def _go_on_with(rundir: RunDir, new: Resolved[TrainConfig]) -> None:
-    old = config_of(rundir)
-    _refuse_other(rundir, old, new.config)
-    if new.config != old:
-        write_atomically(rundir.config, dump(new).encode())
 
 
 def _refuse_other(rundir: RunDir, old: TrainConfig, new: TrainConfig) -> None:
@@ -64,6 +56,13 @@ def _refuse_other(rundir: RunDir, old: TrainConfig, new: TrainConfig) -> None:
             + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
             + f". Only {', '.join(key.removesuffix('.') for key in RESUMABLE)} may change when a run goes on; to begin a new run "
             f"from its weights, set model.path to one of {rundir.checkpoints}"
+        )
+    falls = [key for key in ("trainer", "critic") if getattr(getattr(old, key), "schedule", "constant") != "constant"]
+    if falls and old.run.num_steps != new.run.num_steps:
+        raise ConfigError(
+            f"run.num_steps was {old.run.num_steps} and is {new.run.num_steps}: with {falls[0]}.schedule={getattr(old, falls[0]).schedule} "
+            "the learning rate of every step depends on it, so this would be another run; begin a new one with model.path at one of "
+            f"{rundir.checkpoints}"
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import threading
 from collections.abc import Coroutine, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,14 +21,15 @@ from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_threads
-from sluice.launch.resuming import resumable
+from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.threads import DaemonThreads
 from sluice.tracking.console import ConsoleTracker
-from sluice.tracking.resuming import locked, set_aside
-from sluice.tracking.rundir import RunDir, describe_environment, write_atomically
+from sluice.tracking.lock import locked
+from sluice.tracking.rundir import RunDir, describe_environment, patiently, write_atomically
+from sluice.tracking.set_aside import set_aside
 from sluice.tracking.tracker import FileTracker, Trackers
 from sluice.types import Sampling
 from sluice.watchdog import Watchdog
@@ -46,7 +48,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
     from sluice.checkpoint import read_newest, seed_random_state
 
     config = resolved.config
-    resume = resume or resumable(resolved)
+    resume = resume or resumable(config)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(resume))
@@ -63,6 +65,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
+        if not resume or config != config_of(resume):
             write_atomically(rundir.config, dump(resolved).encode())
         run = _assembled(config, checked, chat, parts, rundir, saved)
         seed_random_state(config.run.seed)
@@ -109,7 +112,13 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
             shuffle_seed=config.run.seed if config.data.shuffle else None,
             log_every=config.run.log_every,
         )
-        write_checkpoint(rundir, updates, trainer.snapshot(), {"metric": None})
+        write = trainer.snapshot()
+        patiently(
+            lambda: write_checkpoint(rundir, updates, write, {"metric": None}),
+            f"checkpoint {rundir.checkpoint(updates)}",
+            config.run.disk_wait_s,
+            lambda message: tracker.event("disk_full", message),
+        )
 
     with locked(rundir):
         _to_the_end(rundir, tracker, whole())
@@ -221,11 +230,19 @@ async def _whole(run: Run, warn_after_s: float | None) -> None:
         try:
             await _work(run)
         finally:
-            with run.waits("the run", "last checkpoint"), suppress(SluiceError):  # what ended the work is the news
-                await run.checkpoints.finish()
+            with run.waits("the run", "last checkpoint"):
+                await _finish_checkpoint(run)
             with run.waits("the run", "engine and reward processes ending"):
                 await run.engine.close()
                 run.rubric.close()
+
+
+async def _finish_checkpoint(run: Run) -> None:
+    """What ended the work is the news, and that a checkpoint could not be written besides is an event."""
+    try:
+        await run.checkpoints.finish()
+    except SluiceError as error:
+        run.tracker.event("checkpoint_failed", str(error))
 
 
 async def _work(run: Run) -> None:
@@ -263,16 +280,18 @@ def _stopping_on_sigterm(run: Run) -> Generator[None]:
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
-    def stop() -> None:
-        loop.remove_signal_handler(signal.SIGTERM)
-        stopping.append(loop.create_task(run.buffer.stop()))
+    def stop(*_: object) -> None:  # not a handler of the loop's own: user code may block the loop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(run.buffer.stop())))
 
-    with suppress(NotImplementedError):  # Windows
-        loop.add_signal_handler(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _checker(config: TrainConfig) -> Checker:

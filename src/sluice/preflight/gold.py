@@ -164,7 +164,7 @@ async def _try_all(
         await asyncio.gather(*(work() for _ in range(num_workers)))
     finally:
         rubric.close()
-    return [tried[row] for row in sorted(tried)], statistics.fmean(seconds)
+    return [tried[row] for row in sorted(tried)], statistics.fmean(seconds or [0.0])
 
 
 def _judge_comparing(item: Item, spec: RewardSpec, tried: Sequence[Tried], responses: _Responses) -> str:

@@ -100,7 +100,7 @@ class GroupBuffer:
         order in which they were handed in. Raises RunStopped after `stop`.
         """
         async with self._changed:
-            while (groups := self._oldest(count)) is None:
+            while self._stopped or (groups := self._oldest(count)) is None:
                 if self._stopped:
                     raise RunStopped
                 await self._changed.wait()

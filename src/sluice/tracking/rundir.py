@@ -117,6 +117,14 @@ class RunDir:
                 return path
         raise AssertionError("there is always a next name")
 
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_folders(self) -> list[Path]:
+        """In the order of their steps; unfinished ones, and what else lies there, are none."""
+        names = {path.name.removeprefix("step-"): path for path in self.checkpoints.glob("step-*")}
+        return [names[step] for step in sorted((n for n in names if n.isdecimal()), key=int)]
+
     @property
     def report(self) -> Path:
         """The run on one page."""
@@ -230,7 +238,7 @@ def patiently(write: Callable[[], T], what: str, wait_s: float, tell: Callable[[
         try:
             return write()
         except Exception as error:
-            if not _is_disk_full(error):
+            if not is_disk_full(error):
                 raise
             if time.monotonic() >= end:
                 raise RunFolderError(
@@ -243,7 +251,7 @@ def patiently(write: Callable[[], T], what: str, wait_s: float, tell: Callable[[
             time.sleep(min(DISK_POLL_S, wait_s))
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """The libraries that write weights and tokenisers are not written in Python and pass the reason on as text only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from sluice.interfaces import Tracker
 from sluice.tracking.ledger import Pieces, write_step
-from sluice.tracking.rundir import RunDir, append_line, patiently
+from sluice.tracking.rundir import RunDir, append_line, is_disk_full, patiently
 from sluice.types import Group, Sample
 
 
@@ -48,10 +49,14 @@ class FileTracker:
         self._write_events()
 
     def _write_events(self) -> None:
-        with suppress(OSError), self._telling:
-            while self._events:
-                append_line(self.rundir.events, self._events[0])
-                del self._events[0]
+        try:
+            with self._telling:
+                while self._events:
+                    append_line(self.rundir.events, self._events[0])
+                    del self._events[0]
+        except OSError as error:
+            if not is_disk_full(error):  # of a full disk the console tells
+                print(f"{self.rundir.events} cannot be written: {error.strerror}", file=sys.stderr)
 
     def _write(self, write: Callable[[], object], what: object) -> None:
         patiently(write, str(what), self._disk_wait_s, self._tell)

@@ -58,6 +58,12 @@ class Optimizer:
             fused=True,
         )
 
+    def use(self, settings: OptimizerSettings) -> None:
+        """From the next update on; the moments stay as they are."""
+        self.settings = settings
+        for group, decay in zip(self.adamw.param_groups, (settings.weight_decay, 0.0), strict=True):
+            group.update(betas=settings.betas, eps=settings.eps, weight_decay=decay)
+
     def collect_gradients(self) -> None:
         """After each backward: add the model's gradients to the masters' FP32 ones."""
         if not self.own_masters:
