@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dry_runs import GROUP_SIZE, GROUPS_PER_STEP, Notes, Timing, Workshop, finish
@@ -17,7 +21,7 @@ from sluice.rollout.buffer import BufferState, GroupBuffer
 from sluice.run import Run
 from sluice.tracking.rundir import RunDir
 from sluice.train import train
-from sluice.types import Group
+from sluice.types import Group, Trajectory
 
 NUM_STEPS = 8
 
@@ -204,3 +208,44 @@ def test_a_cancelled_wait_leaves_the_writing_to_the_next_who_waits(workshop: Wor
         assert RunDir(tmp_path).checkpoint(1).is_dir()
 
     asyncio.run(work())
+
+
+def test_what_is_whole_and_yet_no_checkpoint_is_passed_over(tmp_path: Path):
+    """Files with the right checksums that sluice never wrote: the one before is taken."""
+    rundir = RunDir(tmp_path)
+    write_checkpoint(rundir, 1, lambda folder: {}, {"metric": None})
+    for step, position in ((2, "[]"), (3, "null"), (4, "no json")):
+        folder = write_checkpoint(rundir, step, lambda folder: {}, {"metric": None})
+        (folder / "run_state.json").write_text(position)
+        checksums = json.loads((folder / "checksums.json").read_text())
+        content = position.encode()
+        checksums["run_state.json"] = {"bytes": len(content), "blake2b": hashlib.blake2b(content).hexdigest()[:32]}
+        (folder / "checksums.json").write_text(json.dumps(checksums))
+    for step, content in ((5, "[]"), (6, "null"), (7, '{"config.json": 3}'), (8, "{}")):
+        (write_checkpoint(rundir, step, lambda folder: {}, {"metric": None}) / "checksums.json").write_text(content)
+    saved, damage = read_newest(rundir)
+    assert saved is not None
+    assert (saved.step, len(damage)) == (1, 7)
+
+
+@dataclass
+class Mine(Trajectory):
+    note: object = None
+
+
+def test_what_users_add_to_a_trajectory_is_no_part_of_a_checkpoint(workshop: Workshop, tmp_path: Path):
+    """A subclass, and a reward of NumPy's: such groups wait in the buffer of an asynchronous run."""
+    run = checkpointed(workshop, tmp_path, 3, seed=1)
+
+    async def environment(prompt: Any, policy: Any) -> Trajectory:
+        await policy.respond(prompt.messages)
+        policy.turns[0].reward = np.float32(0.0)
+        return Mine(policy.turns, stop_reason="done", note=object())
+
+    run.environment = environment
+    finish(whole(run))
+    kept = 0
+    for step in range(1, NUM_STEPS):
+        _, state = resumed(workshop, tmp_path, 3, 2, step)
+        kept += len(state.done)
+    assert kept > 5, "the test shows nothing"

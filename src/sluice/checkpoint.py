@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -186,10 +186,15 @@ def read_newest(rundir: RunDir, before: int | None = None) -> tuple[Saved | None
     ]
     damage: list[str] = []
     for folder in reversed(folders):
-        if what := damage_of(folder):
-            damage.append(f"{folder} cannot be used: {what}")
-        else:
-            return read_checkpoint(folder), damage
+        what = damage_of(folder)
+        try:
+            if not what:
+                return read_checkpoint(folder), damage
+        except RunFolderError:
+            raise
+        except Exception as error:  # whole, and yet not what sluice writes
+            what = f"{type(error).__name__}: {error}"
+        damage.append(f"{folder} cannot be used: {what}")
     if damage and before is None:
         raise RunFolderError(
             f"none of the {len(damage)} checkpoints in {rundir.checkpoints} is whole ({damage[0]}); restore one from a backup, "
@@ -216,15 +221,15 @@ def damage_of(folder: Path) -> str:
         expected: dict[str, dict[str, Any]] = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} cannot be read ({type(error).__name__}: {error})"
+    if not isinstance(expected, dict) or STATE not in expected or POSITION not in expected:
+        return f"{CHECKSUMS} does not name the files of a checkpoint"
     for name, checksum in expected.items():
         try:
             found = _checksum(folder / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != checksum:
-            return (
-                f"{name} was written with {checksum['bytes']} bytes and checksum {checksum['blake2b']}, and has {found}"
-            )
+            return f"{name} was written with {checksum}, and has {found}"
     return ""
 
 
@@ -232,7 +237,7 @@ def position_of(run: Run, metric: float | None) -> dict[str, Any]:
     """Where a run stands between two steps, as JSON; of prompts only what they depend on, since tickets are positions."""
     buffer: BufferState = run.buffer.state()
     done = {
-        ticket: {"trajectories": [asdict(t) for t in group.trajectories], "rejected": group.rejected}
+        ticket: {"trajectories": [_saved(t) for t in group.trajectories], "rejected": group.rejected}
         for ticket, group in buffer.done.items()
     }
     return {
@@ -274,6 +279,16 @@ def restore_random_state(rng: dict[str, Any]) -> None:
     torch.set_rng_state(rng["torch"])
     if len(rng["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+def _saved(trajectory: Trajectory) -> dict[str, Any]:
+    """Its own fields, and not those that a subclass of a user has."""
+
+    def own(value: Any, kind: type) -> dict[str, Any]:
+        return {field.name: getattr(value, field.name) for field in fields(kind)}
+
+    turns = [{**own(turn, Turn), "completion": own(turn.completion, Completion)} for turn in trajectory.turns]
+    return {**own(trajectory, Trajectory), "turns": turns}
 
 
 def _trajectory(saved: dict[str, Any]) -> Trajectory:

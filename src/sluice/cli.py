@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -170,6 +171,10 @@ def _train(args: argparse.Namespace) -> None:
     from sluice.describe import describe
     from sluice.launch import resolve_resume, train
 
+    if hasattr(
+        signal, "SIGUSR1"
+    ):  # the watchdog takes it as soon as there is one; until then it must not end the process
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if args.resume:
         if files := [word for word in args.config if "=" not in word]:
             raise ConfigError(
@@ -192,7 +197,9 @@ def _sft(args: argparse.Namespace) -> None:
 
 
 def _done(run: Path) -> None:
-    print(f"run folder: {run}\nreport:     {run / 'report.html'}")
+    print(f"run folder: {run}")
+    if (run / "report.html").exists():
+        print(f"report:     {run / 'report.html'}")
     if checkpoints := sorted((run / "checkpoints").glob("step-*")):
         print(f"checkpoint: {checkpoints[-1]}")
 

@@ -96,7 +96,8 @@ def recorded_trajectories(rundir: RunDir, step: int, chat: Any) -> list[tuple[Pr
             rows[0],
         )
         for rows in by_trajectory.values()
-        if rows[0]["token_ids"]
+        # what failed before it came to a reward was never scored
+        if rows[0]["token_ids"] and (rows[0]["outcome"] == "scored" or rows[0]["error"].startswith("reward "))
     ]
 
 

@@ -309,3 +309,27 @@ def test_a_second_sigterm_ends_what_does_not_listen(ready: Path):
     finally:
         process.kill()
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_reference_that_changed_is_refused(ready: Path, capsys: pytest.CaptureFixture[str]):
+    """The KL term would be against another policy from then on, and nobody would be told."""
+    from safetensors.torch import load_file, save_file
+
+    run = finished("train", "config.yaml", *EVERY, *VARIANTS["a reference that stays"])
+    weights = {name: 1.5 * tensor for name, tensor in load_file("model/model.safetensors").items()}
+    save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
+    assert sluice("train", "--resume", run, "run.num_steps=5") == 2
+    assert "the reference policy has other weights than when the run began" in capsys.readouterr().err
+
+
+def test_what_else_lies_in_a_run_folder_is_left_alone(ready: Path):
+    """Copies that people make."""
+    run = finished("train", "config.yaml", *EVERY)
+    shutil.copytree(run / "checkpoints/step-000002", run / "checkpoints/step-000002-backup")
+    (run / "set-aside-001-old").mkdir()
+    forget = run / "checkpoints/step-000003"
+    shutil.rmtree(forget)
+    assert sluice("train", "--resume", run) == 0
+    assert forget.is_dir()
+    assert (run / "checkpoints/step-000002-backup").is_dir()
+    assert (run / "set-aside-001").is_dir()

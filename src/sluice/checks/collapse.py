@@ -70,7 +70,12 @@ def repetition(repetition: Trend) -> str:
 
 def equal_rewards(equal: Trend, reward: Trend) -> str:
     """In nine groups of ten all rewards are equal, so that hardly any carries a signal."""
-    return f"share of groups whose rewards are all equal {equal}, reward {reward}" if equal.now > 0.9 else ""
+    if equal.now <= 0.9:
+        return ""
+    return (
+        f"in {equal.now:.0%} of the groups of the last {WINDOW} steps all rewards are equal, and such a group has no gradient "
+        f"(reward {reward})"
+    )
 
 
 CHECKS = {

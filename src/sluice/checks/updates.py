@@ -14,6 +14,8 @@ from sluice.types import Sample
 
 HIGHEST_LOGPROB = 1e-3
 """Rounding may lift a log-prob of 0 by a little."""
+TOKEN_OVER_BATCH = 100.0
+"""A single token may differ by as much more: one that was never sampled differs by nats."""
 SAMPLE_OVER_BATCH = 5
 """A single sample may differ by this many times what all of them together may: it has fewer tokens to average over."""
 
@@ -54,7 +56,8 @@ def advantages(spec: Algorithm, samples: Sequence[Sample]) -> str:
         return f"{place(samples, at)}: an advantage of {values[at]:g} where there is no loss"
     if not own.any():
         return ""
-    if spec.normalise == "whiten" and abs(values[own].mean()) > 1e-6:
+    largest = max(1.0, *(abs(s.reward) for s in samples))
+    if spec.normalise == "whiten" and abs(values[own].mean()) > 1e-6 * largest:
         return f"whitened advantages have a mean of {values[own].mean():g} over {own.sum()} tokens, not 0"
     if spec.needs_values or (spec.advantage == "raw" and spec.kl_in_reward):
         return ""
@@ -172,6 +175,10 @@ def _difference(samples: Sequence[Sample], field: str, tolerance: float) -> str:
     difference = np.where(own, np.abs(column(samples, field) - column(samples, "logprobs")), 0.0)
     means = totals(difference, samples) / np.maximum(1.0, totals(own, samples))
     whole, worst = difference.sum() / own.sum(), int(means.argmax())
+    at = int(difference.argmax())
+    if difference[at] > TOKEN_OVER_BATCH * tolerance:
+        most = f"{TOKEN_OVER_BATCH * tolerance:g}"
+        return f"{place(samples, at)}: their log-probs differ by {difference[at]:.3g} nats (at most {most})"
     if whole <= tolerance and means[worst] <= SAMPLE_OVER_BATCH * tolerance:
         return ""
     return (

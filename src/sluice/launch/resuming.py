@@ -17,7 +17,8 @@ def config_of(rundir: RunDir) -> TrainConfig:
     """What a run folder was run with. Raises ConfigError for one that is none of `sluice train`."""
     if not rundir.config.is_file():
         raise ConfigError(
-            f"{rundir.path} is no run folder: {rundir.config.name} is missing in it; name one that `sluice train` has made"
+            f"{rundir.path} is no run folder: {rundir.config.name} is missing in it; name one that `sluice train` has made (one "
+            "whose process was killed before its run began has nothing to go on from: remove it)"
         )
     return load(TrainConfig, [str(rundir.config)]).config
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.threads import DaemonThreads
+from sluice.tracking import ledger
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.lock import locked
 from sluice.tracking.rundir import RunDir, describe_environment, patiently, write_atomically
@@ -71,7 +72,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         seed_random_state(config.run.seed)
         if resume:
             _go_on(run, saved, damage)
-        _to_the_end(rundir, run.tracker, _whole(run, config.watchdog.warn_after_s))
+        _to_the_end(rundir, run.tracker, _whole(run, config.watchdog.warn_after_s), resumable=True)
     return rundir.path
 
 
@@ -121,7 +122,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
         )
 
     with locked(rundir):
-        _to_the_end(rundir, tracker, whole())
+        _to_the_end(rundir, tracker, whole(), resumable=False)
     return rundir.path
 
 
@@ -219,6 +220,10 @@ def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
         run.checks.load_state_dict(saved.position["checks"])
         restore_random_state(saved.rng)
     aside = set_aside(run.rundir, run.step)
+    if missing := sorted({*range(1, run.step + 1)} - {*ledger.steps(run.rundir)}):
+        run.tracker.event(
+            "record_incomplete", f"the ledger lacks {len(missing)} steps before the checkpoint, first {missing[0]}"
+        )
     where = f"checkpoint {saved.folder}" if saved else "the first step: there is no checkpoint"
     later = f"; what was recorded after it is in {aside}" if aside else ""
     run.tracker.event("resumed", f"from {where}{later}", step=run.step, environment=describe_environment())
@@ -253,8 +258,8 @@ async def _work(run: Run) -> None:
             with run.waits("the run", "reward processes starting"):
                 await run.rubric.start()
             await loop(run)
-        with run.waits("the run", "last checkpoint"):
-            await run.checkpoints.finish()
+            with run.waits("the run", "last checkpoint"):
+                await run.checkpoints.finish()
     except RunStopped:
         if run.step:
             with run.waits("the run", "last checkpoint"):
@@ -305,15 +310,20 @@ def _checker(config: TrainConfig) -> Checker:
     )
 
 
-def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None]) -> None:
+def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None], resumable: bool) -> None:
     """Whatever ends the work, the record stays readable; an error goes to events.jsonl before it goes to the user."""
     from sluice.viewer.report import write_report
 
     try:
         asyncio.run(work)
     except BaseException as error:
-        with suppress(OSError):  # on a full disk; the error itself is what the user must see
-            tracker.event("stopped", f"{type(error).__name__}: {error}")
+        what = str(error) if isinstance(error, SluiceError) else f"{type(error).__name__}: {error}".removesuffix(": ")
+        go_on = (
+            f"; to go on: sluice train --resume {rundir.path}"
+            if resumable and not isinstance(error, RunStopped)
+            else ""
+        )
+        tracker.event("stopped", what + go_on)
         raise
     finally:
         tracker.close()

@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, TypeVar
 from sluice.errors import ConfigError, DataError, RunFolderError
 
 GIT_TIMEOUT_S = 10
+BEFORE_CONFIG = {".lock", "environment.json", "explained.txt"}
+"""What a process leaves that was killed before its run began."""
 _APPENDING = threading.Lock()
 
 
@@ -43,13 +45,17 @@ class RunDir:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()  # the operating system makes sure that only one process succeeds
         except FileExistsError as error:
-            if adopt and not cls(path).config.exists() and path.is_dir():
+            if adopt and path.is_dir() and {entry.name for entry in path.iterdir()} <= BEFORE_CONFIG:
                 return cls(path)
             if error.filename != str(path):  # the parent is a file
                 raise ConfigError(f"cannot make the run folder {path}: {error.filename} is not a folder") from None
             raise ConfigError(
                 f"the run folder {path} exists already, and was left as it is; "
-                "choose another name with run.name=…, or remove the folder"
+                + (
+                    f"to go on with that run: sluice train --resume {path}; to begin another, choose another name with run.name=…"
+                    if cls(path).config.exists()
+                    else "choose another name with run.name=…, or remove the folder"
+                )
             ) from None
         except OSError as error:
             raise ConfigError(
@@ -255,8 +261,10 @@ def is_disk_full(error: BaseException) -> bool:
     """The libraries that write weights and tokenisers are not written in Python and pass the reason on as text only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    text = str(error)
-    return "No space left on device" in text or "Disk quota exceeded" in text
+    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        return True
+    before = error.__cause__ or error.__context__  # torch raises another error while it cleans up after the first
+    return before is not None and is_disk_full(before)
 
 
 def describe_environment() -> dict[str, Any]:

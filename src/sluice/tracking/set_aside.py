@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from sluice.errors import DataError
 from sluice.tracking import ledger
 from sluice.tracking.rundir import RunDir, read_lines, write_atomically
 
@@ -18,6 +19,10 @@ def set_aside(rundir: RunDir, step: int) -> Path | None:
     for partial in [*rundir.path.glob(".*.partial"), *rundir.path.glob("*/.*.partial")]:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     lines = read_lines(rundir.metrics) if rundir.metrics.exists() else []
+    if strange := [n for n, line in enumerate(lines, start=1) if type(line.get("step")) is not int]:
+        raise DataError(
+            f"{rundir.metrics}:{strange[0]}: not a line of sluice's: its step is no whole number; remove the line"
+        )
     later = [line for line in lines if line["step"] > step]
     files = [rundir.ledger / f"step-{n:06d}.parquet" for n in ledger.steps(rundir) if n > step]
     files += [path for path in rundir.checkpoint_folders() if path.name > rundir.checkpoint(step).name]

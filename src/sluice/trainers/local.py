@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_budget
-from sluice.errors import NonFiniteError
+from sluice.errors import ConfigError, NonFiniteError
 from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Mean, Metrics, Sum
 from sluice.trainers.critic import Critic
@@ -48,6 +48,7 @@ class LocalTrainer:
         self.entropy_gradient = entropy_gradient
         self._policy_has_gradient = False
         self._reference_moved = False
+        self._first_reference: str | None = None
 
     async def forward(self, samples: Sequence[Sample], output: TrainerOutput, layout: Layout | None = None) -> None:
         """Fill the field `output` of the samples with what the weights say now: old_logprobs, ref_logprobs or values.
@@ -170,16 +171,29 @@ class LocalTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+        if "reference" not in state and state["reference_fingerprint"] not in (None, self._reference_fingerprint()):
+            raise ConfigError(
+                "the reference policy has other weights than when the run began: those of reference.path, or else model.path, were "
+                "changed; put them back, or begin a new run"
+            )
         if "reference" in state:
             assert self.reference is not None
             self.reference.model.load_state_dict(state["reference"])
             self._reference_moved = True
+
+    def _reference_fingerprint(self) -> str | None:
+        """Of the reference as the run began, as long as that is what it is."""
+        if self.reference is None or self._reference_moved:
+            return None
+        self._first_reference = self._first_reference or fingerprint(self.reference.named_weights())
+        return self._first_reference
 
     def _rest_of_state(self) -> dict[str, Any]:
         """All but the policy's weights; the reference's only if they are no longer those of its folder."""
         state: dict[str, Any] = {"optimizer": copied(self.optimizer.state_dict())}
         if self.critic is not None:
             state["critic"] = copied(self.critic.state_dict())
+        state["reference_fingerprint"] = self._reference_fingerprint()
         if self.reference is not None and self._reference_moved:
             state["reference"] = copied(self.reference.model.state_dict())
         return state
