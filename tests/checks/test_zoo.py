@@ -94,7 +94,7 @@ def stops(name: str, *settings: str, step: int = 1) -> None:
     """The run ends with that check at that step, and the batch is on record."""
     code, run = run_of(*settings)
     assert (code, checks_of(run)) == (1, [(name, step)])
-    assert f"CheckError: check {name}" in events_of(run)[-1]["message"]
+    assert f"check {name}, step" in events_of(run)[-1]["message"]
     assert len(ledger_of(run, max(1, step))) >= 12
 
 

@@ -253,16 +253,13 @@ def test_data_that_change_under_a_run_stop_it_and_the_old_ones_let_it_go_on(
 ):
     """In place, by a reward of the second step: real files, a real run."""
     (ready / "edits.py").write_text(
-        "from users_code import share_of_small_letters as f\n"
+        "import os\nfrom users_code import share_of_small_letters as f\n"
         "def edit(prompt, trajectory):\n"
-        "    if open('metrics').read().count('\\n') == 1:\n"
+        "    if os.path.exists('runs/test/metrics.jsonl'):\n"
         "        text = open('prompts.jsonl').read().replace('task 19', 'task 91')\n"
         "        open('prompts.jsonl', 'w').write(text)\n"
         "    return f(prompt, trajectory)\n"
     )
-    os.symlink("runs/test/metrics.jsonl", "metrics")
-    Path("runs/test").mkdir(parents=True)
-    Path("runs/test/metrics.jsonl").touch()
     before = Path("prompts.jsonl").read_text()
     words = [
         "run.name=test",

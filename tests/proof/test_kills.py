@@ -15,7 +15,7 @@ import pytest
 from same import assert_same_runs, consumed_prompts
 from small_runs import events_of, set_up
 
-NUM_KILLS, NUM_STEPS = 50, 150
+NUM_KILLS, NUM_STEPS = 50, 320
 WORDS = (
     *("config.yaml", "run.name=killed", "checkpoint.auto_resume=true", f"run.num_steps={NUM_STEPS}"),
     *("checkpoint.every_steps=2", "checkpoint.keep_last=2", "reward_workers=2", "algorithm.name=dapo"),

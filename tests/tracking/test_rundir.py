@@ -32,7 +32,9 @@ def test_an_existing_folder_is_refused_with_the_remedy_and_left_as_it_is(tmp_pat
     run = RunDir.create(tmp_path / "runs", "first")
     run.config.write_text("seed: 1\n")
     before = run.path.stat().st_mtime_ns
-    with pytest.raises(ConfigError, match=r"first exists already, and was left as it is; .*run\.name.* or remove"):
+    with pytest.raises(
+        ConfigError, match=r"first exists already, and was left as it is; .*--resume .*first; .*run\.name"
+    ):
         RunDir.create(tmp_path / "runs", "first")
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
     assert run.path.stat().st_mtime_ns == before
