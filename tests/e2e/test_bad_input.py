@@ -284,7 +284,7 @@ def test_code_of_the_user_that_always_fails_ends_the_run(failure, ready: Path, k
     *failures, stopped = events_of(Path("runs/test"))
     assert [event["kind"] for event in failures] == ["no_score"] * 4
     assert stopped["kind"] == "stopped"
-    assert stopped["message"] in f"RolloutError: {error.removeprefix('error: ')}"
+    assert stopped["message"] == f"{error.removeprefix('error: ').rstrip()}; to go on: sluice train --resume runs/test"
     assert not Path("runs/test/metrics.jsonl").exists()
 
 

@@ -28,6 +28,11 @@ def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    process.communicate(timeout=600)
+    return process.returncode
+
+
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -66,14 +71,14 @@ def kill_at_random(process: subprocess.Popen[bytes], run: Path, kind: str, rng: 
 def test_fifty_kills_change_nothing(tmp_path: Path):
     set_up(tmp_path)
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    assert start(tmp_path, "run.name=whole").wait(600) == 0
+    assert end_of(start(tmp_path, "run.name=whole")) == 0
     rng, doing = random.Random(0), Counter[str]()
     for _ in range(NUM_KILLS):
         kind = rng.choices(["start", "step", "checkpoint"], [1, 2, 2])[0]
         doing[kill_at_random(start(tmp_path), killed, kind, rng)] += 1
     assert doing["ended by itself"] == 0
     assert doing["writing a checkpoint"] >= 5, doing
-    assert start(tmp_path).wait(600) == 0
+    assert end_of(start(tmp_path)) == 0
     assert_same_runs(whole, killed, NUM_STEPS)
     prompts = consumed_prompts(killed, NUM_STEPS)
     resumed = [event for event in events_of(killed) if event["kind"] == "resumed"]
