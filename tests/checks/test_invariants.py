@@ -298,6 +298,18 @@ def test_samples_of_older_weights_are_left_out():
     assert "over 1 samples" in ratio(samples)
 
 
+def test_a_single_token_stands_out_of_a_long_sample():
+    """A token that was never sampled, in a mean over hundreds."""
+    samples = seen()
+    long = samples[0]
+    for name in ("token_ids", "loss_weights", "logprobs", "policy_versions", "current_logprobs", "old_logprobs"):
+        column = getattr(long, name)
+        setattr(long, name, [*column, *([column[-1]] * 100_000)])
+    assert ratio(samples) == ""
+    long.current_logprobs = [*long.current_logprobs[:-1], long.logprobs[-1] - 5.0]
+    assert "differ by 5 nats (at most 0.1)" in ratio(samples)
+
+
 def test_recomputed_log_probs_are_compared_for_all_samples():
     samples = seen()
     samples[-1].old_logprobs = [x - 1.0 for x in samples[-1].logprobs]

@@ -365,8 +365,8 @@ TRIED = {
     ),
     "a metric that is not logged": (
         ["checkpoint.best_metric=rollout/rewards"],
-        0,
-        ["warning: checkpoint.best_metric=rollout/rewards", "did you mean 'rollout/reward'?"],
+        2,
+        ["failure: checkpoint.best_metric=rollout/rewards is no metric of this run", "did you mean 'rollout/reward'?"],
     ),
 }
 

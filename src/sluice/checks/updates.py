@@ -175,12 +175,11 @@ def _difference(samples: Sequence[Sample], field: str, tolerance: float) -> str:
     difference = np.where(own, np.abs(column(samples, field) - column(samples, "logprobs")), 0.0)
     means = totals(difference, samples) / np.maximum(1.0, totals(own, samples))
     whole, worst = difference.sum() / own.sum(), int(means.argmax())
-    at = int(difference.argmax())
-    if difference[at] > TOKEN_OVER_BATCH * tolerance:
-        most = f"{TOKEN_OVER_BATCH * tolerance:g}"
-        return f"{place(samples, at)}: their log-probs differ by {difference[at]:.3g} nats (at most {most})"
     if whole <= tolerance and means[worst] <= SAMPLE_OVER_BATCH * tolerance:
-        return ""
+        at, most = int(difference.argmax()), TOKEN_OVER_BATCH * tolerance
+        if difference[at] <= most:
+            return ""
+        return f"their log-probs of {place(samples, at)} differ by {difference[at]:.3g} nats (at most {most:g})"
     return (
         f"their log-probs differ by {whole:.3g} nats in the mean over {len(samples)} samples (at most {tolerance:g}), and by "
         f"{means[worst]:.3g} over the tokens of sample {samples[worst].name} (at most {SAMPLE_OVER_BATCH * tolerance:g})"

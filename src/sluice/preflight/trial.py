@@ -22,7 +22,6 @@ import yaml
 
 from sluice.config import SftConfig, TrainConfig
 from sluice.data.prompts import SftSet
-from sluice.data.sources import did_you_mean
 from sluice.preflight.findings import Item
 from sluice.tracking.ledger import read_step
 from sluice.tracking.rundir import RunDir, read_lines
@@ -105,13 +104,6 @@ class Trial:
         for event in read_lines(run.events) if run.events.exists() else []:
             if event["kind"] != "prompt_skipped":
                 item.warn(f"{event['message']} ({event['kind']})")
-        if isinstance(self._config, TrainConfig):
-            best, logged = self._config.checkpoint.best_metric, read_lines(run.metrics)[-1].keys()
-            if best and best not in logged:
-                item.warn(
-                    f"checkpoint.best_metric={best} is not among the metrics of the step"
-                    f"{did_you_mean(best, logged)}; the keys of metrics.jsonl are its choices"
-                )
 
     def _judge_error(self, item: Item, end: dict[str, Any]) -> None:
         """A random model may well earn no score or be kept by no filter; what fails whatever it says is a failure."""
