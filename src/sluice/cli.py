@@ -6,8 +6,10 @@ import argparse
 import io
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +173,6 @@ def _train(args: argparse.Namespace) -> None:
     from sluice.describe import describe
     from sluice.launch import resolve_resume, train
 
-    if hasattr(
-        signal, "SIGUSR1"
-    ):  # the watchdog takes it as soon as there is one; until then it must not end the process
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if args.resume:
         if files := [word for word in args.config if "=" not in word]:
             raise ConfigError(
@@ -186,7 +184,22 @@ def _train(args: argparse.Namespace) -> None:
     else:
         resolved, resume = _load(args, sft=False), None
     print(describe(resolved.config), flush=True)
-    _done(train(resolved, resume.path.name if resume else _name(args), resume))
+    with _deaf_to_sigusr1():
+        run = train(resolved, resume.path.name if resume else _name(args), resume)
+    _done(run)
+
+
+@contextmanager
+def _deaf_to_sigusr1() -> Generator[None]:
+    """The watchdog takes it as long as there is one; before and after it must not end the process."""
+    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _sft(args: argparse.Namespace) -> None:

@@ -147,8 +147,15 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "run_state.json", "checksums.json"])
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_in_half, Path.unlink])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", flip_a_byte),
+        ("trainer_state.pt", cut_in_half),
+        ("run_state.json", flip_a_byte),
+        ("checksums.json", Path.unlink),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_loudly(
     ready: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
 ):

@@ -52,16 +52,16 @@ async def score_and_kill(rubric: Rubric, folder: Path, kills: int) -> Trajectory
     return trajectory
 
 
-@pytest.mark.parametrize(("kills", "outcome", "reward"), [(1, "scored", 1.0), (2, "error", None)])
+@pytest.mark.parametrize(("kills", "outcome", "reward"), [(1, "scored", 1.0), (2, "scored", 1.0), (3, "error", None)])
 def test_a_killed_process_is_replaced_and_its_sample_tried_once_more(
     kills: int, outcome: str, reward: float | None, tmp_path: Path
 ):
     with rubric_of(users("waits_then_one", timeout_s=30)) as rubric:
         trajectory = asyncio.run(score_and_kill(rubric, tmp_path, kills))
         assert (trajectory.outcome, trajectory.reward) == (outcome, reward)
-        if kills == 2:
+        if kills == 3:
             assert "reward 'part', prompt row-7 (data.jsonl:7): its process was killed (SIGKILL" in trajectory.error
-            assert trajectory.error.endswith("twice")
+            assert trajectory.error.endswith("3 times")
         assert score(rubric, a_prompt(folder=str(tmp_path), kills=0)).reward == 1.0
 
 
@@ -89,7 +89,7 @@ def test_a_reward_that_ends_its_process_is_an_error_with_the_exit_code():
     with rubric_of(users("ends_its_process")) as rubric:
         trajectory = score(rubric, a_prompt())
     assert (trajectory.outcome, trajectory.reward) == ("error", None)
-    assert "exit code 7, twice" in trajectory.error
+    assert "exit code 7, 3 times" in trajectory.error
 
 
 def test_ctrl_c_does_not_reach_reward_processes():

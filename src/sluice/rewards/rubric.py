@@ -17,6 +17,9 @@ from sluice.rewards.spec import RewardSpec, build
 from sluice.types import Outcome, Prompt, Trajectory
 from sluice.waits import Wait
 
+TRIES = 3
+"""Of a sample whose process dies: once while it was idle and once more may be the machine's doing, more is the sample's."""
+
 
 @dataclass
 class _Verdict:
@@ -62,7 +65,7 @@ class Rubric:
     async def score(self, prompt: Prompt, trajectory: Trajectory, wait: Wait | None = None) -> None:
         """Fill the trajectory's `outcome`, and `reward` and `reward_parts` (before weighting) or `error`.
 
-        Never raises for what a reward does. Takes at most the sum of the time limits, twice where a process is
+        Never raises for what a reward does. Takes at most the sum of the time limits, `TRIES` times where a process is
         killed from outside, once there is a free process. `wait` is told which part is computed.
         """
         wait = wait or Wait("scoring")
@@ -88,11 +91,13 @@ class Rubric:
         try:
             with boundary(RewardError, "cannot be sent to a reward process"):
                 sample = pickle.dumps((prompt, trajectory))
-            try:
-                values = worker.values(sample, wait)
-            except WorkerDied:  # once may be the machine's doing, twice is the sample's
-                values = worker.values(sample, wait)
-            return self._weigh(values)
+            for tries_left in reversed(range(TRIES)):
+                try:
+                    return self._weigh(worker.values(sample, wait))
+                except WorkerDied:
+                    if not tries_left:
+                        raise
+            raise AssertionError("the last try returns or raises")
         except PartError as error:
             outcome = "timeout" if isinstance(error, PartTimeout) else "error"
             return _Verdict(outcome, error=self._message(prompt, error, self._specs[error.index]))
@@ -119,6 +124,6 @@ class Rubric:
     def _message(prompt: Prompt, error: Exception, spec: RewardSpec | None = None) -> str:
         row = f" ({prompt.where})" if prompt.where else ""
         reward = f"reward {spec.label!r}, " if spec else ""
-        twice = ", twice" if isinstance(error, WorkerDied) else ""
+        tries = f", {TRIES} times" if isinstance(error, WorkerDied) else ""
         what = str(error) if isinstance(error, PartError | RewardError) else f"{type(error).__name__}: {error}"
-        return f"{reward}prompt {prompt.id}{row}: {what}{twice}"
+        return f"{reward}prompt {prompt.id}{row}: {what}{tries}"
