@@ -82,10 +82,8 @@ class Checkpoints:
             await self.finish()
 
     async def _save(self, run: Run) -> None:
-        position, rng = (
-            position_of(run, self._metric),
-            self._rng or random_state(),
-        )  # before an await lets attempts begin
+        # taken before an await lets the attempts of the next step begin
+        position, rng = position_of(run, self._metric), self._rng or random_state()
         await self.finish()
         step, write = run.step, run.trainer.snapshot()
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,18 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on in this run folder from its newest checkpoint; instead of config files, perhaps with settings",
     )
     takes_config(command("sft", _sft, "fine-tune a model on given responses"))
-    replay = command("replay", _replay, "make recorded steps again and compare every number")
-    replay.add_argument("run", help="run folder")
-    replay.add_argument("--step", type=_step_or_steps, required=True, metavar="N|A:B", help="a step, or from A to B")
-    replay.add_argument("--algorithm", metavar="NAME", help="what if: another row of the table for the last step")
-    replay.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="what if: other settings of algorithm and trainer for the last step",
-    )
-    replay.add_argument("--rewards", action="store_true", help="score the recorded responses again instead")
+    _add_replay(command)
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("run", help="run folder")
 
@@ -102,6 +91,26 @@ def _parser() -> argparse.ArgumentParser:
         if name != "explain":
             sub.add_argument("--sft", action="store_true", help="the config is for `sluice sft`")
 
+    _add_analyses(commands, command)
+    return parser
+
+
+def _add_replay(command: Callable[..., argparse.ArgumentParser]) -> None:
+    replay = command("replay", _replay, "make recorded steps again and compare every number")
+    replay.add_argument("run", help="run folder")
+    replay.add_argument("--step", type=_step_or_steps, required=True, metavar="N|A:B", help="a step, or from A to B")
+    replay.add_argument("--algorithm", metavar="NAME", help="what if: another row of the table for the last step")
+    replay.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what if: other settings of algorithm and trainer for the last step",
+    )
+    replay.add_argument("--rewards", action="store_true", help="score the recorded responses again instead")
+
+
+def _add_analyses(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     analyze = commands.add_parser("analyze", help="figures about algorithms and finished runs")
     analyses = analyze.add_subparsers(required=True, metavar="ANALYSIS")
     rates = command("binary-reward", _binary_reward, "z-score against centred advantages under 0/1 rewards", analyses)
@@ -121,7 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (rates, clipped):
         sub.add_argument("--json", type=_output, metavar="FILE", help="write all figures there too")
         sub.add_argument("--plot", type=_image, metavar="FILE", help="draw them there: .png or .svg")
-    return parser
 
 
 def _count(text: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import RunSection, SftConfig, TrainConfig
+from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -36,7 +36,7 @@ from sluice.types import Sampling
 from sluice.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from sluice.checkpoint import Saved
+    from sluice.checkpoint import Checkpoints, Saved
     from sluice.checks import Checker
 
 
@@ -147,10 +147,8 @@ def _assembled(
     config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
-    from sluice.checkpoint import Checkpoints
-
     engine, trainer, packing, eos_ids = parts
-    rollout, checkpoint = config.rollout, config.checkpoint
+    rollout = config.rollout
     model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
     if saved:
@@ -170,14 +168,7 @@ def _assembled(
         prompts=prompts,
         algorithm=checked.algorithm,
         packing=packing,
-        sampling=Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop=rollout.stop,
-            stop_token_ids=eos_ids | frozenset(rollout.stop_token_ids),
-        ),
+        sampling=_sampling(rollout, eos_ids),
         tracker=tracker,
         rundir=rundir,
         checks=_checker(config),
@@ -196,15 +187,33 @@ def _assembled(
         vocab_size=model.config.vocab_size if model else None,
         max_length=model.max_length if model else None,
         stop_at_reward=config.run.stop_at_reward,
-        checkpoints=Checkpoints(
-            rundir,
-            every_steps=checkpoint.every_steps,
-            keep_last=checkpoint.keep_last,
-            best_metric=checkpoint.best_metric,
-            best=checkpoint.best,
-            disk_wait_s=config.run.disk_wait_s,
-            tell=tracker.event,
-        ),
+        checkpoints=_checkpoints(config, rundir, tracker),
+    )
+
+
+def _sampling(rollout: RolloutSection, eos_ids: frozenset[int]) -> Sampling:
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+        stop_token_ids=eos_ids | frozenset(rollout.stop_token_ids),
+    )
+
+
+def _checkpoints(config: TrainConfig, rundir: RunDir, tracker: Trackers) -> Checkpoints:
+    from sluice.checkpoint import Checkpoints
+
+    settings = config.checkpoint
+    return Checkpoints(
+        rundir,
+        every_steps=settings.every_steps,
+        keep_last=settings.keep_last,
+        best_metric=settings.best_metric,
+        best=settings.best,
+        disk_wait_s=config.run.disk_wait_s,
+        tell=tracker.event,
     )
 
 

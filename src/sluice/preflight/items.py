@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack
+from typing import Any, TypeVar
 
 from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
 from sluice.data.chat import Chat
-from sluice.data.prompts import PromptSet, SftSet
+from sluice.data.prompts import PromptSet
 from sluice.describe import algorithm_of
 from sluice.launch.checked import (
     check_fits,
@@ -32,6 +33,7 @@ from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, t
 from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
 from sluice.preflight.trial import Trial
 
+Rows = TypeVar("Rows", bound=Sized)
 NO_MODEL = "trainer.name=dry loads no model"
 
 
@@ -72,7 +74,7 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
 
 def check_sft(config: SftConfig, offline: bool) -> Iterator[Item]:
     """The items of a config of `sluice sft`."""
-    data, pairs = _pairs(config)
+    data, pairs = _rows(config, pairs_of)
     yield data
     model, chat, models = _model(config, None)
     yield model
@@ -130,10 +132,7 @@ def _names(config: TrainConfig) -> tuple[Item, Algorithm | None]:
 
 
 def _data(config: TrainConfig) -> tuple[Item, PromptSet | None]:
-    item, prompts = Item("data"), None
-    with item.failing():
-        prompts = prompts_of(config)
-        item.summary = f"{plural(len(prompts), 'row')} of {config.data.path}"
+    item, prompts = _rows(config, prompts_of)
     if prompts is not None and len(prompts) < config.rollout.groups_per_step:
         item.warn(
             f"{plural(len(prompts), 'row')} for rollout.groups_per_step={config.rollout.groups_per_step}: every step "
@@ -142,12 +141,12 @@ def _data(config: TrainConfig) -> tuple[Item, PromptSet | None]:
     return item, prompts
 
 
-def _pairs(config: SftConfig) -> tuple[Item, SftSet | None]:
-    item, pairs = Item("data"), None
+def _rows(config: Any, read: Callable[[Any], Rows]) -> tuple[Item, Rows | None]:
+    item, rows = Item("data"), None
     with item.failing():
-        pairs = pairs_of(config)
-        item.summary = f"{plural(len(pairs), 'row')} of {config.data.path}"
-    return item, pairs
+        rows = read(config)
+        item.summary = f"{plural(len(rows), 'row')} of {config.data.path}"
+    return item, rows
 
 
 def _model(
