@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,12 @@ def sluice(*words: str | Path) -> int:
         return main([str(word) for word in words])
     except SystemExit as stopped:  # argparse
         return int(stopped.code or 0)
+
+
+def started(*words: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """`sluice WORDS` as a process of its own, to be killed or waited for."""
+    command = [Path(sys.executable).with_name("sluice"), *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finished(command: str, *words: str | Path, name: str = "test") -> Path:

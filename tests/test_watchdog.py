@@ -29,7 +29,7 @@ from sluice.trainers.dry import DryTrainer
 from sluice.types import Completion, Prompt, Trajectory
 from sluice.waits import Waits
 from sluice.watchdog import Watchdog
-from small_runs import ALPHABET, events_of, write_config, write_rows
+from small_runs import ALPHABET, events_of, started, write_config, write_rows
 
 WARN_AFTER_S = 0.2
 STARTED_WITHIN_S = 60
@@ -311,13 +311,7 @@ def running(folder: Path, *settings: str) -> Iterator[subprocess.Popen[str]]:
         rewards=[{"name": "stuck:one"}],
         run={"num_steps": 3, "name": "test"},
     )
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("sluice"), "train", "config.yaml", *settings],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started("train", "config.yaml", *settings, cwd=folder)
     try:
         wait_until(lambda: process.poll() is not None or (folder / "begun").exists(), STARTED_WITHIN_S)
         assert process.poll() is None, process.communicate()

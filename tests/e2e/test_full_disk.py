@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from same import assert_same_runs
-from small_runs import events_of, finished, set_up, sluice, workplace
+from small_runs import events_of, finished, set_up, sluice, started, workplace
 
 NUM_STEPS = 6
 
@@ -33,11 +32,6 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         subprocess.run(["umount", disk], check=True)
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [Path(sys.executable).with_name("sluice"), "train", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
-
-
 def fill(disk: Path) -> Path:
     """Leave no byte; what fills it is the returned file."""
     with open(disk / "ballast", "wb", buffering=0) as file, suppress(OSError):
@@ -49,7 +43,7 @@ def fill(disk: Path) -> Path:
 def train_until_full(disk: Path, wait_s: float, every: int) -> tuple[subprocess.Popen[str], list[str], Path]:
     """Start a run, fill its disk after the second step, and come back when it says that it waits."""
     settings = (f"run.disk_wait_s={wait_s}", f"checkpoint.every_steps={every}", f"run.num_steps={NUM_STEPS}")
-    process = start("config.yaml", "run.name=full", "run.num_threads=1", *settings)
+    process = started("train", "config.yaml", "run.name=full", "run.num_threads=1", *settings)
     guard = threading.Timer(90, process.kill)
     guard.start()
     said: list[str] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from small_runs import events_of, ledger_of, metrics_of, set_up
+from small_runs import events_of, ledger_of, metrics_of, set_up, started
 
 STARTED_WITHIN_S = 90
 RUN = Path("runs/test")
@@ -24,13 +23,7 @@ RUN = Path("runs/test")
 def running(folder: Path, begun: Callable[[], bool], *settings: str) -> Iterator[subprocess.Popen[str]]:
     """`sluice train` of a run without end, as a process, once it has `begun`."""
     words = ["run.name=test", "run.num_steps=100000", "checkpoint.every_steps=1", "reward_workers=2", *settings]
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("sluice"), "train", "config.yaml", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started("train", "config.yaml", *words, cwd=folder)
     try:
         wait_until(lambda: process.poll() is not None or begun(), STARTED_WITHIN_S)
         assert process.poll() is None, process.communicate()
@@ -142,13 +135,7 @@ def test_ctrl_c_ends_supervised_fine_tuning_too(tmp_path: Path) -> None:
     set_up(tmp_path)
     (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "ab"}\n' * 64)
     words = ["model.path=model", "data.path=sft.jsonl", "run.num_epochs=100000", "run.name=test", "run.num_threads=1"]
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("sluice"), "sft", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started("sft", *words, cwd=tmp_path)
     try:
         wait_until(lambda: process.poll() is not None or two_steps(tmp_path)(), STARTED_WITHIN_S)
         process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from same import assert_same_runs, consumed_prompts
-from small_runs import events_of, finished, metrics_of, set_up, sluice, workplace, write_rows
+from small_runs import events_of, finished, metrics_of, set_up, sluice, started, workplace, write_rows
 
 EVERY = ("checkpoint.every_steps=1", "checkpoint.keep_last=null")
 
@@ -203,11 +203,6 @@ def test_auto_resume_begins_goes_on_and_refuses_another_config(ready: Path, caps
     assert "checkpoint.auto_resume needs run.name" in capsys.readouterr().err
 
 
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    command = [Path(sys.executable).with_name("sluice"), "train", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
     end = time.monotonic() + 90
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= count):
@@ -221,7 +216,7 @@ LONG = ("run.name=job", "run.num_threads=1", "run.num_steps=100000", "checkpoint
 
 def test_sigterm_leaves_a_checkpoint_and_two_runs_are_kept_apart(ready: Path):
     """One process, two questions: a second run in the folder of the first is refused; SIGTERM saves what was done."""
-    process = start("config.yaml", *LONG)
+    process = started("train", "config.yaml", *LONG)
     try:
         wait_for_steps(process, Path("runs/job"), 3)
         command = [Path(sys.executable).with_name("sluice"), "train", "--resume", "runs/job", "reward_workers=3"]
@@ -245,7 +240,7 @@ def test_sigterm_leaves_a_checkpoint_and_two_runs_are_kept_apart(ready: Path):
 
 
 def test_the_lock_dies_with_its_owner(ready: Path):
-    process = start("config.yaml", *LONG)
+    process = started("train", "config.yaml", *LONG)
     try:
         wait_for_steps(process, Path("runs/job"), 1)
     finally:
@@ -298,7 +293,7 @@ def test_a_second_sigterm_ends_what_does_not_listen(ready: Path):
     (ready / "blocks.py").write_text(
         "import time\nasync def play(prompt, policy):\n    open('begun', 'w').close()\n    time.sleep(600)\n"
     )
-    process = start("config.yaml", *LONG, "rollout.environment=blocks:play")
+    process = started("train", "config.yaml", *LONG, "rollout.environment=blocks:play")
     try:
         end = time.monotonic() + 90
         while not Path("begun").exists():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.config import LocalTrainer, TrainConfig
 from sluice.configfile import load
-from sluice.configtree import inline
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.describe import algorithm_of
 from sluice.errors import ConfigError, DataError
@@ -131,8 +130,9 @@ def _other(rundir: RunDir, config: TrainConfig, algorithm: str | None, settings:
         raise ConfigError(
             f"{rundir.path} was run with trainer.name={config.trainer.name}, which updates nothing to replay"
         )
-    words = [key for key in config.algorithm.overrides() if algorithm]
-    row = [f"algorithm.name={algorithm}", *(f"algorithm.{key}={inline(None)}" for key in words)] if algorithm else []
+    row = []
+    if algorithm:
+        row = [f"algorithm.name={algorithm}", *(f"algorithm.{key}=null" for key in config.algorithm.overrides())]
     other = load(TrainConfig, [str(rundir.config)], [*row, *settings]).config
     if wrong := [what for what in differences(config, other) if not what.startswith(OTHER)]:
         raise ConfigError(f"a replay can change the keys of {' and '.join(OTHER)} only: {wrong[0]}")
