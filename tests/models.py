@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -31,6 +32,7 @@ _SMALL = {
 
 CONFIGS = {
     "qwen3": lambda: Qwen3Config(**_SMALL),
+    "qwen2": lambda: Qwen2Config(**_SMALL),
     "llama": lambda: LlamaConfig(**_SMALL),
     "mistral_window": lambda: MistralConfig(**_SMALL, sliding_window=6),
     "gemma2": lambda: Gemma2Config(**_SMALL, sliding_window=6, query_pre_attn_scalar=8),

@@ -26,6 +26,12 @@ class LanguageModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     max_length: int
+    config: Any
+    """Of `transformers`."""
+    body: Any
+    """The module below the head."""
+    head: Any
+    """The linear output layer."""
 
     def hidden_states(
         self,
@@ -37,8 +43,8 @@ class LanguageModel(Protocol):
         """[B, L] ids and positions → [B, L, H]; `visible` [B, L, K] says who may look at whom, all before it if left out."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, V] in FP32, whatever the weights' dtype."""
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H] → [T, V] in FP32, whatever the weights' dtype; `weight` is the head's in FP32, cast once by who calls often."""
         ...
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:

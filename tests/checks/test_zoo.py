@@ -24,12 +24,14 @@ from sluice.algorithms import Algorithm, token_coefficients
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing
 from sluice.data.samples import to_samples
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.packed import PackedDecoder
 from sluice.errors import CheckError
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.rollout.policy import SamplingPolicy
 from sluice.run import Run
 from sluice.types import Group, Sample, Trajectory
+from sluice.weights.in_process import InProcessWeights
 from small_runs import events_of, ledger_of, make_model, set_up, sluice, workplace
 
 REWARDS = """
@@ -235,7 +237,7 @@ def test_z5_packed_is_not_padded(
 
 def keeps_a_copy(monkeypatch: pytest.MonkeyPatch, delivered: Callable[[int], bool]) -> None:
     """An engine with weights of its own, which new ones reach at some versions only."""
-    init = EmbeddedEngine.__init__
+    init, publish = EmbeddedEngine.__init__, EmbeddedEngine.update_weights
 
     def with_a_copy(self: EmbeddedEngine, model: Any, *rest: Any, **more: Any) -> None:
         init(self, deepcopy(model), *rest, **more)
@@ -243,8 +245,7 @@ def keeps_a_copy(monkeypatch: pytest.MonkeyPatch, delivered: Callable[[int], boo
     async def update_weights(self: EmbeddedEngine, weights: Any, version: int) -> None:
         if delivered(version):
             self.model.model.load_state_dict(weights.model.model.state_dict())  # type: ignore[attr-defined]
-        self.version = version
-        self._prefixes.clear()
+        await publish(self, InProcessWeights(self.model), version)
 
     monkeypatch.setattr(EmbeddedEngine, "__init__", with_a_copy)
     monkeypatch.setattr(EmbeddedEngine, "update_weights", update_weights)
@@ -258,6 +259,13 @@ def test_z6_new_weights_that_reach_the_engine_only_at_the_start(
     keeps_a_copy(monkeypatch, lambda version: version == 0)
     settings = [] if check == "weights_match" else ["checks.weights_match=off"]
     stops(check, *settings, step=1 if check == "weights_match" else 2)
+
+
+def test_z6_a_packed_copy_that_is_not_renewed(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """The model is the trainer's own, and yet what is decoded with is not."""
+    refresh = PackedDecoder.refresh
+    monkeypatch.setattr(PackedDecoder, "refresh", lambda self: None if self.angles.numel() else refresh(self))
+    stops("weights_match", step=1)
 
 
 def test_z6_weights_that_never_reached_the_engine(here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -129,14 +129,14 @@ def test_engine_and_trainer_give_one_logprob_with_top_p(ready: Path, layout: str
 
 def _offset(sample: Any) -> Any:
     """An engine whose log-probs are off by a thousandth."""
-    return lambda *args: ((drawn := sample(*args))[0], drawn[1] + 1e-3, drawn[2])
+    return lambda *args, **more: ((drawn := sample(*args, **more))[0], drawn[1] + 1e-3, drawn[2])
 
 
 def _untempered(sample: Any) -> Any:
     """An engine that samples at the temperature and forgets it in its log-probs."""
 
-    def forgetful(logits: torch.Tensor, *rest: Any) -> Any:
-        tokens, _, kept = sample(logits, *rest)
+    def forgetful(logits: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        tokens, _, kept = sample(logits, *rest, **more)
         logp = torch.log_softmax(logits.masked_fill(~kept, -torch.inf), -1)
         return tokens, logp.gather(1, tokens[:, None])[:, 0], kept
 
@@ -145,7 +145,7 @@ def _untempered(sample: Any) -> Any:
 
 def _unreported(sample: Any) -> Any:
     """An engine that keeps to itself what top-p dropped."""
-    return lambda *args: (*sample(*args)[:2], None)
+    return lambda *args, **more: (*sample(*args, **more)[:2], None)
 
 
 @pytest.mark.parametrize("mistake", [_offset, _untempered, _unreported])

@@ -111,6 +111,7 @@ def test_greedy_is_what_transformers_generates() -> None:
 
 def test_prompt_is_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
+    engine = engine_of(model, num_slots=5)
     rows = []
     real = model.hidden_states
 
@@ -120,7 +121,7 @@ def test_prompt_is_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> N
         return real(input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model, "hidden_states", counting)
-    generate(engine_of(model, num_slots=5), num=8)  # 24 requests for 3 prompts, in several admissions
+    generate(engine, num=8)  # 24 requests for 3 prompts, in several admissions
     assert sum(rows) == 3
 
 
@@ -250,14 +251,37 @@ def test_nothing_is_listed_where_nothing_is_truncated(monkeypatch: pytest.Monkey
 def test_a_running_sum_that_rises_on_a_dropped_token_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As rounding does on a GPU: the log-prob of such a token would be -inf."""
     real = torch.Tensor.cumsum
-    noise = 0.1 * torch.rand(64, 128, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: real(self, dim) + noise)
+    generator = torch.Generator().manual_seed(0)
+
+    def rising(self: torch.Tensor, dim: int) -> torch.Tensor:
+        sums = real(self, dim)
+        return sums + 0.1 * torch.rand(sums.shape, generator=generator)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rising)
     rows = torch.ones(64)
     logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    drawn, logprobs, kept = sample_tokens(logits, rows, rows, 3 * rows.long(), torch.linspace(0, 0.99, 64))
+    drawn, logprobs, kept = sample_tokens(logits, torch.linspace(0, 0.99, 64), rows, top_p=rows, top_k=3 * rows.long())
     assert kept is not None
     assert kept.gather(1, drawn[:, None]).all()
     assert torch.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 64, 65, 500])
+def test_what_is_drawn_is_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
+    """In float64 and without blocks; where a draw lies on an edge either side is right."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, vocabulary, generator=generator)
+    uniform = torch.rand(200, generator=generator)
+    uniform[0] = 0.0
+    uniform[1] = 1 - 2**-24
+    drawn, logprobs, _ = sample_tokens(logits, uniform)
+    probs = logits.double().softmax(-1)
+    upper = probs.cumsum(-1).gather(1, drawn[:, None])[:, 0]
+    lower = upper - probs.gather(1, drawn[:, None])[:, 0]
+    assert (lower - 1e-6 <= uniform).all()
+    assert (uniform <= upper + 1e-6).all()
+    expected = probs.log().gather(1, drawn[:, None])[:, 0]
+    assert logprobs.double() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_prompt_without_room_is_refused_with_the_numbers() -> None:
@@ -292,9 +316,10 @@ def test_a_failing_model_fails_every_waiting_request(monkeypatch: pytest.MonkeyP
     def broken(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
+    engine = engine_of(model)
     monkeypatch.setattr(model, "hidden_states", broken)
     with pytest.raises(EngineError, match="decoding failed: RuntimeError: out of memory"):
-        generate(engine_of(model))
+        generate(engine)
 
 
 def test_cancelled_requests_give_their_slots_back() -> None:

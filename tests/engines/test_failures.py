@@ -14,6 +14,7 @@ import torch
 from models import tiny_model
 from sluice.engines import slots
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.packed import PackedDecoder
 from sluice.errors import EngineError
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
@@ -128,7 +129,7 @@ def failing_once(real: Callable[..., Any], call: int) -> Callable[..., Any]:
     ("where", "name", "call"),
     [
         ("model", "hidden_states", 1),  # a prompt
-        ("model", "hidden_states", 7),  # a decode step
+        ("decoder", "hidden", 5),  # a decode step
         ("model", "logits", 5),
         ("slots", "_grown", 2),  # the keys of one layer have grown and those of the next have not
         ("torch", "cat", 1),  # a row of the stop table has its number and is not there
@@ -142,7 +143,7 @@ def test_a_step_that_fails_fails_all_in_flight_and_the_engine_works_again(
     name: str,
     call: int,
 ):
-    owner = {"model": model, "slots": slots, "torch": torch}[where]
+    owner = {"model": model, "decoder": PackedDecoder, "slots": slots, "torch": torch}[where]
     fails = failing_once(getattr(owner, name), call)
 
     async def twice() -> None:
@@ -168,8 +169,9 @@ def test_what_a_failed_step_held_is_freed_before_the_next_try(monkeypatch: pytes
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("no room")
 
+    engine = engine_of(model)
+
     async def once() -> Any:
-        engine = engine_of(model)
         with monkeypatch.context() as patch:
             patch.setattr(model, "hidden_states", runs_out)
             return (await answers(engine))[0]

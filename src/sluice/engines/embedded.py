@@ -11,31 +11,25 @@ import asyncio
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby, islice
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from sluice.engines.active import ActiveSlots, Request
+from sluice.engines.decoders import decoder_for
 from sluice.engines.sampling import check_ids, check_room, kept_lists, sample_tokens
-from sluice.engines.slots import Prefix, SlotCache, SlotState
+from sluice.engines.slots import Prefix
 from sluice.errors import EngineError
 from sluice.hooks import first_line
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
 from sluice.weights.fingerprint import fingerprint
 
-
-@dataclass(eq=False)
-class _Request:
-    key: bytes
-    """The prompt's ids as bytes, whose hash is computed once."""
-    prompt: Sequence[int]
-    sampling: Sampling
-    done: asyncio.Future[Completion]
-    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
-    """Grows with the tokens while any active request asks for top-p or top-k, and is empty otherwise."""
+SMALL_PRODUCT = 2e7
+"""Multiplications of a matrix product below which a second CPU thread takes longer to wake up than it saves."""
 
 
 class EmbeddedEngine:
@@ -57,13 +51,16 @@ class EmbeddedEngine:
         self.max_model_len = max_model_len or model.max_length
         self.prefill_tokens = prefill_tokens
         self.version = 0
-        self._waiting: deque[_Request] = deque()
-        self._active: list[_Request] = []  # by slot
+        self._decoder = decoder_for(model)
+        self._lags = model.device.type == "cuda"
+        """Whether it learns a step later which sequences are done: the host then never waits for the step it has just launched."""
+        self._head_weight = model.head.weight.float()
+        self._waiting: deque[Request] = deque()
         self._closed = False
         self._wanted: Counter[bytes] = Counter()
         """How many waiting requests want each prompt; its prefix is kept as long as one does."""
         self._prefixes: dict[bytes, Prefix] = {}
-        self._reset_slots()
+        self._empty()
         self._driver: asyncio.Task[None] | None = None
         self._cancelled = False
 
@@ -79,7 +76,7 @@ class EmbeddedEngine:
         check_ids(prompt_ids, self.vocab_size)
         key = array("q", prompt_ids).tobytes()
         self._wanted[key] += 1
-        request = _Request(key, prompt_ids, sampling, asyncio.get_running_loop().create_future())
+        request = Request(key, prompt_ids, sampling, asyncio.get_running_loop().create_future())
         request.done.add_done_callback(self._note_cancelled)
         self._waiting.append(request)
         if self._driver is None:
@@ -87,7 +84,7 @@ class EmbeddedEngine:
         return await request.done
 
     async def update_weights(self, weights: Weights, version: int) -> None:
-        """The weights are the model's own, so nothing is copied; what was computed with the old ones is dropped."""
+        """The weights are the model's own; what was copied from the old ones or computed with them is made anew or dropped."""
         if weights.model is not self.model:
             raise EngineError(
                 "the embedded engine generates with the trainer's own model, and was given another one's weights"
@@ -99,10 +96,11 @@ class EmbeddedEngine:
             )
         self.version = version
         self._prefixes.clear()
-        self._cache = SlotCache()  # training needs the memory
+        self._decoder.refresh()
+        self._head_weight = self.model.head.weight.float()
 
     async def fingerprint(self) -> str:
-        return fingerprint(self.model.named_weights())
+        return fingerprint(self._decoder.named_weights())
 
     async def close(self) -> None:
         self._closed = True
@@ -118,18 +116,20 @@ class EmbeddedEngine:
 
     # -- the driver --
 
-    def _reset_slots(self) -> None:
-        self._cache = SlotCache()
-        self._state = SlotState(self.model.device)
-        self._stop_rows: dict[frozenset[int], int] = {}
-        self._stop_table = torch.zeros(0, self.vocab_size, dtype=torch.bool, device=self.model.device)
+    def _empty(self) -> None:
+        """No sequences, and no memory for any."""
+        self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder)
+        self._unseen: Tensor | None = None
+        """Where it lags: which sequences were done after the last step, on its way to the host."""
 
     async def _drive(self) -> None:
         try:
             await self._settle()
             while self._waiting or self._active:
-                self._step()
+                with self._threads():
+                    self._step()
                 await asyncio.sleep(0)
+            self._empty()  # training needs the memory
         except Exception as cause:
             # the frames hold the tensors of the step, and memory may be what is wanted
             traceback.clear_frames(cause.__traceback__)
@@ -150,17 +150,31 @@ class EmbeddedEngine:
 
     def _fail(self, what: str, cause: Exception | None = None) -> None:
         """Fail all requests; what the step left half done is dropped with them."""
-        requests = [*self._active, *self._waiting]
-        self._active.clear()
+        requests = [*self._active.requests, *self._waiting]
         self._waiting.clear()
         self._wanted.clear()
         self._prefixes.clear()
-        self._reset_slots()
+        self._empty()
         for request in requests:
             _fail_request(request, what, cause)
 
     def _note_cancelled(self, done: asyncio.Future[Completion]) -> None:
         self._cancelled |= done.cancelled()
+
+    @contextmanager
+    def _threads(self) -> Generator[None]:
+        """As many CPU threads as the matrix products of a step are worth."""
+        before = torch.get_num_threads()
+        num = min(len(self._active) + len(self._waiting), self.num_slots)
+        small = self.model.device.type == "cpu" and num * self._decoder.largest_product < SMALL_PRODUCT
+        if not small or before == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -178,172 +192,148 @@ class EmbeddedEngine:
                 self._unwant(request)
         self._waiting = deque(r for r in self._waiting if not r.done.cancelled())
         for slot in reversed(range(len(self._active))):
-            if self._active[slot].done.cancelled():
-                self._free(slot)
+            if self._active.requests[slot].done.cancelled():
+                self._active.free(slot)
 
     # -- admission --
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.num_slots:
-            free = self.num_slots - len(self._active)
-            new = list(islice(self._waiting, free))
-            new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
-            self._prefill({r.key: r.prompt for r in new})
             first = len(self._active)
-            self._place(new, first)
+            new = list(islice(self._waiting, self.num_slots - first))
+            new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
+            self._prefill(new)
+            self._active.place(new, self._prefixes, min(self.num_slots, first + len(self._waiting)))
             hidden = torch.stack([self._prefixes[r.key].hidden for r in new])
             for request in new:
                 self._waiting.popleft()  # not before they are placed, so that a failure reaches them too
                 self._unwant(request)
             self._accept(first, hidden)
 
-    def _unwant(self, request: _Request) -> None:
+    def _unwant(self, request: Request) -> None:
         self._wanted[request.key] -= 1
         if not self._wanted[request.key]:
             del self._wanted[request.key]
             self._prefixes.pop(request.key, None)
 
-    def _prefill(self, prompts: dict[bytes, Sequence[int]]) -> None:
-        from transformers import DynamicCache
-
-        todo = deque(sorted((key for key in prompts if key not in self._prefixes), key=len))
+    def _prefill(self, new: list[Request]) -> None:
+        """Compute the prompts of these requests, and when one is missing also those that will be wanted next: a forward for
+        one prompt takes hardly less than for many."""
+        missing = {r.key: r.prompt for r in new if r.key not in self._prefixes}
+        if not missing:
+            return
+        tokens = sum(map(len, missing.values()))
+        for request in self._waiting:
+            tokens += 0 if request.key in missing or request.key in self._prefixes else len(request.prompt)
+            if tokens > self.prefill_tokens:
+                break
+            if request.key not in self._prefixes:
+                missing[request.key] = request.prompt
+        todo = deque(sorted(missing, key=len))
         while todo:
             keys = [todo.popleft()]
-            while todo and len(prompts[todo[0]]) * (len(keys) + 1) <= self.prefill_tokens:
+            while todo and len(missing[todo[0]]) * (len(keys) + 1) <= self.prefill_tokens:
                 keys.append(todo.popleft())
-            batch = [prompts[key] for key in keys]
-            width = len(batch[-1])
-            ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in batch], device=self.model.device)
-            positions = torch.arange(width, device=self.model.device).expand(len(batch), width)
-            cache = DynamicCache()
-            hidden = self.model.hidden_states(ids, positions, cache=cache)
-            for row, (key, prompt) in enumerate(zip(keys, batch, strict=True)):
-                self._prefixes[key] = Prefix(cache, row, len(prompt), hidden[row, len(prompt) - 1])
+            self._compute(keys, [missing[key] for key in keys])
 
-    def _place(self, new: list[_Request], first: int) -> None:
-        """Give requests the slots from `first` on."""
-        longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in new)
-        self._cache.reserve(self._prefixes[new[0].key], first + len(new), longest)
-        self._state.reserve(first + len(new), max(r.sampling.max_new_tokens for r in new))
-        start = first
-        for key, same in groupby(new, key=lambda r: r.key):
-            end = start + len(list(same))
-            self._cache.fill(slice(start, end), self._prefixes[key])
-            start = end
-        rows = slice(first, first + len(new))
-        sampling = [r.sampling for r in new]
-        settings = {
-            "position": [len(r.prompt) - 1 for r in new],
-            "count": [0] * len(new),
-            "limit": [s.max_new_tokens for s in sampling],
-            "temperature": [s.temperature for s in sampling],
-            "top_p": [s.top_p for s in sampling],
-            "top_k": [s.top_k for s in sampling],
-            "stop_row": [self._stop_row(s.stop_token_ids) for s in sampling],
-        }
-        for name, values in settings.items():
-            column = self._state[name]
-            column[rows] = torch.tensor(values, dtype=column.dtype, device=column.device)
-        for slot, s in enumerate(sampling, first):
-            draws = torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
-            self._state["uniform"][slot, : s.max_new_tokens] = draws
-        self._active += new
+    def _compute(self, keys: list[bytes], prompts: list[Sequence[int]]) -> None:
+        """One forward for some prompts, the longest last."""
+        from transformers import DynamicCache
 
-    def _stop_row(self, stop_token_ids: frozenset[int]) -> int:
-        """Row of the stop table for this set of ids."""
-        if stop_token_ids not in self._stop_rows:
-            row = torch.zeros(1, self.vocab_size, dtype=torch.bool, device=self.model.device)
-            row[0, [i for i in stop_token_ids if i < self.vocab_size]] = True
-            self._stop_rows[stop_token_ids] = len(self._stop_table)
-            self._stop_table = torch.cat([self._stop_table, row])
-        return self._stop_rows[stop_token_ids]
+        width = len(prompts[-1])
+        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.model.device)
+        positions = torch.arange(width, device=self.model.device).expand(len(prompts), width)
+        cache = DynamicCache()
+        hidden = self.model.hidden_states(ids, positions, cache=cache)
+        for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+            last = hidden[row, len(prompt) - 1]
+            self._prefixes[key] = Prefix(cache, row, len(prompt), last, self._decoder.key_order)
 
     # -- decoding --
 
     def _decode(self) -> None:
-        n = len(self._active)
-        positions = self._state["position"][:n]
-        length = int(positions.max()) + 1
-        visible = torch.arange(length, device=positions.device)[None, None] <= positions[:, None, None]
-        hidden = self.model.hidden_states(
-            self._state["last"][:n, None], positions[:, None], visible, self._cache.at(positions, length)
-        )
-        self._accept(0, hidden[:, 0])
+        spans = self._active.next_step()
+        n, state = len(self._active), self._active.state
+        hidden = self._decoder.hidden(state["last"][:n], state["position"][:n], self._active.cache, spans)
+        self._accept(0, hidden)
 
     def _accept(self, first: int, hidden: Tensor) -> None:
         """Sample a token from each hidden state ([k, H], slots from `first`) and finish the sequences that end with it."""
-        rows = slice(first, first + len(hidden))
-        state = self._state
-        count = state["count"][rows]
-        uniform = state["uniform"][rows].gather(1, count[:, None])[:, 0]
+        active, rows = self._active, slice(first, first + len(hidden))
+        state, asks = active.state, active.asks
         tokens, logprobs, kept = sample_tokens(
-            self.model.logits(hidden), state["temperature"][rows], state["top_p"][rows], state["top_k"][rows], uniform
+            self.model.logits(hidden, self._head_weight),
+            state["uniform"][rows].gather(1, state["count"][rows, None])[:, 0],
+            state["temperature"][rows] if asks["temperature"] else None,
+            top_p=state["top_p"][rows] if asks["truncation"] else None,
+            top_k=state["top_k"][rows] if asks["truncation"] else None,
+            greedy=state["greedy"][rows] if asks["greedy"] else None,
         )
-        state["tokens"][rows].scatter_(1, count[:, None], tokens[:, None])
-        state["logprobs"][rows].scatter_(1, count[:, None], logprobs[:, None])
+        active.advance(first, tokens, logprobs)
         if kept is not None:
-            for request, ids in zip(self._active[rows], kept_lists(kept), strict=True):
+            for request, ids in zip(active.requests[rows], kept_lists(kept), strict=True):
                 request.kept_ids.append(ids)
-        state["last"][rows] = tokens
-        state["position"][rows] += 1
-        count += 1  # a view: counts in place
-        stopped = self._stop_table[state["stop_row"][rows], tokens]
-        full = count >= state["limit"][rows]
-        ends: dict[int, FinishReason] = {first + slot: "length" for slot in full.nonzero().flatten().tolist()}
-        ends |= {first + slot: "stop" for slot in stopped.nonzero().flatten().tolist()}
-        failures: dict[int, Exception] = {}
-        for slot in range(first, rows.stop):
+        if asks["stop"]:
+            self._search_stop_strings(rows)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Finish the sequences that are done; one that is stands still until it is collected."""
+        n = len(self._active)
+        done = self._active.state["done"][:n]
+        if self._lags and not (self._active.asks["truncation"] or self._active.asks["stop"]):
+            seen, self._unseen = self._unseen, done.to("cpu", non_blocking=True)
+            if seen is None or len(seen) != n:
+                return
+            done = seen
+        ended = done.nonzero().flatten().tolist()
+        if ended:
+            self._unseen = None  # slots have changed
+            self._finish(ended)
+
+    def _search_stop_strings(self, rows: slice) -> None:
+        for slot in range(rows.start, rows.stop):
             try:
                 if self._says_stop(slot):
-                    ends[slot] = "stop"
-            except Exception as error:
-                failures[slot] = error
-        # from the end, so that a move never fills a slot still to be freed
-        for slot in sorted(ends.keys() | failures.keys(), reverse=True):
-            if slot in failures:
-                cause = failures[slot]
-                _fail_request(
-                    self._active[slot], f"the text cannot be searched for stop strings: {first_line(cause)}", cause
-                )
-                self._free(slot)
-            else:
-                self._finish(slot, ends[slot])
+                    self._active.state["stopped"][slot] = self._active.state["done"][slot] = True
+            except Exception as cause:
+                what = f"the text cannot be searched for stop strings: {first_line(cause)}"
+                _fail_request(self._active.requests[slot], what, cause)
+                self._active.state["done"][slot] = True
 
     def _says_stop(self, slot: int) -> bool:
         """Whether the text of a slot now holds one of its stop strings. Raises what the decoder raises."""
-        stop = self._active[slot].sampling.stop
+        stop = self._active.requests[slot].sampling.stop
         if not stop:
             return False
-        count = int(self._state["count"][slot])
         # a token is a byte at least, so n bytes of text lie within the last n tokens; a few more settle the spacing
-        window = max(len(s.encode()) for s in stop) + 4
-        text = self.decode(self._state["tokens"][slot, max(0, count - window) : count].tolist())
+        text = self.decode(self._active.text_tokens(slot, max(len(s.encode()) for s in stop) + 4))
         return any(s in text for s in stop)
 
-    def _finish(self, slot: int, reason: FinishReason) -> None:
-        request, count = self._active[slot], int(self._state["count"][slot])
-        completion = Completion(
-            token_ids=self._state["tokens"][slot, :count].tolist(),
-            logprobs=self._state["logprobs"][slot, :count].tolist(),
-            finish_reason=reason,
-            policy_versions=[self.version] * count,
-            temperature=request.sampling.temperature,
-            kept_ids=request.kept_ids if any(request.kept_ids) else [],
-        )
-        self._free(slot)
-        if not request.done.done():
-            request.done.set_result(completion)
+    def _finish(self, slots: list[int]) -> None:
+        """Answer the requests in these slots, in ascending order, and free them."""
+        state, rows = self._active.state, torch.tensor(slots, device=self.model.device)
+        counts, stopped = state["count"][rows].tolist(), state["stopped"][rows].tolist()
+        tokens, logprobs = state["tokens"][rows].cpu(), state["logprobs"][rows].cpu()
+        for i, slot in enumerate(slots):
+            request, count = self._active.requests[slot], counts[i]
+            reason: FinishReason = "stop" if stopped[i] else "length"
+            if not request.done.done():
+                request.done.set_result(
+                    Completion(
+                        token_ids=tokens[i, :count].tolist(),
+                        logprobs=logprobs[i, :count].tolist(),
+                        finish_reason=reason,
+                        policy_versions=[self.version] * count,
+                        temperature=request.sampling.temperature,
+                        kept_ids=request.kept_ids if any(request.kept_ids) else [],
+                    )
+                )
+        for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
+            self._active.free(slot)
 
-    def _free(self, slot: int) -> None:
-        last = len(self._active) - 1
-        if slot != last:
-            self._cache.move(last, slot, int(self._state["position"][last]) + 1)
-            self._state.move(last, slot)
-            self._active[slot] = self._active[last]
-        self._active.pop()
 
-
-def _fail_request(request: _Request, what: str, cause: Exception | None) -> None:
+def _fail_request(request: Request, what: str, cause: Exception | None) -> None:
     """Each with an exception of its own: one that is raised in many places gathers all their tracebacks."""
     if not request.done.done():
         error = EngineError(what)

@@ -34,32 +34,62 @@ def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
         raise EngineError(f"a prompt with the token id {foreign}: the model has the ids 0 to {vocab_size - 1}")
 
 
+BLOCK = 64
+"""Ids whose probabilities are summed at once: the running sum over single ids is the slowest part of drawing."""
+
+
 def sample_tokens(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor | None = None,
+    *,
+    top_p: Tensor | None = None,
+    top_k: Tensor | None = None,
+    greedy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """FP32 logits [N, V] and one setting per row ([N] each) → token ids [N], their log-probs [N], and what was kept.
 
     Draws by inverting the cumulative distribution at `uniform` in [0, 1), so a row's token depends on that row only.
     The log-probs are those of what is drawn from: softmax(logits / temperature) over the ids that top-p and top-k
-    keep. Those come as bools [N, V], or as None when no row asks for either. Temperature 0 is greedy, with the
-    log-probs of temperature 1.
+    keep. Those come as bools [N, V]. A setting is left out when no row asks for it; what was kept is then None. Rows of
+    `greedy` [N] bools take the likeliest id instead, with its log-prob at the temperature given.
     """
-    greedy = temperature == 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    if temperature is not None:
+        logits = logits / temperature[:, None]
     kept = None
-    if bool((top_p < 1).any()) or bool((top_k > 0).any()):
+    if top_p is not None and top_k is not None:
         kept = _kept(logits, top_p, top_k)
         logits = logits.masked_fill(~kept, -torch.inf)
     logp = torch.log_softmax(logits, dim=-1)
-    cumulative = logp.exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    # right: the first token whose cumulative probability exceeds the draw, hence never one of probability 0
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
-    likeliest = logits.argmax(-1)
-    drawn = torch.where(greedy | (drawn >= logits.shape[1]), likeliest, drawn)
-    if kept is not None:  # on a GPU rounding may let the running sum rise on an id of probability 0
-        drawn = torch.where(kept.gather(1, drawn[:, None])[:, 0], drawn, likeliest)
+    drawn = _drawn(logp, uniform)
+    if greedy is not None:
+        drawn = torch.where(greedy, logits.argmax(-1), drawn)
     return drawn, logp.gather(1, drawn[:, None])[:, 0], kept
+
+
+def _drawn(logp: Tensor, uniform: Tensor) -> Tensor:
+    """[N] ids: the first whose cumulative probability exceeds the draw. First its block, then its place in the block."""
+    num, vocabulary = logp.shape
+    probs = logp.new_zeros(num, -(-vocabulary // BLOCK) * BLOCK)
+    torch.exp(logp, out=probs[:, :vocabulary])
+    by_block = probs.view(num, -1, BLOCK)
+    blocks = by_block.sum(-1)
+    before = blocks.cumsum(-1)
+    target = uniform[:, None] * before[:, -1:]
+    block = _first_above(before, target, blocks)
+    inside = by_block[torch.arange(num, device=logp.device), block[:, 0]]
+    rest = target - (before - blocks).gather(1, block)
+    place = _first_above(inside.cumsum(-1), rest, inside)
+    return (block * BLOCK + place)[:, 0]
+
+
+def _first_above(sums: Tensor, target: Tensor, parts: Tensor) -> Tensor:
+    """[N, K] running sums of parts, [N, 1] → [N, 1] where they first exceed the target, and never a part that is 0.
+
+    Rounding may let the target reach the last sum, and on a GPU it may let the sum rise on a part that is 0.
+    """
+    found = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
+    return torch.where(parts.gather(1, found) > 0, found, parts.argmax(-1, keepdim=True))
 
 
 def kept_lists(kept: Tensor) -> list[list[int]]:

@@ -1,0 +1,175 @@
+"""The sequences that are being decoded, one per slot: where each stands, and what it asks for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sluice.engines.decoders import Decoder
+from sluice.engines.slots import Prefix, SlotCache, SlotState, Span, spans
+from sluice.types import Completion, Sampling
+
+STEPS_BETWEEN_SORTS = 16
+"""A sort copies the cache once, which is about what a step reads of it."""
+
+
+@dataclass(eq=False)
+class Request:
+    key: bytes
+    """The prompt's ids as bytes, whose hash is computed once."""
+    prompt: Sequence[int]
+    sampling: Sampling
+    done: asyncio.Future[Completion]
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    """Grows with the tokens while any active request asks for top-p or top-k, and is empty otherwise."""
+
+    def asks(self) -> Iterator[str]:
+        """What costs something in every step, and is done only while somebody asks for it."""
+        s = self.sampling
+        if s.stop:
+            yield "stop"
+        if s.top_p < 1 or s.top_k > 0:
+            yield "truncation"
+        if s.temperature == 0:
+            yield "greedy"
+        elif s.temperature != 1:
+            yield "temperature"
+
+
+class ActiveSlots:
+    def __init__(self, device: torch.device, vocab_size: int, decoder: Decoder) -> None:
+        self.device = device
+        self.vocab_size = vocab_size
+        self.decoder = decoder
+        self.cache = SlotCache()
+        self.state = SlotState(device)
+        self.requests: list[Request] = []  # by slot
+        self.asks: Counter[str] = Counter()
+        self._clock = 0
+        """Decode steps so far. A sequence's length is a number of its own plus this, so that no step counts them one by one."""
+        self._born: list[int] = []  # by slot
+        self._spans: list[Span] = []
+        self._spans_at: int | None = None
+        """The clock when the spans were cut; None when sequences have come or gone since."""
+        self._sorted_at = 0
+        self._stop_rows: dict[frozenset[int], int] = {}
+        self.stop_table = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def lengths(self) -> list[int]:
+        """Positions that the next step attends over, by slot."""
+        return [born + self._clock for born in self._born]
+
+    def place(self, new: list[Request], prefixes: dict[bytes, Prefix], num_slots: int) -> None:
+        """Give requests the next slots; `num_slots` is how many there will be before long."""
+        first, last = len(self), len(self) + len(new)
+        longest = max(len(r.prompt) for r in new) + 1
+        self.cache.reserve(prefixes[new[0].key], max(last, num_slots), longest)
+        self.state.reserve(max(last, num_slots), max(r.sampling.max_new_tokens for r in new))
+        start = first
+        for key, same in groupby(new, key=lambda r: r.key):
+            end = start + len(list(same))
+            self.cache.fill(slice(start, end), prefixes[key])
+            start = end
+        sampling = [r.sampling for r in new]
+        settings = {
+            "position": [len(r.prompt) - 1 for r in new],
+            "count": [0] * len(new),
+            "done": [False] * len(new),
+            "stopped": [False] * len(new),
+            "limit": [s.max_new_tokens for s in sampling],
+            "temperature": [s.temperature or 1.0 for s in sampling],
+            "greedy": [s.temperature == 0 for s in sampling],
+            "top_p": [s.top_p for s in sampling],
+            "top_k": [s.top_k for s in sampling],
+            "stop_row": [self._stop_row(s.stop_token_ids) for s in sampling],
+        }
+        for name, values in settings.items():
+            column = self.state[name]
+            column[first:last] = torch.tensor(values, dtype=column.dtype, device=column.device)
+        draws = torch.zeros(len(new), max(s.max_new_tokens for s in sampling))
+        for row, s in zip(draws, sampling, strict=True):
+            torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed), out=row[: s.max_new_tokens])
+        self.state["uniform"][first:last, : draws.shape[1]] = draws.to(self.device)
+        for request in new:
+            self.requests.append(request)
+            self._born.append(len(request.prompt) + 1 - self._clock)
+            self.asks.update(request.asks())
+        self._spans_at = None
+
+    def _stop_row(self, stop_token_ids: frozenset[int]) -> int:
+        """Row of the stop table for this set of ids."""
+        if stop_token_ids not in self._stop_rows:
+            row = torch.zeros(1, self.vocab_size, dtype=torch.bool, device=self.device)
+            row[0, [i for i in stop_token_ids if i < self.vocab_size]] = True
+            self._stop_rows[stop_token_ids] = len(self.stop_table)
+            self.stop_table = torch.cat([self.stop_table, row])
+        return self._stop_rows[stop_token_ids]
+
+    def free(self, slot: int) -> None:
+        self.asks.subtract(self.requests[slot].asks())
+        last = len(self) - 1
+        if slot != last:
+            self.cache.move(last, slot, self._born[last] + self._clock - 1)
+            self.state.move(last, slot)
+            self.requests[slot], self._born[slot] = self.requests[last], self._born[last]
+        self.requests.pop()
+        self._born.pop()
+        self._spans_at = None
+
+    def next_step(self) -> list[Span]:
+        """Make room for one more token of each sequence; which slots attend over how much."""
+        if self._spans_at is None:
+            self._cut()
+        assert self._spans_at is not None
+        grown = self._clock - self._spans_at
+        now = [Span(s.start, s.stop, s.length + grown) for s in self._spans]
+        self.cache.grow(max(s.length for s in now))
+        self._clock += 1
+        return now
+
+    def _cut(self) -> None:
+        lengths = self.lengths()
+        self._spans = spans(lengths, self.decoder.span_cost)
+        work = sum((s.stop - s.start) * s.length for s in self._spans)
+        wasteful = work > 1.2 * sum(lengths) and self._clock - self._sorted_at >= STEPS_BETWEEN_SORTS
+        if wasteful and self.decoder.span_cost:
+            order = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
+            self._sort(order, max(lengths))
+            self._spans = spans(self.lengths(), self.decoder.span_cost)
+            self._sorted_at = self._clock
+        self._spans_at = self._clock
+
+    def _sort(self, order: list[int], longest: int) -> None:
+        by_slot = torch.tensor(order, device=self.device)
+        self.cache.reorder(by_slot, min(longest, self.cache.capacity))
+        self.state.reorder(by_slot)
+        self.requests = [self.requests[i] for i in order]
+        self._born = [self._born[i] for i in order]
+
+    def text_tokens(self, slot: int, window: int) -> list[int]:
+        """The last `window` tokens of a sequence."""
+        count = int(self.state["count"][slot])
+        return self.state["tokens"][slot, max(0, count - window) : count].tolist()
+
+    def advance(self, first: int, tokens: Tensor, logprobs: Tensor) -> None:
+        """Note one token of each sequence from slot `first` on; those that are done stay as they are."""
+        rows, state = slice(first, first + len(tokens)), self.state
+        count, done = state["count"][rows], state["done"][rows]
+        state["tokens"][rows].scatter_(1, count[:, None], tokens[:, None])
+        state["logprobs"][rows].scatter_(1, count[:, None], logprobs[:, None])
+        state["last"][rows] = tokens
+        alive = ~done
+        count += alive  # views: in place
+        state["position"][rows] += alive
+        stops = self.stop_table[state["stop_row"][rows], tokens] & alive
+        state["stopped"][rows] |= stops
+        done |= stops | (count >= state["limit"][rows])

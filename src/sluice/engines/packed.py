@@ -1,0 +1,216 @@
+"""Decoding for models built like a llama (Llama, Qwen 2 and 3, Mistral): a third of the operations of the model's own forward.
+
+A small model's decode step is bound by the number of operations, not by what they compute. So queries, keys and values come
+from one matrix product, gate and up from another, residuals are added by the products that follow them, a rotation is one
+complex product (the elements of a head lie in pairs, where the model keeps them in halves), and attention reads the cache
+where it lies. The copy of the weights is made anew whenever weights are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sluice.engines.slots import SlotCache, Span
+from sluice.interfaces import LanguageModel
+
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+@dataclass
+class _Layer:
+    source: Any
+    """The model's own layer."""
+    window: int | None
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # [query and key heads, head size]
+    gate_up: Tensor
+
+
+def is_llama_like(model: LanguageModel) -> bool:
+    """Whether it has the parts of a llama and no others. What they compute is compared afterwards: see `agrees`."""
+    body: Any = model.body
+    config = model.config
+    if {name for name, _ in body.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return False
+    if getattr(body.rotary_emb, "rope_type", None) not in ("default", "linear", "llama3", "yarn"):
+        return False
+    if getattr(config, "hidden_act", None) != "silu" or getattr(config, "mlp_bias", False):
+        return False
+    return all(
+        {name for name, _ in layer.named_children()} == _LAYER
+        and {name for name, _ in layer.self_attn.named_children()} in (_ATTENTION, _ATTENTION | _NORMS)
+        and {name for name, _ in layer.mlp.named_children()} == _MLP
+        and layer.self_attn.o_proj.bias is None
+        for layer in body.layers
+    )
+
+
+class PackedDecoder:
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.body: Any = model.body
+        config: Any = model.config
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        attention = self.body.layers[0].self_attn
+        self.head_dim: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self.eps = torch.tensor(config.rms_norm_eps, device=model.device)
+        half = torch.arange(self.head_dim, device=model.device).view(2, -1)
+        self.key_order = half.t().flatten()
+        """Pairs (i, i + half): what a rotation turns together lies together."""
+        self.layers = [self._packed(layer, i) for i, layer in enumerate(self.body.layers)]
+        self.largest_product = self.layers[0].gate_up.numel()
+        self.span_cost = self.kv_heads / _POSITIONS_PER_SPAN
+        self.angles = torch.empty(0, self.head_dim // 2, dtype=torch.complex64, device=model.device)
+        self.refresh()
+
+    def _packed(self, layer: Any, index: int) -> _Layer:
+        """Room for a layer's copy."""
+        a, m = layer.self_attn, layer.mlp
+        rows = sum(p.weight.shape[0] for p in (a.q_proj, a.k_proj, a.v_proj))
+        kinds = getattr(self.model.config, "layer_types", None)
+        window = getattr(self.model.config, "sliding_window", None)
+        new = a.q_proj.weight.detach().new_empty
+        return _Layer(
+            source=layer,
+            window=window if kinds is None or kinds[index] == "sliding_attention" else None,
+            qkv=new(rows, a.q_proj.weight.shape[1]),
+            qkv_bias=None if a.q_proj.bias is None else new(rows),
+            qk_norm=new(self.heads + self.kv_heads, self.head_dim) if hasattr(a, "q_norm") else None,
+            gate_up=new(2 * m.gate_proj.weight.shape[0], m.gate_proj.weight.shape[1]),
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for layer in self.layers:
+            for target, parts in self._parts(layer):
+                for part, (_, weight, is_rotated) in zip(target, parts, strict=True):
+                    part.copy_(self._in_pairs(weight) if is_rotated else weight)
+
+    def _parts(self, layer: _Layer) -> Iterator[tuple[Any, list[tuple[str, Tensor, bool]]]]:
+        """What lies where in the copies: (views of one copy, the model's name and weight for each, whether it is rotated)."""
+        a, m = layer.source.self_attn, layer.source.mlp
+        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        kinds = [("self_attn.q_proj", True), ("self_attn.k_proj", True), ("self_attn.v_proj", False)]
+        projections = (a.q_proj, a.k_proj, a.v_proj)
+        named = [(f"{n}.weight", p.weight, r) for (n, r), p in zip(kinds, projections, strict=True)]
+        yield layer.qkv.split(sizes), named
+        if layer.qkv_bias is not None:
+            named = [(f"{n}.bias", p.bias, r) for (n, r), p in zip(kinds, projections, strict=True)]
+            yield layer.qkv_bias.split(sizes), named
+        if layer.qk_norm is not None:
+            views = layer.qk_norm.split([self.heads, self.kv_heads])
+            named = [
+                ("self_attn.q_norm.weight", a.q_norm.weight, True),
+                ("self_attn.k_norm.weight", a.k_norm.weight, True),
+            ]
+            yield views, named
+        named = [("mlp.gate_proj.weight", m.gate_proj.weight, False), ("mlp.up_proj.weight", m.up_proj.weight, False)]
+        yield layer.gate_up.chunk(2), named
+
+    def _in_pairs(self, weight: Tensor) -> Tensor:
+        """A weight, a bias or a norm whose first dimension is (heads ×) head size, with each head's elements in pairs."""
+        return weight.unflatten(0, (-1, self.head_dim))[:, self.key_order].reshape(weight.shape)
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        weights = dict(self.model.named_weights())
+        names = {id(weight): name for name, weight in weights.items()}
+        for layer in self.layers:
+            for target, parts in self._parts(layer):
+                for part, (_, weight, _) in zip(target, parts, strict=True):
+                    if part.shape == weight.shape:  # the norm of a head stands once for each
+                        weights[names[id(weight)]] = part
+        return weights.items()
+
+    # -- one token for each sequence --
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cache: SlotCache, spans: list[Span]) -> Tensor:
+        n = len(tokens)
+        if cache.capacity > len(self.angles):
+            self.angles = self._angles(cache.capacity)
+        angles = self.angles[positions][:, None]
+        rows = torch.arange(n, device=tokens.device)
+        masks: dict[int | None, list[Tensor]] = {}
+        x: Tensor = self.body.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            if layer.window not in masks:
+                masks[layer.window] = self._masks(positions, spans, layer.window, x.dtype)
+            queries, keys, values = self._projected(layer, x, angles)
+            cache.write(index, rows, positions, keys, values)
+            attended = [
+                self._attended(queries[s.start : s.stop], cache.keys[index], cache.values[index], s, mask)
+                for s, mask in zip(spans, masks[layer.window], strict=True)
+            ]
+            seen = attended[0] if len(attended) == 1 else torch.cat(attended)
+            x = torch.addmm(x, seen, layer.source.self_attn.o_proj.weight.t())
+            x = self._through_mlp(layer, x)
+        return rms_norm(x, self.body.norm.weight, self.eps)
+
+    def _projected(self, layer: _Layer, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, H] → rotated queries [n, heads, d] and keys [n, kv heads, d], and values."""
+        norm = layer.source.input_layernorm
+        qkv = F.linear(rms_norm(x, norm.weight, self.eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        if layer.qk_norm is not None:
+            qk = rms_norm(qk, layer.qk_norm, self.eps)
+        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+        qk = torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+        queries, keys = qk.split([self.heads, self.kv_heads], 1)
+        return queries, keys, values
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, mask: Tensor) -> Tensor:
+        """[n, heads, d] → [n, heads · d]. Query heads that share a key head are the rows of one product."""
+        n = len(queries)
+        q = queries.reshape(n * self.kv_heads, -1, self.head_dim)
+        k = keys[span.start : span.stop, :, :, : span.length].flatten(0, 1)
+        v = values[span.start : span.stop, :, : span.length].flatten(0, 1)
+        scores = torch.baddbmm(mask, q, k, alpha=self.scaling)
+        return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
+
+    def _through_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+        norm = layer.source.post_attention_layernorm
+        gate, up = F.linear(rms_norm(x, norm.weight, self.eps), layer.gate_up).chunk(2, 1)
+        return torch.addmm(x, F.silu(gate).mul_(up), layer.source.mlp.down_proj.weight.t())
+
+    def _masks(self, positions: Tensor, spans: list[Span], window: int | None, dtype: torch.dtype) -> list[Tensor]:
+        """Per span [n · kv heads, 1, length]: 0 where a cached position is seen, -inf where not."""
+        masks = []
+        for span in spans:
+            at = positions[span.start : span.stop, None]
+            keys = torch.arange(span.length, device=at.device)
+            hidden = keys > at
+            if window is not None:
+                hidden |= keys <= at - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
+            masks.append(mask.repeat_interleave(self.kv_heads, 0)[:, None])
+        return masks
+
+    def _angles(self, length: int) -> Tensor:
+        """[length, d / 2] by which a position turns each pair, as complex numbers."""
+        like = torch.empty(1, device=self.model.device)
+        cos, sin = self.body.rotary_emb(like, torch.arange(length, device=self.model.device)[None])
+        half = self.head_dim // 2
+        return torch.complex(cos[0, :, :half], sin[0, :, :half])
+
+
+_POSITIONS_PER_SPAN = 1500
+"""Cached positions (of one sequence and key head) that take as long as the operations of one more span: 30 µs on a CPU."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fewer operations than `F.rms_norm` makes of it."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * inverse).to(x.dtype).mul_(weight)

@@ -1,0 +1,148 @@
+"""The packed decoder computes what the model does, is used where it does, and never with old weights."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from models import CONFIGS, tiny_model
+from sluice.engines import decoders
+from sluice.engines.decoders import ModelDecoder, decoder_for
+from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.packed import PackedDecoder
+from sluice.engines.slots import spans
+from sluice.trainers.model import PolicyModel
+from sluice.types import Completion, Sampling
+from sluice.weights.in_process import InProcessWeights
+
+
+def with_biases(model: PolicyModel) -> PolicyModel:
+    """At initialisation they are 0, which hides one that is forgotten."""
+    with torch.no_grad():
+        for name, weight in model.named_weights():
+            if name.endswith("bias") or "norm" in name:
+                weight.add_(0.3 * torch.randn(weight.shape))
+    return model
+
+
+def completions_of(engine: EmbeddedEngine, num: int = 24, longest: int = 90) -> list[Completion]:
+    """Prompts of several lengths, and completions that are mostly short and sometimes long."""
+    lengths = random.Random(0)
+
+    async def all_of_them() -> list[Completion]:
+        asked = []
+        for i in range(num):
+            new = longest if i % 6 == 0 else lengths.randrange(1, 12)
+            prompt = [3 + (i // 4 + t) % 100 for t in range(1 + i // 4)]
+            asked.append(engine.generate(prompt, Sampling(max_new_tokens=new, seed=i)))
+        return await asyncio.gather(*asked)
+
+    return asyncio.run(all_of_them())
+
+
+def engine_of(model: PolicyModel, num_slots: int = 10) -> EmbeddedEngine:
+    return EmbeddedEngine(model, lambda ids: "", vocab_size=128, num_slots=num_slots)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_models_built_like_a_llama_are_decoded_packed(architecture: str) -> None:
+    expected = PackedDecoder if architecture in ("qwen3", "qwen2", "llama", "mistral_window") else ModelDecoder
+    assert type(decoder_for(tiny_model(architecture))) is expected
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral_window"])
+def test_packed_decoder_gives_what_the_models_own_forward_gives(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slots that are freed, moved, sorted and cut into spans."""
+    model = with_biases(tiny_model(architecture))
+    packed = engine_of(model)
+    assert isinstance(packed._decoder, PackedDecoder)
+    packed._decoder.span_cost = 1.0  # as many spans as there can be
+    monkeypatch.setattr(decoders, "is_llama_like", lambda model: False)
+    own = engine_of(model)
+    for a, b in zip(completions_of(packed), completions_of(own), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_decoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture may have the parts of a llama and compute something else with them."""
+    real = PackedDecoder._through_mlp
+    monkeypatch.setattr(PackedDecoder, "_through_mlp", lambda self, layer, x: real(self, layer, x) * 1.1)
+    assert type(decoder_for(tiny_model("qwen3"))) is ModelDecoder
+
+
+def test_publication_renews_the_packed_weights() -> None:
+    model = tiny_model("qwen3")
+    engine = engine_of(model)
+    before = asyncio.run(engine.fingerprint())
+    with torch.no_grad():
+        for _, weight in model.named_weights():
+            weight.mul_(0.9)
+    stale = asyncio.run(engine.fingerprint())
+    asyncio.run(engine.update_weights(InProcessWeights(model), 1))
+    renewed = asyncio.run(engine.fingerprint())
+    assert len({before, stale, renewed}) == 3
+    fresh = engine_of(model)
+    assert renewed == asyncio.run(fresh.fingerprint())
+    assert [c.token_ids for c in completions_of(engine)] == [c.token_ids for c in completions_of(fresh)]
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+def test_fingerprint_is_of_what_is_decoded_with(part: str) -> None:
+    """A copy that was not renewed is seen, whichever weight it is of."""
+    model = tiny_model("qwen3")
+    engine = engine_of(model)
+    trainers = asyncio.run(engine.fingerprint())
+    with torch.no_grad():
+        next(weight for name, weight in model.named_weights() if part in name).add_(1.0)
+    assert asyncio.run(engine.fingerprint()) == trainers, "the copy is as it was"
+    asyncio.run(engine.update_weights(InProcessWeights(model), 1))
+    assert asyncio.run(engine.fingerprint()) != trainers
+
+
+def test_an_engine_that_learns_late_who_is_done_gives_the_same() -> None:
+    """As on a GPU: sequences that are done stand still for a step or two before their slots are freed."""
+    model = tiny_model("qwen3")
+    late = engine_of(model)
+    late._lags = True
+    for a, b in zip(completions_of(late), completions_of(engine_of(model)), strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.01, 10.0])
+def test_spans_cover_every_slot_once_and_every_length(cost: float) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths = [draw.randrange(1, 400) for _ in range(draw.randrange(1, 70))]
+        found = spans(lengths, cost)
+        assert [s.start for s in found] == [0, *(s.stop for s in found[:-1])]
+        assert found[-1].stop == len(lengths)
+        assert all(s.length == max(lengths[s.start : s.stop]) for s in found)
+        if cost == 0:
+            assert len(found) == 1
+
+
+def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products run on one thread; training goes on with all of them, also after a failure."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    engine = engine_of(tiny_model("qwen3"))
+    completions_of(engine, num=2)
+    assert set(told) == {1, 2}
+    assert told[-1] == 2
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._decoder, "hidden", broken)
+    with pytest.raises(Exception, match="out of memory"):
+        completions_of(engine, num=2)
+    assert told[-1] == 2
