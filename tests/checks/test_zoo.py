@@ -22,6 +22,7 @@ import sluice.update as learning
 from dry_runs import GROUPS_PER_STEP, Notes, Timing, Workshop, finish
 from sluice.algorithms import Algorithm, token_coefficients
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing
+from sluice.data.packing import Piece
 from sluice.data.samples import to_samples
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.engines.packed import PackedDecoder
@@ -207,11 +208,8 @@ def test_z4_a_log_prob_that_is_no_number(here: Path, monkeypatch: pytest.MonkeyP
 
 def one_document(micro_batch: MicroBatch) -> MicroBatch:
     """All samples of a pack see each other."""
-    assert micro_batch.document_ids is not None
     length = micro_batch.input_ids.shape[1]
-    return replace(
-        micro_batch, document_ids=torch.zeros_like(micro_batch.document_ids), position_ids=torch.arange(length)[None]
-    )
+    return replace(micro_batch, pieces=[Piece(0, length, None)], position_ids=torch.arange(length)[None])
 
 
 def running_positions(micro_batch: MicroBatch) -> MicroBatch:

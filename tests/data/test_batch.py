@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sluice.algorithms import Algorithm, resolve
 from sluice.data.batch import Layout, MicroBatch, Packing, collate, make_minibatch, pack, under_budget
+from sluice.data.packing import Piece, pack_row
 from sluice.types import Sample
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
@@ -43,6 +44,15 @@ def own(sample: Sample) -> list[int]:
     return [t for t, weight in enumerate(sample.loss_weights) if weight]
 
 
+def seen_from(batch: MicroBatch, index: int) -> list[int]:
+    """Places that a place attends over, itself the last."""
+    if batch.pieces is None:
+        return list(range(index - index % batch.input_ids.shape[1], index + 1))
+    (piece,) = (p for p in batch.pieces if p.start <= index < p.start + p.length)
+    prefix = range(piece.prefix.start, piece.prefix.start + piece.prefix.length) if piece.prefix else range(0)
+    return [*prefix, *range(piece.start, index + 1)]
+
+
 # the tensors
 
 
@@ -59,18 +69,13 @@ def test_every_loss_token_keeps_its_columns_and_its_history(layout: Layout, samp
     for name in ("loss_weights", "advantages", "logprobs", "old_logprobs"):
         assert getattr(batch, name).tolist() == [getattr(sample, name)[t] for _, t, sample in expected], name
     assert batch.temperatures.tolist() == [sample.temperature for _, _, sample in expected]
-    # the hidden state that predicts a token stands at the token before it, in its own sample
-    width = batch.input_ids.shape[1]
+    # the hidden state that predicts a token stands at the token before it, and has seen all before that and nothing else
     for index, (i, t, sample) in zip(batch.hidden_index.tolist(), expected, strict=True):
-        row, column = divmod(index, width)
-        start = column - (t - 1)
-        assert batch.input_ids[row, start : column + 1].tolist() == sample.token_ids[:t]
-        assert batch.position_ids[row, start : column + 1].tolist() == list(range(t))
+        seen = seen_from(batch, index)
+        assert batch.input_ids.flatten()[seen].tolist() == sample.token_ids[:t]
+        assert batch.position_ids.flatten()[seen].tolist() == list(range(t))
         if layout == "rows":
-            assert (row, start) == (i, 0)
-        else:
-            assert batch.document_ids is not None
-            assert batch.document_ids[row, start : column + 1].tolist() == [i] * t
+            assert index // batch.input_ids.shape[1] == i
 
 
 @each_layout
@@ -78,12 +83,11 @@ def test_shapes(layout: Layout):
     batch = collate([a_sample(3), a_sample(5, 1), a_sample(2, 2)], layout)
     assert tuple(batch.input_ids.shape) == ((3, 5) if layout == "rows" else (1, 10))
     if layout == "rows":
-        assert batch.document_ids is None
+        assert batch.pieces is None
         assert batch.input_ids[0, 3:].tolist() == [0, 0]
         assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
     else:
-        assert batch.document_ids is not None
-        assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]]
+        assert batch.pieces == [Piece(0, 3, None), Piece(3, 5, None), Piece(8, 2, None)]
         assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1]]
 
 
@@ -144,7 +148,7 @@ def test_a_move_to_a_device_takes_the_tensors_and_keeps_the_samples():
     moved = batch.to(torch.device("meta"))
     tensors = [k for k, v in vars(batch).items() if isinstance(v, torch.Tensor)]
     assert all(getattr(moved, k).device.type == "meta" for k in tensors)
-    assert len(tensors) == len(fields(MicroBatch)) - 1
+    assert len(tensors) == len(fields(MicroBatch)) - 2  # samples and pieces
     assert all(a is b for a, b in zip(moved.samples, samples, strict=True))
 
 
@@ -163,13 +167,76 @@ def test_micro_batches_keep_to_the_budget(layout: Layout, samples: list[Sample],
         assert size <= budget or len(part) == 1
         if layout == "rows":
             assert size < 2 * sum(map(len, part)) or len(part) == 1
-    assert [len(s) for part in parts for s in part] == sorted(map(len, samples), reverse=True)
+    assert len(parts[0][0]) == max(map(len, samples))
 
 
-def test_the_longest_sample_comes_first():
+@pytest.mark.parametrize(("layout", "expected"), [("rows", [[9], [3, 2]]), ("packed", [[9], [3, 2]])])
+def test_the_longest_sample_comes_first(layout: Layout, expected: list[list[int]]):
     """Z17: a sample that does not fit the memory fails in the first step's first micro-batch."""
-    parts = under_budget([a_sample(2), a_sample(9, 1), a_sample(3, 2)], Packing(1, 12, "packed"))
-    assert [[len(s) for s in part] for part in parts] == [[9, 3], [2]]
+    parts = under_budget([a_sample(2), a_sample(9, 1), a_sample(3, 2)], Packing(1, 12, layout))
+    assert [[len(s) for s in part] for part in parts] == expected
+
+
+def test_packed_micro_batches_are_about_equally_full():
+    """13 samples of 10 tokens under a budget of 60 make three micro-batches, none of which is a rest of one."""
+    parts = under_budget([a_sample(10, seed) for seed in range(13)], Packing(1, 60, "packed"))
+    assert [len(part) for part in parts] == [5, 5, 3]
+
+
+# what samples share
+
+
+def a_group(number: int, prompt: int, answers: list[list[int]]) -> list[Sample]:
+    """Answers to one prompt, from few different tokens, so that they too may begin alike."""
+    begin = [1000 * (number + 1) + t for t in range(prompt)]
+    return [
+        Sample(
+            ids := begin + answer,
+            [0.0] * prompt + [1.0] * len(answer),
+            [0.0] * len(ids),
+            [0] * len(ids),
+            1.0,
+            number,
+            i,
+        )
+        for i, answer in enumerate(answers)
+    ]
+
+
+some_groups = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5)),
+    min_size=1,
+    max_size=4,
+).map(lambda groups: [s for number, (prompt, answers) in enumerate(groups) for s in a_group(number, prompt, answers)])
+
+
+@modest
+@given(samples=some_groups)
+def test_a_packed_row_holds_what_a_group_begins_with_once(samples: list[Sample]):
+    """Every token of every sample sees its own history, though the row may be shorter than the samples together."""
+    batch = collate(samples, "packed")
+    row = pack_row(samples)
+    for sample, places in zip(samples, row.places, strict=True):
+        assert batch.input_ids[0, places].tolist() == sample.token_ids
+        assert batch.position_ids[0, places].tolist() == list(range(len(sample)))
+        for t, place in enumerate(places.tolist()):
+            assert seen_from(batch, place) == places[: t + 1].tolist()
+    assert sum(piece.length for piece in row.pieces) == batch.input_ids.shape[1]
+    for number in {sample.group for sample in samples}:
+        group = [sample for sample in samples if sample.group == number]
+        own = [row.places[i] for i, sample in enumerate(samples) if sample.group == number]
+        prompt = int(sum(w == 0 for w in group[0].loss_weights))
+        if len(group) > 1:
+            assert len({place for places in own for place in places[:prompt].tolist()}) == prompt
+
+
+@modest
+@given(samples=some_groups, budget=st.integers(1, 60))
+def test_packed_micro_batches_keep_to_the_budget_with_what_is_shared_counted_once(samples: list[Sample], budget: int):
+    parts = under_budget(samples, Packing(1, budget, "packed"))
+    assert Counter(s.name for part in parts for s in part) == Counter(s.name for s in samples)
+    for part in parts:
+        assert collate(part, "packed").input_ids.numel() <= budget or len(part) == 1
 
 
 def test_rows_of_very_different_lengths_do_not_share_a_micro_batch():

@@ -134,6 +134,23 @@ def test_rows_and_packed_give_the_gradient_of_the_samples_one_by_one(architectur
     assert_same(gradient(model, samples, Packing(1, 1000, layout)), expected)
 
 
+@pytest.mark.parametrize("budget", [120, 2000])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_prompt_that_is_computed_once_gets_the_gradient_of_all_its_answers(architecture: str, budget: int):
+    """Of several lengths, short and long (which are attended over in two ways), one budget cutting a group in two."""
+    model = tiny_model(architecture)
+    samples = some_samples((20, 20, 31, 44, 150, 170, 90, 85, 8))
+    for i, sample in enumerate(samples):
+        sample.group, prompt = i // 4, (6, 80, 3)[i // 4]
+        sample.token_ids[:prompt] = samples[i - i % 4].token_ids[:prompt]
+    samples[5].token_ids[:140] = samples[4].token_ids[:140]  # two answers may begin alike, too
+    packing = Packing(1, budget, "packed")
+    packed_tokens = sum(m.input_ids.numel() for m in make_minibatch(samples, packing, row("cispo"), 0).micro_batches)
+    assert packed_tokens < sum(map(len, samples)) - 80
+    expected = naive_gradient(model, samples, "cispo")
+    assert_same(gradient(model, samples, packing), expected)
+
+
 @each_layout
 @pytest.mark.parametrize("budget", [30, 1000])
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sluice.algorithms.aggregation import token_coefficients
 from sluice.algorithms.spec import Algorithm
+from sluice.data.packing import Piece, pack_row, shared_length
 from sluice.interfaces import Layout
 from sluice.types import Sample
 
@@ -21,7 +23,7 @@ class Packing:
 
     updates_per_batch: int
     tokens_per_micro_batch: int
-    """Budget of input tokens, padding included; a sample that is longer goes alone."""
+    """Budget of input tokens, padding included and what samples share counted once; a sample that is longer goes alone."""
     layout: Layout
 
 
@@ -32,8 +34,8 @@ class MicroBatch:
     samples: list[Sample]
     input_ids: Tensor  # [B, L]
     position_ids: Tensor  # [B, L]
-    document_ids: Tensor | None
-    """[B, L] which sample a position belongs to, in the packed layout; in rows, padding comes last and nobody sees it."""
+    pieces: list[Piece] | None
+    """What the one row of the packed layout is made of; in rows, padding comes last and nobody sees it."""
     hidden_index: Tensor  # [T] into B · L: the position whose hidden state predicts the token
     target_ids: Tensor  # [T]
     sequence_ids: Tensor  # [T] index into samples
@@ -63,17 +65,12 @@ class MicroBatch:
 
     def spread(self, values: Tensor, empty: float | bool) -> list[list]:
         """[T] values as one list per sample over all of its tokens, `empty` where there is no loss."""
-        own = [_loss_positions(sample) for sample in self.samples]
-        numbers = values.tolist()
-        spread = []
-        for sample, positions, (start, end) in zip(
-            self.samples, own, pairwise([0, *accumulate(map(len, own))]), strict=True
-        ):
-            row = [empty] * len(sample)
-            for t, value in zip(positions, numbers[start:end], strict=True):
-                row[t] = value
-            spread.append(row)
-        return spread
+        own = _loss_mask(self.samples)
+        numbers = values.cpu().numpy()
+        spread = np.full(len(own), empty, dtype=numbers.dtype)
+        spread[own] = numbers
+        ends = accumulate(map(len, self.samples))
+        return [spread[end - len(sample) : end].tolist() for sample, end in zip(self.samples, ends, strict=True)]
 
 
 @dataclass
@@ -116,19 +113,39 @@ def make_minibatch(samples: Sequence[Sample], packing: Packing, spec: Algorithm,
 
 
 def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sample]]:
-    """Parts of at most the budget, longest sample first: one that does not fit the memory fails at once, not in hour 20.
+    """Parts of at most the budget, the longest sample first: one that does not fit the memory fails at once, not in hour 20."""
+    parts = _row_parts if packing.layout == "rows" else _packed_parts
+    return parts(samples, packing.tokens_per_micro_batch)
 
-    In rows, samples shorter than half the part's longest start a new part, so that padding stays below one half.
-    """
+
+def _row_parts(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Samples shorter than half the part's longest start a new part, so that padding stays below one half."""
+    parts: list[list[Sample]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        width = len(parts[-1][0]) if parts else 0
+        if not parts or (len(parts[-1]) + 1) * width > budget or 2 * len(sample) < width:
+            parts.append([])
+        parts[-1].append(sample)
+    return parts
+
+
+def _packed_parts(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Groups stay together as far as they can, since they share their prompt; parts are about equally full."""
+    by_group: dict[int, list[Sample]] = {}
+    for sample in sorted(samples, key=len, reverse=True):  # so the groups, too, are in the order of their longest
+        by_group.setdefault(sample.group, []).append(sample)
+    shared = {number: shared_length(group) for number, group in by_group.items()}
+    total = sum(sum(map(len, group)) - (len(group) - 1) * shared[number] for number, group in by_group.items())
+    even = total / max(1, -(-total // budget))
     parts: list[list[Sample]] = []
     used = 0
-    for sample in sorted(samples, key=len, reverse=True):
-        width = len(parts[-1][0]) if parts and packing.layout == "rows" else len(sample)
-        if not parts or used + width > packing.tokens_per_micro_batch or 2 * len(sample) < width:
+    for sample in chain.from_iterable(by_group.values()):
+        known = shared[sample.group] if parts and parts[-1][-1].group == sample.group else 0
+        if not parts or used + len(sample) - known > budget or used >= even:
             parts.append([])
-            used, width = 0, len(sample)
+            used, known = 0, 0
         parts[-1].append(sample)
-        used += width
+        used += len(sample) - known
     return parts
 
 
@@ -138,33 +155,37 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
     lengths = [len(sample) for sample in samples]
     if layout == "rows":
         width = max(lengths)
-        starts = [row * width for row in range(len(samples))]
+        places = [np.arange(row * width, row * width + length) for row, length in enumerate(lengths)]
         input_ids = torch.tensor([sample.token_ids + [0] * (width - len(sample)) for sample in samples])
         position_ids = torch.arange(width).expand(len(samples), width)
-        document_ids = None
+        pieces = None
     else:
-        starts = [0, *accumulate(lengths)][:-1]
-        input_ids = torch.tensor([[token for sample in samples for token in sample.token_ids]])
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-        document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))[None]
-    own = [_loss_positions(sample) for sample in samples]
-    kept = _kept_ids(samples)
+        row = pack_row(samples)
+        places, pieces = row.places, row.pieces
+        input_ids = torch.tensor([row.token_ids])
+        positions = [np.arange(p.first_position, p.first_position + p.length) for p in pieces]
+        position_ids = torch.from_numpy(np.concatenate(positions))[None]
+    own = _loss_mask(samples)
+    # a token is predicted from the state at the one before it
+    before = np.concatenate([np.concatenate([place[:1], place[:-1]]) for place in places])
+    counts = np.add.reduceat(own, np.cumsum([0, *lengths[:-1]]), dtype=np.int64)
+    kept = _kept_ids(samples, own)
 
-    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def column(name: str, dtype: type = np.float32) -> Tensor:
         """[T], or empty where the samples do not have it (yet)."""
-        values = [(getattr(sample, name), positions) for sample, positions in zip(samples, own, strict=True)]
-        return torch.tensor([row[t] for row, positions in values if row for t in positions], dtype=dtype)
+        rows = [getattr(sample, name) for sample in samples]
+        if not all(rows):
+            return torch.empty(0)
+        return torch.from_numpy(_flat(rows, dtype)[own])
 
     return MicroBatch(
         samples=samples,
         input_ids=input_ids,
         position_ids=position_ids,
-        document_ids=document_ids,
-        hidden_index=torch.tensor(
-            [start + t - 1 for start, positions in zip(starts, own, strict=True) for t in positions], dtype=torch.int64
-        ),
-        target_ids=column("token_ids", torch.int64),
-        sequence_ids=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(p) for p in own])),
+        pieces=pieces,
+        hidden_index=torch.from_numpy(before[own]),
+        target_ids=column("token_ids", np.int64),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         loss_weights=column("loss_weights"),
         coefficients=torch.empty(0),
         advantages=column("advantages"),
@@ -173,20 +194,26 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         ref_logprobs=column("ref_logprobs"),
         values=column("values"),
         returns=column("returns"),
-        temperatures=torch.tensor(
-            [sample.temperature for sample, positions in zip(samples, own, strict=True) for _ in positions]
+        temperatures=torch.from_numpy(
+            np.repeat(np.array([sample.temperature for sample in samples], np.float32), counts)
         ),
-        kept_ids=torch.tensor([i for ids in kept for i in ids], dtype=torch.int64),
+        kept_ids=torch.from_numpy(_flat(kept, np.int64)),
         kept_counts=torch.tensor([len(ids) for ids in kept], dtype=torch.int64),
     )
 
 
-def _kept_ids(samples: Sequence[Sample]) -> list[list[int]]:
+def _flat(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
+    return np.array(list(chain.from_iterable(rows)), dtype=dtype)
+
+
+def _loss_mask(samples: Sequence[Sample]) -> np.ndarray:
+    """[all tokens] which of them bear a loss."""
+    return _flat([sample.loss_weights for sample in samples], np.float64) != 0
+
+
+def _kept_ids(samples: Sequence[Sample], own: np.ndarray) -> list[list[int]]:
     """[T] of the loss tokens; empty when nothing was dropped for any."""
     if not any(sample.kept_ids for sample in samples):
         return []
-    return [sample.kept_ids[t] if sample.kept_ids else [] for sample in samples for t in _loss_positions(sample)]
-
-
-def _loss_positions(sample: Sample) -> list[int]:
-    return [t for t, weight in enumerate(sample.loss_weights) if weight]
+    every = [ids for sample in samples for ids in (sample.kept_ids or [[]] * len(sample))]
+    return [every[t] for t in np.flatnonzero(own)]

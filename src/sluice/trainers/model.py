@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sluice.data.batch import MicroBatch
+from sluice.data.packing import Piece, pack_row
 from sluice.errors import ConfigError, boundary
+from sluice.trainers.attention import NAME, PackedAttention, register
+from sluice.types import Sample
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,20 +33,37 @@ class PolicyModel:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self._heads = (self.config.num_attention_heads, _kv_heads(self.config))
+        self._own_attention: str = self.config._attn_implementation
+        register()
+        model.set_attn_implementation(NAME)
         self.eos_ids = _ids(model.generation_config.eos_token_id) | _ids(self.config.eos_token_id)
         if not isinstance(self.head, nn.Linear) or self.body is model:
             raise ConfigError(f"{type(model).__name__} has no body and linear head that sluice can tell apart")
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, visible: Tensor | None = None, cache: Any = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        visible: Tensor | None = None,
+        cache: Any = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> Tensor:
         """[B, L] ids and positions → [B, L, H].
 
         `visible` [B, L, K] says which keys each position may look at; left out, all before it in its row. With a
-        `cache` the keys are those at positions 0 … K - 1, else those of the input itself.
+        `cache` the keys are those at positions 0 … K - 1, else those of the input itself. `pieces` say what a packed row is
+        made of, and so who looks at whom.
         """
         mask: Any = None
-        if visible is not None:
+        packed: dict[str, Any] = {}
+        if pieces is not None:
+            packed["packed"] = PackedAttention(pieces, *self._heads, self.device)
+            unused = torch.ones(
+                1, 1, 1, 1, dtype=torch.bool, device=self.device
+            )  # else the model would make a [T, T] one
+            mask = self._by_kind(unused, unused)
+        elif visible is not None:
             keys = position_ids if cache is None else torch.arange(visible.shape[-1], device=self.device)[None]
             mask = self._masks(visible, position_ids, keys)
         output = self.body(
@@ -51,6 +72,7 @@ class PolicyModel:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            **packed,
         )
         return output.last_hidden_state
 
@@ -74,19 +96,17 @@ class PolicyModel:
     def _masks(self, visible: Tensor, queries: Tensor, keys: Tensor) -> Any:
         """The attention mask in the form that the model wants: one, or one for each kind of layer."""
         window: Any = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        full = self._mask(visible)
-        slides = window is not None if kinds is None else "sliding_attention" in kinds
-        if not slides:
-            return full if kinds is None else {"full_attention": full}
-        sliding = self._mask(visible & (queries[:, :, None] - keys[:, None, :] < window))
-        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+        full = visible[:, None]  # for all heads
+        if window is None:
+            return self._by_kind(full, full)
+        return self._by_kind(full, full & (queries[:, None, :, None] - keys[:, None, None, :] < window))
 
-    def _mask(self, visible: Tensor) -> Tensor:
-        mask = visible[:, None]  # for all heads
-        if self.config._attn_implementation == "sdpa":
-            return mask
-        return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+    def _by_kind(self, full: Tensor, sliding: Tensor) -> Any:
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None:
+            return sliding
+        masks = {"full_attention": full, "sliding_attention": sliding}
+        return {kind: masks[kind] for kind in set(kinds)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
@@ -109,20 +129,30 @@ class PolicyModel:
     def check(self) -> None:
         """Compare with the model's own forward, so that an architecture that we do not understand is refused.
 
-        Three random sequences, apart and packed, against `model(...).logits`. Raises ConfigError.
+        Random sequences, two of which begin alike, apart and packed, against `model(...).logits`. Raises ConfigError.
         """
         generator = torch.Generator().manual_seed(0)
-        lengths = [3, 9, 5]
-        rows = [torch.randint(self.config.vocab_size, (1, n), generator=generator).to(self.device) for n in lengths]
-        expected = torch.cat([self.model(input_ids=row).logits[0].float() for row in rows])
-        apart = torch.cat([self.logits(self.hidden_states(row, self._positions(row))[0]) for row in rows])
-        document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].to(self.device)
-        positions = torch.cat([self._positions(row) for row in rows], 1)
-        together = self.logits(
-            self.hidden_states(torch.cat(rows, 1), positions, packed_visible(document, positions))[0]
-        )
+        rows = [torch.randint(self.config.vocab_size, (n,), generator=generator).tolist() for n in (3, 9, 5, 7)]
+        rows.append(rows[1][:4] + rows[3])
+        samples = [
+            Sample(ids, [0.0] * len(ids), [0.0] * len(ids), [-1] * len(ids), 1.0, 0, i) for i, ids in enumerate(rows)
+        ]
+        for sample, group in zip(samples, (0, 2, 1, 3, 2), strict=True):
+            sample.group = group
+        samples.sort(key=lambda sample: sample.group)
+        self.model.set_attn_implementation(self._own_attention)
+        ids = [torch.tensor([sample.token_ids], device=self.device) for sample in samples]
+        expected = torch.cat([self.model(input_ids=row).logits[0].float() for row in ids])
+        self.model.set_attn_implementation(NAME)
+        positions = torch.arange(max(map(len, rows)), device=self.device)[None]
+        apart = torch.cat([self.logits(self.hidden_states(row, positions[:, : row.shape[1]])[0]) for row in ids])
+        row = pack_row(samples)
+        where = [torch.arange(p.first_position, p.first_position + p.length) for p in row.pieces]
+        packed_ids, packed_positions = torch.tensor([row.token_ids]), torch.cat(where)[None]
+        hidden = self.hidden_states(packed_ids.to(self.device), packed_positions.to(self.device), pieces=row.pieces)
+        together = self.logits(hidden[0, torch.from_numpy(np.concatenate(row.places)).to(self.device)])
         tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * max(1.0, float(expected.abs().max()))
-        for what, logits in (("FP32 head", apart), ("block-diagonal attention", together)):
+        for what, logits in (("FP32 head", apart), ("attention over packed rows", together)):
             error = float((logits - expected).abs().max())
             if not error <= tolerance:
                 raise ConfigError(
@@ -130,21 +160,11 @@ class PolicyModel:
                     "this architecture is not supported (full and sliding-window attention are)"
                 )
 
-    def _positions(self, row: Tensor) -> Tensor:
-        return torch.arange(row.shape[1], device=self.device)[None]
-
 
 def hidden_states_of(model: PolicyModel, batch: MicroBatch) -> Tensor:
     """[T, H] the states from which the batch's loss tokens are predicted."""
-    visible = None if batch.document_ids is None else packed_visible(batch.document_ids, batch.position_ids)
-    hidden = model.hidden_states(batch.input_ids, batch.position_ids, visible)
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids, pieces=batch.pieces)
     return hidden.flatten(0, 1)[batch.hidden_index]
-
-
-def packed_visible(document_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, L] documents and positions → [B, L, L]: causal within each document."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same & (position_ids[:, :, None] >= position_ids[:, None, :])
 
 
 def load_model(
@@ -196,6 +216,10 @@ def refuse_unknown_layers(where: str, config: Any) -> None:
             f"{where}: layers of kind {', '.join(sorted(unknown))} are not supported; "
             "full and sliding-window attention are"
         )
+
+
+def _kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:
