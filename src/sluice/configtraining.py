@@ -160,8 +160,8 @@ class CriticSection(OptimizerSection):
 class BatchedOptimizer(OptimizerSection):
     tokens_per_micro_batch: PositiveInt = 16384
     """Tokens (padding included) in one forward and backward; the loss does not depend on it. A longer sample goes alone."""
-    layout: Layout = "rows"
-    """rows: padded to the longest of the micro-batch; packed: one row, block-diagonal attention."""
+    layout: Layout = "packed"
+    """packed: one row without padding, in which a group's prompt stands once; rows: padded to the longest of the micro-batch."""
 
 
 class LocalTrainer(BatchedOptimizer):

@@ -13,6 +13,7 @@ from models import CONFIGS
 from sluice.algorithms import resolve
 from sluice.config import TrainConfig
 from sluice.configfile import load
+from sluice.data.packing import Piece
 from sluice.preflight.disk import ledger_bytes, num_checkpoints
 from sluice.preflight.folder import ModelFolder, count_parameters, read_folder
 from sluice.preflight.memory import Batch, _ram_free, activation_bytes, checkpoint_bytes
@@ -28,8 +29,9 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_activations_are_about_what_the_model_keeps(architecture: str, dtype: torch.dtype):
+def test_activations_are_about_what_the_model_keeps(architecture: str, packed: bool, dtype: torch.dtype):
     """Storages that autograd holds after a forward of 4 × 64 tokens, besides the weights."""
     config = CONFIGS[architecture]()
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
@@ -44,11 +46,15 @@ def test_activations_are_about_what_the_model_keeps(architecture: str, dtype: to
         return tensor
 
     ids, positions = torch.randint(0, 128, (4, 64)), torch.arange(64).expand(4, 64)
+    pieces = [Piece(start, 64, None) for start in range(0, 256, 64)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = model.hidden_states(ids, positions)
+        if packed:
+            hidden = model.hidden_states(ids.view(1, -1), positions.reshape(1, -1), pieces=pieces)
+        else:
+            hidden = model.hidden_states(ids, positions)
     assert hidden.requires_grad
     folder = ModelFolder("", config, count_parameters(config), "", frozenset())
-    estimate = activation_bytes(folder, dtype.itemsize, Batch(tokens=256, longest=64, packed=False))
+    estimate = activation_bytes(folder, dtype.itemsize, Batch(tokens=256, longest=64, packed=packed))
     assert 0.6 < estimate / sum(kept.values()) < 1.6
 
 

@@ -54,6 +54,8 @@ class ActiveSlots:
         self._clock = 0
         """Decode steps so far. A sequence's length is a number of its own plus this, so that no step counts them one by one."""
         self._born: list[int] = []  # by slot
+        self._limit = 0
+        """Length that no sequence so far can pass."""
         self._spans: list[Span] = []
         self._spans_at: int | None = None
         """The clock when the spans were cut; None when sequences have come or gone since."""
@@ -72,7 +74,8 @@ class ActiveSlots:
         """Give requests the next slots; `num_slots` is how many there will be before long."""
         first, last = len(self), len(self) + len(new)
         longest = max(len(r.prompt) for r in new) + 1
-        self.cache.reserve(prefixes[new[0].key], max(last, num_slots), longest)
+        self._limit = max(self._limit, *(len(r.prompt) + r.sampling.max_new_tokens for r in new))
+        self.cache.reserve(prefixes[new[0].key], max(last, num_slots), longest, self._limit)
         self.state.reserve(max(last, num_slots), max(r.sampling.max_new_tokens for r in new))
         start = first
         for key, same in groupby(new, key=lambda r: r.key):
@@ -132,7 +135,7 @@ class ActiveSlots:
         assert self._spans_at is not None
         grown = self._clock - self._spans_at
         now = [Span(s.start, s.stop, s.length + grown) for s in self._spans]
-        self.cache.grow(max(s.length for s in now))
+        self.cache.grow(max(s.length for s in now), self._limit)
         self._clock += 1
         return now
 

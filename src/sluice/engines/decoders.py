@@ -101,7 +101,7 @@ def _agrees(decoder: Decoder, model: LanguageModel) -> bool:
     cache = SlotCache()
     for row, length in enumerate(lengths):
         prefix = Prefix(prompts, row, length, expected[row, 0], decoder.key_order)
-        cache.reserve(prefix, 3, 9)
+        cache.reserve(prefix, 3, 9, 9)
         cache.fill(slice(row, row + 1), prefix)
     rows, at = torch.arange(3), torch.tensor(lengths)
     tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * max(1.0, float(expected.abs().max()))

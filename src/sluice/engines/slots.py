@@ -28,19 +28,19 @@ class SlotCache:
     def capacity(self) -> int:
         return self.values[0].shape[2] if self.values else 0
 
-    def reserve(self, prefix: Prefix, num_slots: int, length: int) -> None:
-        """Make room for `num_slots` sequences of `length` tokens shaped like `prefix`."""
+    def reserve(self, prefix: Prefix, num_slots: int, length: int, limit: int) -> None:
+        """Make room for `num_slots` sequences of `length` tokens, which become `limit` at most, shaped like `prefix`."""
         if not self.values:
             self.keys = [k.new_zeros(0, *k.shape[:2], 0) for k in prefix.keys]
             self.values = [v.new_zeros(0, v.shape[0], 0, v.shape[2]) for v in prefix.values]
         slots = len(self.values[0])
         if num_slots > slots or length > self.capacity:
-            self._resize(max(num_slots, slots), max(_roomy(length), self.capacity))
+            self._resize(max(num_slots, slots), max(_roomy(length, limit), self.capacity))
 
-    def grow(self, length: int) -> None:
+    def grow(self, length: int, limit: int) -> None:
         """Make room for sequences of `length` tokens in the slots that there are."""
         if length > self.capacity:
-            self._resize(len(self.values[0]), _roomy(length))
+            self._resize(len(self.values[0]), _roomy(length, limit))
 
     def _resize(self, slots: int, capacity: int) -> None:
         for layer in range(len(self.keys)):  # one at a time, so that only one stands twice
@@ -154,10 +154,10 @@ class SlotState:
             column[: len(order)] = column[order]
 
 
-def _roomy(length: int) -> int:
+def _roomy(length: int, limit: int) -> int:
     """A capacity for `length` tokens, half as much again, so that growing copies little; never a multiple of 512 bytes,
     at which the rows of a cache would compete for the same places of the processor's."""
-    return -(-length * 3 // 2 // 64) * 64 + 16
+    return -(-min(length * 3 // 2, limit) // 64) * 64 + 16
 
 
 def _grown(cache: Tensor, slots: int, dim: int, capacity: int) -> Tensor:

@@ -24,7 +24,9 @@ CHUNK_COPIES = 4
 DECODE_COPIES = 4
 """Logits of all slots, tempered, as probabilities and summed up."""
 CACHE_STEP = 64
-"""The engine's cache grows by so many tokens."""
+"""The engine's cache grows by multiples of so many tokens, and a few more."""
+SHORT_ATTENTION = 128
+"""Keys up to which the trainer keeps the weights of attention (`trainers.attention`)."""
 SLACK = 1.1
 """What is not listed: gradients of activations, fragments."""
 QUERY_LIMIT_S = 10
@@ -105,7 +107,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
         slots = min(config.engine.num_slots, groups * rollout.group_size)
-        length = -(-longest // CACHE_STEP) * CACHE_STEP
+        length = (-(-longest // CACHE_STEP) + 1) * CACHE_STEP
         prefill = min(config.engine.prefill_tokens, groups * longest)
         parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + prefill)))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
@@ -150,10 +152,13 @@ def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
     experts = getattr(config, "num_experts_per_tok", None) or 1
     queries, keys = model.query_size, model.key_size
     per_token = 4 * model.inner_size * experts + 10 * config.hidden_size + 5 * queries + 5 * keys
-    if getattr(config, "attn_logit_softcapping", None):  # eager attention: scores of every pair
-        per_token += 3 * config.num_attention_heads * (batch.tokens if batch.packed else batch.longest)
-    mask = batch.tokens**2 * (1 + width) if batch.packed else 0
-    return batch.tokens * config.num_hidden_layers * per_token * width + mask
+    if batch.packed:  # what attention sees, in blocks
+        per_token += 2 * queries + 2 * keys
+    if getattr(config, "attn_logit_softcapping", None):  # scores of every pair
+        per_token += 3 * config.num_attention_heads * batch.longest
+    elif batch.packed and width == FP32:
+        per_token += config.num_attention_heads * min(batch.longest, SHORT_ATTENTION)
+    return batch.tokens * config.num_hidden_layers * per_token * width
 
 
 def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
