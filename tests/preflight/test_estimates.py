@@ -46,12 +46,12 @@ def test_activations_are_about_what_the_model_keeps(architecture: str, packed: b
         return tensor
 
     ids, positions = torch.randint(0, 128, (4, 64)), torch.arange(64).expand(4, 64)
-    pieces = [Piece(start, 64, None) for start in range(0, 256, 64)]
+    pieces = None
+    if packed:
+        ids, positions = ids.view(1, -1), positions.reshape(1, -1)
+        pieces = [Piece(start, 64, None) for start in range(0, 256, 64)]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        if packed:
-            hidden = model.hidden_states(ids.view(1, -1), positions.reshape(1, -1), pieces=pieces)
-        else:
-            hidden = model.hidden_states(ids, positions)
+        hidden = model.hidden_states(ids, positions, pieces=pieces)
     assert hidden.requires_grad
     folder = ModelFolder("", config, count_parameters(config), "", frozenset())
     estimate = activation_bytes(folder, dtype.itemsize, Batch(tokens=256, longest=64, packed=packed))
