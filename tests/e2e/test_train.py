@@ -84,6 +84,8 @@ def assert_agreement(run: Path, updates: int) -> None:
     for line in lines:
         assert line["train/grad_norm"] > 0  # the weights do move between the steps
         assert line["train/engine_logprob_diff/max"] < 1e-4
+        assert line["train/engine_prob_diff/mean"] < 1e-5
+        assert line["train/engine_prob_corr"] > 0.99999
         assert abs(line["train/first_update/ppo_kl"]) < 1e-5
         assert line["train/first_update/pg_clipfrac"] == 0
         if updates == 1:
