@@ -138,6 +138,8 @@ class EmbeddedEngine(Section):
     """Longest prompt + completion; left out, the model's own limit."""
     prefill_tokens: PositiveInt = 8192
     """Prompt tokens computed at once."""
+    cache_gb: PositiveFloat | None = None
+    """Bound of the key-value cache in 10⁹ bytes; left out, half of what is free on a GPU, and none on the CPU."""
 
 
 class ScriptedEngine(Section):

@@ -14,7 +14,7 @@ from sluice.engines import decoders
 from sluice.engines.decoders import ModelDecoder, decoder_for
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.engines.packed import PackedDecoder
-from sluice.engines.slots import spans
+from sluice.engines.slots import SlotCache, spans
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
 from sluice.weights.in_process import InProcessWeights
@@ -44,8 +44,8 @@ def completions_of(engine: EmbeddedEngine, num: int = 24, longest: int = 90) -> 
     return asyncio.run(all_of_them())
 
 
-def engine_of(model: PolicyModel, num_slots: int = 10) -> EmbeddedEngine:
-    return EmbeddedEngine(model, lambda ids: "", vocab_size=128, num_slots=num_slots)
+def engine_of(model: PolicyModel, num_slots: int = 10, cache_bytes: int | None = None) -> EmbeddedEngine:
+    return EmbeddedEngine(model, lambda ids: "", vocab_size=128, num_slots=num_slots, cache_bytes=cache_bytes)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -146,3 +146,28 @@ def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Exception, match="out of memory"):
         completions_of(engine, num=2)
     assert told[-1] == 2
+
+
+@pytest.mark.parametrize("positions", [10, 400, 1500])
+def test_a_bounded_cache_gives_the_same_with_fewer_sequences_at_once(
+    positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that no longer fit as they grow are asked again later; one alone may pass the bound."""
+    model = tiny_model("qwen3")
+    position_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, FP32
+    bound = positions * position_bytes
+    sizes: list[tuple[int, int]] = []
+    write = SlotCache.write
+
+    def noted(self: SlotCache, layer: int, *rest: Any) -> None:
+        write(self, layer, *rest)
+        sizes.append((sum(x.nbytes for x in (*self.keys, *self.values)), len(self.values[0])))
+
+    engine = engine_of(model, cache_bytes=bound)
+    monkeypatch.setattr(SlotCache, "write", noted)
+    bounded = completions_of(engine)
+    assert all(size <= bound or slots == 1 for size, slots in sizes)
+    assert max(slots for _, slots in sizes) > 1 or positions == 10
+    for a, b in zip(bounded, completions_of(engine_of(model)), strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)

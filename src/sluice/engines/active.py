@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,11 @@ class Request:
 
 
 class ActiveSlots:
-    def __init__(self, device: torch.device, vocab_size: int, decoder: Decoder) -> None:
+    def __init__(self, device: torch.device, vocab_size: int, decoder: Decoder, cache_bytes: int | None) -> None:
+        """`cache_bytes` bounds the cache; a single sequence may pass it."""
         self.device = device
+        self.cache_bytes = cache_bytes
+        self._position_bytes = 0
         self.vocab_size = vocab_size
         self.decoder = decoder
         self.cache = SlotCache()
@@ -70,13 +74,44 @@ class ActiveSlots:
         """Positions that the next step attends over, by slot."""
         return [born + self._clock for born in self._born]
 
+    def room(self, new: list[Request], prefix: Prefix) -> int:
+        """Of the `new` requests, in their order, how many the cache has room for beside those that are active."""
+        self._position_bytes = prefix.position_bytes
+        fits = 0
+        longest = max(self.lengths(), default=0)
+        for request in new:
+            longest = max(longest, len(request.prompt) + 1)
+            if len(self) + fits >= self._slots_of(longest):
+                break
+            fits += 1
+        return fits
+
+    def _slots_of(self, length: int) -> int:
+        """How many sequences of `length` tokens the cache may hold."""
+        if self.cache_bytes is None:
+            return sys.maxsize
+        capacity = self.cache.capacity_for(length, self._limit or length)
+        return max(1, self.cache_bytes // (self._position_bytes * capacity))
+
+    def make_room(self) -> list[Request]:
+        """Make room for one more token of each sequence; where that is more than the cache may take, the last ones go. They
+        are to be asked again, and since what they draw depends on their seeds only, say the same again."""
+        length = max(self.lengths())
+        evicted: list[Request] = []
+        while len(self) > self._slots_of(length):
+            evicted.append(self.requests[-1])
+            self.free(len(self) - 1)
+        self.cache.grow(length, self._limit, min(len(self.state["count"]), self._slots_of(length)))
+        return evicted
+
     def place(self, new: list[Request], prefixes: dict[bytes, Prefix], num_slots: int) -> None:
         """Give requests the next slots; `num_slots` is how many there will be before long."""
         first, last = len(self), len(self) + len(new)
         longest = max(len(r.prompt) for r in new) + 1
         self._limit = max(self._limit, *(len(r.prompt) + r.sampling.max_new_tokens for r in new))
-        self.cache.reserve(prefixes[new[0].key], max(last, num_slots), longest, self._limit)
-        self.state.reserve(max(last, num_slots), max(r.sampling.max_new_tokens for r in new))
+        slots = max(last, min(num_slots, self._slots_of(longest)))
+        self.cache.reserve(prefixes[new[0].key], slots, longest, self._limit)
+        self.state.reserve(slots, max(r.sampling.max_new_tokens for r in new))
         start = first
         for key, same in groupby(new, key=lambda r: r.key):
             end = start + len(list(same))
@@ -129,13 +164,12 @@ class ActiveSlots:
         self._spans_at = None
 
     def next_step(self) -> list[Span]:
-        """Make room for one more token of each sequence; which slots attend over how much."""
+        """Which slots attend over how much in the step that begins."""
         if self._spans_at is None:
             self._cut()
         assert self._spans_at is not None
         grown = self._clock - self._spans_at
         now = [Span(s.start, s.stop, s.length + grown) for s in self._spans]
-        self.cache.grow(max(s.length for s in now), self._limit)
         self._clock += 1
         return now
 

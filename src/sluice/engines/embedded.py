@@ -42,14 +42,19 @@ class EmbeddedEngine:
         num_slots: int = 256,
         max_model_len: int | None = None,
         prefill_tokens: int = 8192,
+        cache_bytes: int | None = None,
     ) -> None:
-        """`decode` turns ids into text, for stop strings only."""
+        """`decode` turns ids into text, for stop strings only. `cache_bytes` bounds the key-value cache; left out, on a GPU half
+        of what is free when the engine is made, and elsewhere nothing."""
         self.model = model
         self.decode = decode
         self.vocab_size = vocab_size
         self.num_slots = num_slots
         self.max_model_len = max_model_len or model.max_length
         self.prefill_tokens = prefill_tokens
+        if cache_bytes is None and model.device.type == "cuda":
+            cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
+        self.cache_bytes = cache_bytes
         self.version = 0
         self._decoder = decoder_for(model)
         self._lags = model.device.type == "cuda"
@@ -118,7 +123,7 @@ class EmbeddedEngine:
 
     def _empty(self) -> None:
         """No sequences, and no memory for any."""
-        self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder)
+        self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder, self.cache_bytes)
         self._unseen: Tensor | None = None
         """Where it lags: which sequences were done after the last step, on its way to the host."""
 
@@ -201,8 +206,11 @@ class EmbeddedEngine:
         while self._waiting and len(self._active) < self.num_slots:
             first = len(self._active)
             new = list(islice(self._waiting, self.num_slots - first))
-            new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
             self._prefill(new)
+            new = new[: self._active.room(new, self._prefixes[new[0].key])]
+            if not new:
+                return
+            new.sort(key=lambda r: r.key)  # requests of one prompt side by side: one copy for all of them
             self._active.place(new, self._prefixes, min(self.num_slots, first + len(self._waiting)))
             hidden = torch.stack([self._prefixes[r.key].hidden for r in new])
             for request in new:
@@ -252,6 +260,10 @@ class EmbeddedEngine:
     # -- decoding --
 
     def _decode(self) -> None:
+        for request in self._active.make_room():
+            request.kept_ids.clear()
+            self._wanted[request.key] += 1
+            self._waiting.appendleft(request)
         spans = self._active.next_step()
         n, state = len(self._active), self._active.state
         hidden = self._decoder.hidden(state["last"][:n], state["position"][:n], self._active.cache, spans)

@@ -33,14 +33,18 @@ class SlotCache:
         if not self.values:
             self.keys = [k.new_zeros(0, *k.shape[:2], 0) for k in prefix.keys]
             self.values = [v.new_zeros(0, v.shape[0], 0, v.shape[2]) for v in prefix.values]
-        slots = len(self.values[0])
-        if num_slots > slots or length > self.capacity:
-            self._resize(max(num_slots, slots), max(_roomy(length, limit), self.capacity))
+        if num_slots > len(self.values[0]) or length > self.capacity:
+            self._resize(max(num_slots, len(self.values[0])), self.capacity_for(length, limit))
 
-    def grow(self, length: int, limit: int) -> None:
-        """Make room for sequences of `length` tokens in the slots that there are."""
+    def grow(self, length: int, limit: int, num_slots: int) -> None:
+        """Make room for sequences of `length` tokens, in `num_slots` slots from now on."""
         if length > self.capacity:
-            self._resize(len(self.values[0]), _roomy(length, limit))
+            self._resize(num_slots, self.capacity_for(length, limit))
+
+    def capacity_for(self, length: int, limit: int) -> int:
+        """For `length` tokens and half as many again, so that growing copies little; never a multiple of 512 bytes, at which
+        the rows of a cache would compete for the same places of the processor's."""
+        return max(self.capacity, -(-min(length * 3 // 2, limit) // 64) * 64 + 16)
 
     def _resize(self, slots: int, capacity: int) -> None:
         for layer in range(len(self.keys)):  # one at a time, so that only one stands twice
@@ -84,6 +88,11 @@ class Prefix:
             self.keys = [keys[:, key_order] for keys in self.keys]
         self.values = [layer.values[row, :, :length] for layer in cache.layers]  # [heads, length, head size]
         self.hidden = hidden  # [H]
+
+    @property
+    def position_bytes(self) -> int:
+        """What a token takes in the cache."""
+        return sum(x.nbytes for x in (*self.keys, *self.values)) // self.length
 
 
 @dataclass(frozen=True)
@@ -154,15 +163,10 @@ class SlotState:
             column[: len(order)] = column[order]
 
 
-def _roomy(length: int, limit: int) -> int:
-    """A capacity for `length` tokens, half as much again, so that growing copies little; never a multiple of 512 bytes,
-    at which the rows of a cache would compete for the same places of the processor's."""
-    return -(-min(length * 3 // 2, limit) // 64) * 64 + 16
-
-
 def _grown(cache: Tensor, slots: int, dim: int, capacity: int) -> Tensor:
     shape = list(cache.shape)
     shape[0], shape[dim] = slots, capacity
     grown = cache.new_zeros(shape)
-    grown[: len(cache)].narrow(dim, 0, cache.shape[dim]).copy_(cache)
+    kept = min(slots, len(cache))
+    grown[:kept].narrow(dim, 0, cache.shape[dim]).copy_(cache[:kept])
     return grown

@@ -51,6 +51,7 @@ def engine_and_trainer(
         num_slots=config.engine.num_slots,
         max_model_len=config.engine.max_model_len,
         prefill_tokens=config.engine.prefill_tokens,
+        cache_bytes=None if config.engine.cache_gb is None else int(config.engine.cache_gb * 1e9),
     )
     return embedded, trainer, packing, eos_ids
 
