@@ -13,6 +13,7 @@ from models import CONFIGS, tiny_model
 from sluice.engines import decoders
 from sluice.engines.decoders import ModelDecoder, decoder_for
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.graphs import GraphedDecoder, rounded
 from sluice.engines.packed import PackedDecoder
 from sluice.engines.slots import SlotCache, spans
 from sluice.trainers.model import PolicyModel
@@ -68,6 +69,22 @@ def test_packed_decoder_gives_what_the_models_own_forward_gives(
     for a, b in zip(completions_of(packed), completions_of(own), strict=True):
         assert a.token_ids == b.token_ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_steps_rounded_up_for_a_gpus_graphs_give_the_same() -> None:
+    """Without a GPU the graphs are left out, and the shapes are as there."""
+    model = tiny_model("qwen3")
+    graphed, plain = engine_of(model), engine_of(model)
+    assert isinstance(graphed._decoder, PackedDecoder)
+    graphed._decoder = decoder = GraphedDecoder(graphed._decoder)
+    graphed._empty()
+    for a, b in zip(completions_of(graphed), completions_of(plain), strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert asyncio.run(graphed.fingerprint()) == asyncio.run(plain.fingerprint())
+    assert len(decoder._steps) < 12
+    assert {rounded(n, 1) for n in range(1, 257)} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
+    assert all(n <= rounded(n, 128) <= max(128, 1.5 * n) for n in range(1, 5000))
 
 
 def test_a_decoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

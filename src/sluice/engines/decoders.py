@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sluice.engines.graphs import GraphedDecoder
 from sluice.engines.packed import PackedDecoder, is_llama_like
 from sluice.engines.slots import Prefix, SlotCache, Span
 from sluice.interfaces import LanguageModel
@@ -83,7 +84,7 @@ def decoder_for(model: LanguageModel) -> Decoder:
     if is_llama_like(model):
         packed = PackedDecoder(model)
         if _agrees(packed, model):
-            return packed
+            return GraphedDecoder(packed) if model.device.type == "cuda" else packed
     return ModelDecoder(model)
 
 
