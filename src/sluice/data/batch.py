@@ -58,9 +58,11 @@ class MicroBatch:
 
     def parts(self, size: int) -> list[MicroBatch]:
         """Of at most `size` loss tokens each, in their order, and one at least; the input stays whole, and so do the samples."""
+        if len(self.target_ids) <= size:
+            return [self]
         columns = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in _NOT_PER_TOKEN}
         parts = []
-        for start in range(0, max(1, len(self.target_ids)), size):
+        for start in range(0, len(self.target_ids), size):
             own = {name: column[start : start + size] for name, column in columns.items()}
             first = int(self.kept_counts[:start].sum())
             kept_ids = self.kept_ids[first : first + int(own["kept_counts"].sum())]
