@@ -268,6 +268,16 @@ def test_an_update_has_the_same_bits_when_it_is_made_again(monkeypatch: pytest.M
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(frozen: str):
+    model, samples = tiny_model("qwen3"), some_samples()
+    expected = naive_gradient(model, samples, "cispo")
+    getattr(model, frozen).requires_grad_(False)
+    actual = gradient(model, samples, Packing(1, 30, "rows"))
+    assert actual.keys() == {name for name in expected if name.startswith("lm_head.") is (frozen == "body")}
+    assert_same(actual, {name: expected[name] for name in actual})
+
+
 def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
     """They are near the FP32 model's; one micro-batch or six differ by the rounding of activations only."""
     samples = some_samples()
