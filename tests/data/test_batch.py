@@ -132,7 +132,7 @@ def test_parts_are_the_tokens_one_after_the_other(layout: Layout, samples: list[
     lengths = [len(part.target_ids) for part in parts]
     num = len(batch.target_ids)
     assert lengths == [min(size, num - start) for start in range(0, max(1, num), size)]
-    for name in vars(batch).keys() - {"samples", "input_ids", "position_ids", "document_ids"}:
+    for name in vars(batch).keys() - {"samples", "input_ids", "position_ids", "pieces"}:
         columns = [getattr(part, name) for part in parts]
         assert torch.equal(torch.cat(columns), getattr(batch, name)), name
         assert name == "kept_ids" or {len(c) for c in columns} == {0} or [len(c) for c in columns] == lengths, name
