@@ -13,6 +13,7 @@ import torch
 from batches import JUNK, MASKABLE, WEIGHTS, Batch, batches, in_ranks, loss_of, modest, ragged, row
 from hypothesis import given
 from hypothesis import strategies as st
+from words import BATCH
 
 from sluice.algorithms import ALGORITHMS, Algorithm, policy_loss, token_coefficients
 from sluice.tracking.metrics import Metrics
@@ -106,6 +107,31 @@ def test_cispo_without_bounds_is_off_policy_reinforce(batch: Batch):
 @given(batch=batches(WEIGHTS))
 def test_ppo_with_a_dual_clip_that_nothing_reaches_is_reinforce_pp(batch: Batch):
     assert_same(loss_of(row("ppo", dual_clip=1e30), batch), loss_of(row("reinforce_pp"), batch))
+
+
+CORRECTIONS: list[dict[str, Any]] = [
+    {"correction": word, "correction_level": level, "correction_max": 2.0}
+    for word in ("tis", "mis", "icepop")
+    for level in ("token", "sequence", "geometric")
+] + [{"rejection": "sequence"}, {"rejection": "geometric", "rejection_min": 0.9, "rejection_max": 1.1}]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("words", [{}, KL, *CORRECTIONS], ids=lambda words: "-".join(map(str, words.values())))
+def test_a_cut_through_sequences_changes_the_loss_exactly_where_the_row_couples_tokens(
+    name: str, words: dict[str, Any]
+):
+    """Halves of every sequence, apart, with the coefficients of the whole."""
+    spec = row(name, **words)
+    coefficients = coefficients_of(spec, BATCH)
+    whole, gradient = loss_of(spec, BATCH, coefficients)
+    tokens = torch.arange(len(gradient))
+    halves = [tokens[tokens % 2 == side] for side in (0, 1)]
+    parts = [loss_of(spec, BATCH.select(half), coefficients[half]) for half in halves]
+    loss = sum(output.loss for output, _ in parts)
+    assert (loss - whole.loss).abs() > 1e-6 if spec.couples_tokens else (loss - whole.loss).abs() < 1e-12
+    same = all(torch.equal(part, gradient[half]) for (_, part), half in zip(parts, halves, strict=True))
+    assert same is not spec.couples_tokens
 
 
 def test_sapo_is_steepest_at_1_and_flat_far_away():

@@ -120,6 +120,27 @@ def test_samples_without_a_loss_token(layout: Layout):
     assert batch.hidden_index.tolist() == batch.loss_weights.tolist() == batch.sequence_ids.tolist() == []
 
 
+@each_layout
+@modest
+@given(samples=some_samples, size=st.integers(1, 12))
+def test_parts_are_the_tokens_one_after_the_other(layout: Layout, samples: list[Sample], size: int):
+    """Each with its kept ids; columns that are not filled stay empty, and without a token there is one empty part."""
+    for sample in samples[1::2]:
+        sample.kept_ids = [[token] * (token % 3) for token in sample.token_ids]
+    batch = collate(samples, layout)
+    parts = batch.parts(size)
+    lengths = [len(part.target_ids) for part in parts]
+    num = len(batch.target_ids)
+    assert lengths == [min(size, num - start) for start in range(0, max(1, num), size)]
+    for name in vars(batch).keys() - {"samples", "input_ids", "position_ids", "pieces"}:
+        columns = [getattr(part, name) for part in parts]
+        assert torch.equal(torch.cat(columns), getattr(batch, name)), name
+        assert name == "kept_ids" or {len(c) for c in columns} == {0} or [len(c) for c in columns] == lengths, name
+    if len(batch.kept_counts):
+        assert [len(part.kept_ids) for part in parts] == [int(part.kept_counts.sum()) for part in parts]
+    assert all(part.input_ids is batch.input_ids and part.samples is batch.samples for part in parts)
+
+
 @modest
 @given(samples=some_samples, seed=st.integers(0, 9))
 def test_spread_puts_every_value_back_at_its_token(samples: list[Sample], seed: int):

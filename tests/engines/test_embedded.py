@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from models import CONFIGS, tiny_model
-from sluice.data.batch import Packing
+from sluice.data.batch import MicroBatch, Packing
 from sluice.engines import embedded
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.engines.sampling import sample_tokens
@@ -209,10 +210,10 @@ def test_a_trainer_with_another_distribution_than_the_sampler_is_caught(
     """Z19, planted: the measurement above can fail."""
     real = local.token_logprobs
 
-    def wrong(model: Any, hidden: Any, targets: Any, temperatures: Any, ids: Any, counts: Any) -> Any:
+    def wrong(model: Any, hidden: Any, batch: MicroBatch) -> Any:
         if mistake == "other temperature":
-            return real(model, hidden, targets, torch.ones_like(temperatures), ids, counts)
-        return real(model, hidden, targets, temperatures)
+            return real(model, hidden, replace(batch, temperatures=torch.ones_like(batch.temperatures)))
+        return real(model, hidden, replace(batch, kept_ids=batch.kept_ids[:0], kept_counts=batch.kept_counts[:0]))
 
     model = tiny_model("qwen3")
     samples = samples_of(generate(engine_of(model), **TRUNCATED))

@@ -17,6 +17,7 @@ from models import tiny_model
 from sluice.algorithms import assign_advantages
 from sluice.algorithms.diagnostics import explained_variance
 from sluice.data.batch import Layout, Packing, make_minibatch
+from sluice.errors import NonFiniteError
 from sluice.trainers.critic import Critic
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
@@ -147,6 +148,19 @@ def test_pretraining_moves_the_critic_and_not_a_bit_of_the_policy(own: bool):
     assert "train/grad_norm" not in metrics
     assert "train/pg_loss" not in metrics
     assert all(sample.update == -1 for sample in samples)  # no policy update took them
+
+
+@each_body
+def test_a_value_loss_that_is_not_finite_leaves_no_gradient_of_the_update(own: bool):
+    """Nor of the policy's loss, which came before."""
+    trainer, samples = actor_and_critic(own), some_samples()
+    ready(trainer, samples)
+    samples[-1].returns = [float("nan")] * len(samples[-1])
+    assert trainer.critic is not None
+    with pytest.raises(NonFiniteError, match="loss of the critic is nan; the update was refused"):
+        asyncio.run(trainer.forward_backward(make_minibatch(samples, trainer.packing, PPO, 0), LOSS))
+    assert gradient_of(trainer.model) == {}
+    assert all(p.grad is None for p in trainer.critic.optimizer.params)
 
 
 @each_body

@@ -21,7 +21,7 @@ from models import CONFIGS, tiny_model
 from sluice.algorithms import Algorithm, LossOutput, policy_loss, resolve
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing, make_minibatch, pack
 from sluice.errors import NonFiniteError
-from sluice.trainers import logprobs as logprobs_room
+from sluice.trainers import logprobs as head
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
@@ -33,10 +33,14 @@ each_layout = pytest.mark.parametrize("layout", ["rows", "packed"])
 
 
 def trainer_of(
-    model: PolicyModel, packing: Packing | None = None, tokenizer: Any = None, **settings: Any
+    model: PolicyModel,
+    packing: Packing | None = None,
+    tokenizer: Any = None,
+    couples_tokens: bool = True,
+    **settings: Any,
 ) -> LocalTrainer:
     optimizer = Optimizer(model.model, replace(SETTINGS, **settings), 100)
-    return LocalTrainer(model, tokenizer, optimizer, packing or Packing(1, 40, "rows"))
+    return LocalTrainer(model, tokenizer, optimizer, packing or Packing(1, 40, "rows"), couples_tokens=couples_tokens)
 
 
 def some_samples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Sample]:
@@ -109,7 +113,9 @@ def forward_backward(trainer: LocalTrainer, minibatch: Minibatch, loss: Any = CI
 
 
 def gradient(model: PolicyModel, samples: Sequence[Sample], packing: Packing, name: str = "cispo") -> dict[str, Tensor]:
-    forward_backward(trainer_of(model, packing), make_minibatch(samples, packing, row(name), 0), loss_of(name))
+    spec = row(name)
+    trainer = trainer_of(model, packing, couples_tokens=spec.couples_tokens)
+    forward_backward(trainer, make_minibatch(samples, packing, spec, 0), loss_of(name))
     return gradient_of(model)
 
 
@@ -216,11 +222,60 @@ def test_a_sample_without_a_loss_token_changes_nothing():
     assert silent.ratios == [1.0] * 5
 
 
-def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch):
+def chunks_of(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    monkeypatch.setattr(head, "chunk_tokens", lambda _: num_tokens)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch, architecture: str, name: str):
+    """Whether or not a loss couples tokens; Gemma 2's head is its embedding too, and caps its logits."""
+    model, samples = tiny_model(architecture), some_samples()
+    assert model.config.tie_word_embeddings is (architecture == "gemma2")
+    expected = naive_gradient(model, samples, name)
+    chunks_of(monkeypatch, 7)
+    for budget in (30, 1000):
+        assert_same(gradient(model, samples, Packing(1, budget, "packed"), name), expected)
+
+
+def test_a_loss_that_couples_tokens_must_not_be_cut(monkeypatch: pytest.MonkeyPatch):
+    """The tests above would see it."""
+    model, samples, packing = tiny_model("qwen3"), some_samples(), Packing(1, 1000, "packed")
+    expected = naive_gradient(model, samples, "gspo")
+    chunks_of(monkeypatch, 7)
+    trainer = trainer_of(model, packing, couples_tokens=False)
+    forward_backward(trainer, make_minibatch(samples, packing, row("gspo"), 0), loss_of("gspo"))
+    with pytest.raises(AssertionError):
+        assert_same(gradient_of(model), expected, tolerance=0.01)
+
+
+def test_chunks_of_the_head_do_not_change_metrics_or_records(monkeypatch: pytest.MonkeyPatch):
+    model, packing, seen = tiny_model("qwen3"), Packing(1, 1000, "rows"), []
+    for size in (7, 1000):
+        chunks_of(monkeypatch, size)
+        samples = some_samples()
+        trainer = trainer_of(model, packing, couples_tokens=False)
+        metrics = forward_backward(trainer, make_minibatch(samples, packing, ROWS["grpo"], 0), GRPO)
+        seen.append((metrics, [x for s in samples for x in (*s.current_logprobs, *s.ratios, *s.clipped)]))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-4)
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-4, abs=1e-6)
+
+
+def test_an_update_has_the_same_bits_when_it_is_made_again(monkeypatch: pytest.MonkeyPatch):
+    chunks_of(monkeypatch, 7)
+    model, samples = tiny_model("gemma2"), some_samples()
+    first, second = (gradient(model, samples, Packing(1, 30, "rows")) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(frozen: str):
     model, samples = tiny_model("qwen3"), some_samples()
-    expected = naive_gradient(model, samples, "grpo")
-    monkeypatch.setattr(logprobs_room, "CHUNK_ELEMENTS", 7 * 128)
-    assert_same(gradient(model, samples, Packing(1, 1000, "packed"), "grpo"), expected)
+    expected = naive_gradient(model, samples, "cispo")
+    getattr(model, frozen).requires_grad_(False)
+    actual = gradient(model, samples, Packing(1, 30, "rows"))
+    assert actual.keys() == {name for name in expected if name.startswith("lm_head.") is (frozen == "body")}
+    assert_same(actual, {name: expected[name] for name in actual})
 
 
 def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
@@ -238,6 +293,21 @@ def test_a_bf16_model_collects_fp32_gradients_over_micro_batches():
         collected = [master.grad for master in trainer.optimizer.masters]
         assert all(g is not None and g.dtype == torch.float32 for g in collected)
         assert_same(dict(zip(expected, collected, strict=True)), expected, tolerance=0.1)
+
+
+def test_the_gradient_of_a_bf16_head_is_never_rounded(monkeypatch: pytest.MonkeyPatch):
+    """T3: it is added to the master's in FP32; rounded to BF16 chunk by chunk, it would lose what many chunks add."""
+    model, samples, found = tiny_model("qwen3", torch.bfloat16), some_samples(), []
+    for size in (1, 1000):
+        chunks_of(monkeypatch, size)
+        trainer = trainer_of(model, packing=(packing := Packing(1, 30, "rows")), couples_tokens=False)
+        forward_backward(trainer, make_minibatch(samples, packing, ROWS["cispo"], 0))
+        sum_ = trainer.optimizer.gradient_of(model.head.weight)
+        assert sum_ is not None
+        found.append(sum_)
+    one, whole = found
+    assert float((one - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
+    assert float((whole - whole.bfloat16().float()).abs().max()) > 1e-3 * float(whole.abs().max())
 
 
 # what is recorded
@@ -326,14 +396,20 @@ def test_the_first_update_is_on_policy_and_the_second_is_not():
 # refusals
 
 
+@pytest.mark.parametrize("budget", [1, 1000])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_a_loss_that_is_not_finite_is_refused_with_the_samples_name(bad: float):
+def test_a_loss_that_is_not_finite_is_refused_with_the_samples_name(
+    monkeypatch: pytest.MonkeyPatch, bad: float, budget: int
+):
+    """And no gradient of the update is left, neither of micro-batches before it nor of chunks."""
+    chunks_of(monkeypatch, 7)
     model, samples = tiny_model("qwen3"), some_samples()
     samples[2].advantages = [bad] * len(samples[2])
-    minibatch = make_minibatch(samples, Packing(1, 1, "rows"), ROWS["cispo"], 3)
-    with pytest.raises(NonFiniteError, match=rf"loss is {bad} at update 3 of the step.*\(p#1\.0 .*refused"):
-        forward_backward(trainer_of(model), minibatch)
-    assert all(torch.isfinite(g).all() for g in gradient_of(model).values())
+    minibatch = make_minibatch(samples, Packing(1, budget, "packed"), ROWS["cispo"], 3)
+    name = r"p#1\.0" if budget == 1 else r"p#0\.1, "
+    with pytest.raises(NonFiniteError, match=rf"loss is {bad} at update 3 of the step.*\({name}.*refused"):
+        forward_backward(trainer_of(model, couples_tokens=False), minibatch)
+    assert gradient_of(model) == {}
 
 
 # updates

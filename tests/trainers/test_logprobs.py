@@ -1,191 +1,284 @@
-"""Log-probs and entropies are those of the plain softmax in float64, and no more logits than one chunk are ever held."""
+"""Log-probs, entropies and gradients of the head are those of the plain softmax in float64, however it is cut into chunks, and
+no more logits than one chunk are ever held."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import tiny_model
+from sluice.algorithms import LossOutput
+from sluice.algorithms.aggregation import sums_by
+from sluice.data.batch import MicroBatch
+from sluice.tracking.metrics import Metrics, Sum
 from sluice.trainers import logprobs as room
-from sluice.trainers.logprobs import token_logprobs
+from sluice.trainers.chunks import chunk_tokens
+from sluice.trainers.logprobs import HeadOutput, head_backward, token_logprobs
 from sluice.trainers.model import PolicyModel
 
 VOCAB = 128
 CHUNK = 5  # tokens; 23 is no multiple of it
+AFTER_HEAD = {
+    "nothing": {},
+    "scaled": {"logit_scale": 0.25},  # Cohere
+    "divided": {"logits_scaling": 3.0},  # Granite
+    "capped": {"final_logit_softcapping": 2.0},  # Gemma 2
+    "all": {"logit_scale": 1.5, "logits_scaling": 3.0, "final_logit_softcapping": 2.0},
+}
+truncated = pytest.mark.parametrize("truncate", [False, True], ids=["whole", "truncated"])
+coupled = pytest.mark.parametrize("couples", [False, True], ids=["alone", "coupled"])
 
 
-def inputs(dtype: torch.dtype = torch.float32, num: int = 23) -> tuple[Tensor, Tensor, Tensor]:
+def model_of(dtype: torch.dtype = torch.float32, bias: bool = False, after: str = "nothing") -> PolicyModel:
+    model = tiny_model("qwen3", dtype)
+    if bias:
+        weight, model.head = model.head.weight, nn.Linear(32, VOCAB, dtype=dtype)
+        with torch.no_grad():
+            model.head.weight.copy_(weight)
+            model.head.bias.copy_(torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)))
+    for name, value in AFTER_HEAD[after].items():
+        setattr(model.config, name, value)
+    return model
+
+
+def inputs(num: int = 23, dtype: torch.dtype = torch.float32, truncate: bool = False) -> tuple[Tensor, MicroBatch]:
+    """States, and a batch of sequences of 4 tokens, at temperatures that differ from token to token."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(num, 32, generator=generator).to(dtype).requires_grad_()
+    hidden = torch.randn(num, 32, generator=generator).to(dtype)
     targets = torch.randint(VOCAB, (num,), generator=generator)
-    return hidden, targets, 0.5 + torch.rand(num, generator=generator)
+    kept = kept_for(targets) if truncate else [targets[:0]] * num
+    columns = dict.fromkeys(MicroBatch.__dataclass_fields__, torch.empty(0)) | {
+        "samples": [],
+        "target_ids": targets,
+        "temperatures": 0.5 + torch.rand(num, generator=generator),
+        "sequence_ids": torch.arange(num) // 4,
+        "coefficients": torch.randn(num, generator=generator),
+        "kept_ids": torch.cat([*kept, targets[:0]]),
+        "kept_counts": torch.tensor([len(ids) for ids in kept] if truncate else [], dtype=torch.int64),
+    }
+    return hidden, MicroBatch(**columns)  # type: ignore[arg-type]
 
 
-def kept_for(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat kept ids and their counts: 1 to 20 that hold the target, and none for every fourth token (it stays whole)."""
+def kept_for(targets: Tensor) -> list[Tensor]:
+    """1 to 20 ids that hold the target, and none for every fourth token (it stays whole)."""
     generator = torch.Generator().manual_seed(1)
-    rows = [
+    return [
         torch.cat([target[None], others[others != target][: i % 20]]) if i % 4 else targets[:0]
         for i, target in enumerate(targets)
         for others in [torch.randperm(VOCAB, generator=generator)]
     ]
-    return torch.cat(rows), torch.tensor([len(row) for row in rows])
 
 
-def plain(
-    model: PolicyModel, hidden: Tensor, targets: Tensor, temperatures: Tensor, *kept: Tensor
-) -> tuple[Tensor, Tensor]:
-    """In float64, all at once or, with kept ids, token by token over those alone."""
-    logits = hidden.double() @ model.head.weight.double().T / temperatures.double()[:, None]
-    if not kept:
-        logp = torch.log_softmax(logits, -1)
-        return logp[range(len(targets)), targets], -(logp.exp() * logp).sum(-1)
-    logprobs, entropies = [], []
-    for row, target, ids in zip(logits, targets, kept[0].split(kept[1].tolist()), strict=True):
-        own = ids if len(ids) else torch.arange(VOCAB)
-        logp = torch.log_softmax(row[own], -1)
-        logprobs.append(logp[own == target])
-        entropies.append(-(logp.exp() * logp).sum())
-    return torch.cat(logprobs), torch.stack(entropies)
+def loss_of(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
+    """Curved in the log-probs, each token with a weight of its own."""
+    per_token = logprobs.exp() - 3 * logprobs + logprobs.square() / 9
+    loss = (batch.coefficients * (per_token - 2 * entropies)).sum()
+    return LossOutput(loss, per_token, logprobs.exp(), logprobs < -4, Metrics(loss=Sum(loss.detach())))
 
 
-def gradients(model: PolicyModel, hidden: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a sum in which every token counts differently."""
-    weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
-    return torch.autograd.grad((weights * logprobs).sum(), (hidden, model.head.weight))
+def coupled_loss_of(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
+    """The same, of means over sequences."""
+    ids = batch.sequence_ids
+    means = sums_by(ids, logprobs) / sums_by(ids, torch.ones_like(logprobs))
+    return loss_of(means[ids], entropies, batch)
 
 
-truncated = pytest.mark.parametrize("truncate", [False, True], ids=["whole", "truncated"])
+LOSSES = {False: loss_of, True: coupled_loss_of}
 
 
-@pytest.fixture
-def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "CHUNK_ELEMENTS", CHUNK * VOCAB + 100)
+def plain(model: PolicyModel, hidden: Tensor, batch: MicroBatch, couples: bool, bonus: bool) -> dict[str, Tensor]:
+    """In float64 by the definitions, token by token and over the kept ids alone; the gradients are autograd's."""
+    states, weight = (x.detach().double().requires_grad_() for x in (hidden, model.head.weight))
+    bias = torch.zeros(VOCAB, dtype=torch.float64) if model.head.bias is None else model.head.bias.detach().double()
+    bias.requires_grad_()
+    logits = states @ weight.T + bias
+    logits = logits * (getattr(model.config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    logits = logits / batch.temperatures.double()[:, None]
+    logprobs, entropies = [logits.flatten()[:0]], [logits.flatten()[:0]]
+    counts = batch.kept_counts.tolist() or [0] * len(hidden)
+    for row, target, ids in zip(logits, batch.target_ids, batch.kept_ids.split(counts), strict=True):
+        kept = ids if len(ids) else torch.arange(VOCAB)
+        p = torch.exp(row[kept]) / torch.exp(row[kept]).sum()
+        logprobs.append(torch.log(p[kept == target]))
+        entropies.append(-(p * torch.log(p)).sum()[None])
+    logp, entropy = torch.cat(logprobs), torch.cat(entropies)
+    output = LOSSES[couples](logp, entropy if bonus else entropy.detach(), batch)
+    output.loss.backward()
+    gradients = {"hidden": states.grad, "weight": weight.grad, "bias": bias.grad}
+    values = {"logprobs": logp, "entropies": entropy, "loss": output.loss, "per_token": output.per_token}
+    return {name: value.detach() for name, value in (values | gradients).items() if value is not None}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_chunk_is_the_plain_softmax(dtype: torch.dtype):
-    """With BF16 weights too the head is FP32: in BF16 the error would be near 0.05."""
-    model, columns = tiny_model("qwen3", dtype), inputs(dtype)
-    expected, actual = plain(model, *columns), token_logprobs(model, *columns)
-    assert model.logits(columns[0]).dtype == actual[0].dtype == actual[1].dtype == torch.float32
-    for values, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
+def ours(
+    model: PolicyModel, hidden: Tensor, batch: MicroBatch, couples: bool, bonus: bool
+) -> tuple[dict[str, Tensor], HeadOutput]:
+    sums: dict[Tensor, Tensor] = {}
+
+    def gradient_of(parameter: Tensor) -> Tensor:
+        return sums.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.float32))
+
+    settings: Any = {"couples_tokens": couples, "entropy_gradient": bonus}
+    output = head_backward(model, hidden, batch, LOSSES[couples], gradient_of, **settings)
+    values = {
+        "logprobs": output.logprobs,
+        "entropies": output.entropies,
+        "loss": output.loss.loss,
+        "per_token": output.loss.per_token,
+        "hidden": output.hidden_gradient,
+        "weight": sums[model.head.weight],
+    }
+    return values | ({} if model.head.bias is None else {"bias": sums[model.head.bias]}), output
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_those_of_the_plain_softmax(dtype: torch.dtype):
-    model, columns = tiny_model("qwen3", dtype), inputs(dtype)
-    expected = gradients(model, columns[0], plain(model, *columns)[0])
-    actual = gradients(model, columns[0], token_logprobs(model, *columns)[0])
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # a BF16 leaf has a BF16 gradient
-    for values, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(values, wanted, rtol=tolerance, atol=tolerance)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerances: float) -> None:
+    """To 1e-5 of the largest number of each kind."""
+    for name, value in actual.items():
+        wanted, tolerance = expected[name], tolerances.get(name, 1e-5)
+        scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+        torch.testing.assert_close(value.double(), wanted, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: n + m)
 
 
-def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch):
-    model, columns = tiny_model("qwen3"), inputs()
-    whole = token_logprobs(model, *columns)
-    whole_gradients = gradients(model, columns[0], whole[0])
-    for size in (1, 5, 22, 23, 24):
-        monkeypatch.setattr(room, "CHUNK_ELEMENTS", size * VOCAB)
-        parts = token_logprobs(model, *columns)
-        for actual, expected in zip(
-            (*parts, *gradients(model, columns[0], parts[0])), (*whole, *whole_gradients), strict=True
-        ):
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        with torch.no_grad():
-            for actual, expected in zip(token_logprobs(model, *columns), whole, strict=True):
-                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+@contextmanager
+def chunks_of(size: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "chunk_tokens", lambda _: size)
+        yield
 
 
-def test_a_chunk_is_never_less_than_a_token(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "CHUNK_ELEMENTS", 1)
-    logprobs, entropies = token_logprobs(tiny_model("qwen3"), *inputs(num=3))
-    assert logprobs.shape == entropies.shape == (3,)
+# values and gradients
 
 
-def test_entropies_carry_no_gradient():
-    logprobs, entropies = token_logprobs(tiny_model("qwen3"), *inputs())
-    assert logprobs.requires_grad
-    assert not entropies.requires_grad
+@coupled
+@truncated
+@pytest.mark.parametrize("after", AFTER_HEAD)
+@pytest.mark.parametrize("size", [CHUNK, 100], ids=["chunks", "one_chunk"])
+def test_values_and_gradients_are_those_of_the_plain_softmax(size: int, after: str, truncate: bool, couples: bool):
+    """With a bias, an entropy bonus, and whatever the architecture does to its logits."""
+    model, (hidden, batch) = model_of(bias=True, after=after), inputs(truncate=truncate)
+    with chunks_of(size):
+        actual, output = ours(model, hidden, batch, couples, True)
+        assert torch.equal(token_logprobs(model, hidden, batch), actual["logprobs"])
+    assert_same(actual, plain(model, hidden, batch, couples, True))
+    assert output.loss.metrics["loss"].value() == pytest.approx(float(actual["loss"]), rel=1e-5)
+    assert torch.equal(output.loss.clipped, output.loss.ratios < torch.exp(torch.tensor(-4.0)))
+    assert actual.keys() >= {"weight", "bias", "hidden"}
 
 
-@pytest.mark.parametrize("size", [1, 5, 23])
-def test_with_kept_ids_all_is_of_the_softmax_over_those_alone(monkeypatch: pytest.MonkeyPatch, size: int):
-    """Values and both gradients, through the chunks."""
-    monkeypatch.setattr(room, "CHUNK_ELEMENTS", size * VOCAB)
-    model, columns = tiny_model("qwen3"), inputs()
-    kept = kept_for(columns[1])
-    expected = plain(model, *columns, *kept)
-    actual = token_logprobs(model, *columns, *kept, entropy_gradient=True)
-    for values, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
-    ours, theirs = (gradients(model, columns[0], torch.cat(both)) for both in (actual, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(model, *columns, *kept), tuple(a.detach() for a in actual))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    num=st.integers(0, 30),
+    size=st.integers(1, 40),
+    truncate=st.booleans(),
+    couples=st.booleans(),
+    bonus=st.booleans(),
+    bias=st.booleans(),
+    after=st.sampled_from(list(AFTER_HEAD)),
+)
+def test_the_cut_into_chunks_changes_nothing(
+    num: int, size: int, truncate: bool, couples: bool, bonus: bool, bias: bool, after: str
+):
+    """No tokens, one at a time, more room than there are."""
+    model, (hidden, batch) = model_of(bias=bias, after=after), inputs(num, truncate=truncate)
+    with chunks_of(size):
+        actual, _ = ours(model, hidden, batch, couples, bonus)
+    assert_same(actual, plain(model, hidden, batch, couples, bonus))
 
 
-def test_the_logits_of_the_architecture_are_used():
-    """Gemma 2 caps its logits; at a temperature, what is capped is divided."""
-    model, (hidden, targets, temperatures) = tiny_model("gemma2"), inputs()
-    logits = torch.tanh(hidden.double() @ model.head.weight.double().T / 30.0) * 30.0 / temperatures.double()[:, None]
-    expected = torch.log_softmax(logits, -1)[range(len(targets)), targets]
-    actual, _ = token_logprobs(model, hidden, targets, temperatures)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+@coupled
+@pytest.mark.parametrize("bonus", [False, True], ids=["measured", "bonus"])
+def test_the_head_of_a_bf16_model_is_fp32(bonus: bool, couples: bool):
+    """Values, and the gradient of the weight: in BF16 the errors would be near 0.05. Only the states' is rounded."""
+    model, (hidden, batch) = model_of(torch.bfloat16), inputs(dtype=torch.bfloat16)
+    with chunks_of(CHUNK):
+        actual, _ = ours(model, hidden, batch, couples, bonus)
+    assert actual["hidden"].dtype == torch.bfloat16
+    assert actual["weight"].dtype == actual["logprobs"].dtype == torch.float32
+    assert_same(actual, plain(model, hidden, batch, couples, bonus), hidden=4e-3)
 
 
-def test_no_tokens(chunked: None):
-    logprobs, entropies = token_logprobs(tiny_model("qwen3"), *inputs(num=0))
-    assert logprobs.shape == entropies.shape == (0,)
-    logprobs.sum().backward()
+@coupled
+@truncated
+def test_the_same_inputs_give_the_same_bits(truncate: bool, couples: bool):
+    model, (hidden, batch) = model_of(), inputs(truncate=truncate)
+    with chunks_of(CHUNK):
+        first, second = (ours(model, hidden, batch, couples, True)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-class Widest(TorchDispatchMode):
-    """Most rows that any tensor over the vocabulary had, forward or backward."""
+def test_gradients_add_to_what_is_there_and_one_that_nobody_wants_is_left_out():
+    model, (hidden, batch) = model_of(bias=True), inputs()
+    expected = plain(model, hidden, batch, False, False)
+    there = torch.ones_like(model.head.weight)
+    for sums in ({model.head.weight: there}, {}):
+        output = head_backward(model, hidden, batch, loss_of, sums.get, couples_tokens=False, entropy_gradient=False)
+        assert_same({"hidden": output.hidden_gradient, "weight": there - 1}, expected)
 
-    rows = 0
+
+def test_a_target_that_was_not_kept_has_no_probability():
+    hidden, batch = inputs(truncate=True)
+    token = 1  # of two ids, the target and another
+    own = slice(int(batch.kept_counts[:token].sum()), int(batch.kept_counts[: token + 1].sum()))
+    batch.target_ids[token] = int(next(i for i in range(VOCAB) if i not in batch.kept_ids[own].tolist()))
+    assert token_logprobs(model_of(), hidden, batch).isinf().nonzero().tolist() == [[token]]
+
+
+# memory
+
+
+class Wide(TorchDispatchMode):
+    """Storages in which a tensor over the vocabulary was seen, and the elements of the largest tensor of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: dict[int, int] = {}
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == VOCAB:
-                self.rows = max(self.rows, tensor.shape[0] * (tensor.shape != (32, VOCAB)))  # not the head, transposed
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes() // tensor.itemsize)
+                if (
+                    tensor.dim() >= 2 and tensor.shape[-1] == VOCAB and tensor.shape != (32, VOCAB)
+                ):  # the head, transposed
+                    self.logits[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
         return result
 
 
+@coupled
 @truncated
-@pytest.mark.parametrize("train", [True, False], ids=["training", "no_grad"])
-def test_logits_never_exist_beyond_one_chunk(chunked: None, train: bool, truncate: bool):
-    model, columns = tiny_model("qwen3"), inputs()
-    kept = kept_for(columns[1]) if truncate else ()
-    with Widest() as widest, torch.set_grad_enabled(train):
-        logprobs, _ = token_logprobs(model, *columns, *kept)
-        if train:
-            logprobs.sum().backward()
-    assert widest.rows == CHUNK
+@pytest.mark.parametrize("bonus", [False, True], ids=["measured", "bonus"])
+def test_all_chunks_share_two_buffers_of_logits(bonus: bool, truncate: bool, couples: bool):
+    """No tensor has an element for every token and id, nor do many small ones together."""
+    num = 200
+    model, (hidden, batch) = model_of(), inputs(num, truncate=truncate)
+    with chunks_of(CHUNK), Wide() as wide:
+        ours(model, hidden, batch, couples, bonus)
+    assert list(wide.logits.values()) == [2 * CHUNK * VOCAB]
+    assert wide.largest <= num * 32 < num * VOCAB / 3
+    with chunks_of(CHUNK), Wide() as wide:
+        token_logprobs(model, hidden, batch)
+    assert list(wide.logits.values()) == [2 * CHUNK * VOCAB]
 
 
-@truncated
-def test_no_logits_are_held_for_the_backward(chunked: None, truncate: bool):
-    """Chunks that were each held would be the whole [T, V] again, piece by piece."""
-    model, columns = tiny_model("qwen3"), inputs()
-    kept = kept_for(columns[1]) if truncate else ()
-    held: dict[int, int] = {}
+def test_a_few_tokens_have_buffers_of_their_size():
+    with Wide() as wide:
+        token_logprobs(model_of(), *inputs(3))
+    assert list(wide.logits.values()) == [2 * 3 * VOCAB]
 
-    def hold(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() != model.head.weight.data_ptr():
-            held[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        logprobs, _ = token_logprobs(model, *columns, *kept)
-    assert max(held.values(), default=0) < CHUNK * VOCAB
-    assert sum(held.values()) < len(logprobs) * VOCAB / 2
-    logprobs.sum().backward()
-    assert columns[0].grad is not None
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(128, 8192), (4096, 512), (151_936, 512), (2**21, 512)])
+def test_a_chunk_has_enough_tokens_for_the_heads_gradient_and_no_more_than_fit_the_cache(vocab_size: int, tokens: int):
+    assert chunk_tokens(vocab_size) == tokens

@@ -25,6 +25,16 @@ class LossOutput:
     metrics: Metrics
     """Sums are over the micro-batch, and add up to the update's."""
 
+    def __add__(self, other: LossOutput) -> LossOutput:
+        """Of the tokens of both, one after the other."""
+        return LossOutput(
+            self.loss + other.loss,
+            torch.cat([self.per_token, other.per_token]),
+            torch.cat([self.ratios, other.ratios]),
+            torch.cat([self.clipped, other.clipped]),
+            self.metrics + other.metrics,
+        )
+
 
 def policy_loss(
     spec: Algorithm,

@@ -97,6 +97,12 @@ class Algorithm:
         return self.advantage == "gae"
 
     @property
+    def couples_tokens(self) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence, which can then not be cut."""
+        levels = (self.ratio, self.correction_level, self.rejection)
+        return "sequence" in levels or "geometric" in levels
+
+    @property
     def corrects(self) -> bool:
         """Whether it compares the trainer's log-probs before the step with the engine's."""
         return self.correction != "none" or self.rejection != "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -56,6 +56,19 @@ class MicroBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return MicroBatch(**{**vars(self), **moved})
 
+    def parts(self, size: int) -> list[MicroBatch]:
+        """Of at most `size` loss tokens each, in their order, and one at least; the input stays whole, and so do the samples."""
+        if len(self.target_ids) <= size:
+            return [self]
+        columns = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in _NOT_PER_TOKEN}
+        parts = []
+        for start in range(0, len(self.target_ids), size):
+            own = {name: column[start : start + size] for name, column in columns.items()}
+            first = int(self.kept_counts[:start].sum())
+            kept_ids = self.kept_ids[first : first + int(own["kept_counts"].sum())]
+            parts.append(replace(self, **own, kept_ids=kept_ids))
+        return parts
+
     def record(self, update: int, logprobs: Tensor, ratios: Tensor, clipped: Tensor) -> None:
         """Write what an update saw ([T] each) into its samples, for the ledger."""
         columns = self.spread(logprobs, 0.0), self.spread(ratios, 1.0), self.spread(clipped, False)
@@ -71,6 +84,9 @@ class MicroBatch:
         spread[own] = numbers
         ends = accumulate(map(len, self.samples))
         return [spread[end - len(sample) : end].tolist() for sample, end in zip(self.samples, ends, strict=True)]
+
+
+_NOT_PER_TOKEN = {"input_ids", "position_ids", "kept_ids"}
 
 
 @dataclass

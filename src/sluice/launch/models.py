@@ -86,6 +86,7 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
         critic=Critic(model, own, optimizer_settings(critic), updates, critic.value_clip)
         if algorithm.needs_values
         else None,
+        couples_tokens=algorithm.couples_tokens,
         entropy_gradient=algorithm.entropy_coef > 0,
     )
 

@@ -121,6 +121,7 @@ def _change(replay: Replay, other: TrainConfig) -> None:
     replay.algorithm, replay.old_logprobs = algorithm_of(other), other.algorithm.old_logprobs
     replay.packing = trainer.packing = packing_of(other)
     trainer.optimizer.use(optimizer_settings(other.trainer))
+    trainer.couples_tokens = replay.algorithm.couples_tokens
     trainer.entropy_gradient = replay.algorithm.entropy_coef > 0
 
 

@@ -81,7 +81,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     from sluice.checkpoint import write_checkpoint
     from sluice.data.batch import Packing
     from sluice.trainers.local import LocalTrainer as Local
-    from sluice.trainers.sft import num_updates, response_sample, train_sft
+    from sluice.trainers.sft import CROSS_ENTROPY, num_updates, response_sample, train_sft
 
     config = resolved.config
     rows = check_sft(config)
@@ -95,7 +95,8 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
     updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
     model = load_policy(config, chat)
-    trainer = Local(model, chat.tokenizer, optimizer_of(settings, model, updates), packing)
+    optimizer = optimizer_of(settings, model, updates)
+    trainer = Local(model, chat.tokenizer, optimizer, packing, couples_tokens=CROSS_ENTROPY.couples_tokens)
     if longest := max(samples, key=len, default=None):
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)

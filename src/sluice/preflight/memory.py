@@ -13,14 +13,13 @@ from pathlib import Path
 from sluice.config import ModelSection, SftConfig, TrainConfig
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
+from sluice.trainers.chunks import chunk_tokens
 
 FP32 = 4
 PROCESS_BYTES = 450 * 2**20
 """Python, torch, transformers and matplotlib on a CPU."""
-CHUNK_ELEMENTS = 2**24
-"""Logits that the trainer holds at once (`trainers.logprobs`)."""
-CHUNK_COPIES = 4
-"""They, their log-softmax, and the gradients of both."""
+CHUNK_COPIES = 2
+"""Buffers of a chunk's logits (`trainers.logprobs`); one more where the architecture caps them."""
 DECODE_COPIES = 4
 """Logits of all slots, tempered, as probabilities and summed up."""
 CACHE_STEP = 64
@@ -162,9 +161,10 @@ def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
 
 
 def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
-    """A chunk of logits; and for a BF16 model its head in FP32, with a gradient of its own."""
-    head = 2 * model.vocab_size * model.config.hidden_size if width < FP32 else 0
-    return FP32 * (head + CHUNK_COPIES * min(CHUNK_ELEMENTS, batch.tokens * model.vocab_size))
+    """A chunk of logits; and for a BF16 model its head in FP32."""
+    head = model.vocab_size * model.config.hidden_size if width < FP32 else 0
+    copies = CHUNK_COPIES + bool(getattr(model.config, "final_logit_softcapping", None))
+    return FP32 * (head + copies * min(chunk_tokens(model.vocab_size), batch.tokens) * model.vocab_size)
 
 
 def _batch(longest: int, samples: int, tokens_per_micro_batch: int, layout: str) -> Batch:

@@ -15,15 +15,12 @@ from sluice.errors import ConfigError, NonFiniteError
 from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Mean, Metrics, Sum
 from sluice.trainers.critic import Critic
-from sluice.trainers.logprobs import token_logprobs
+from sluice.trainers.logprobs import Loss, head_backward, token_logprobs
 from sluice.trainers.model import PolicyModel, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights
-
-Loss = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
-"""(log-probs [T], entropies [T], micro-batch) → loss of the micro-batch."""
 
 
 class LocalTrainer:
@@ -36,15 +33,18 @@ class LocalTrainer:
         *,
         reference: PolicyModel | None = None,
         critic: Critic | None = None,
+        couples_tokens: bool = True,
         entropy_gradient: bool = False,
     ) -> None:
-        """`entropy_gradient`: whether the loss has an entropy bonus; without it entropies are measured only."""
+        """Of the loss: `couples_tokens` says whether that of a token depends on others of its sequence, `entropy_gradient`
+        whether there is an entropy bonus; without one entropies are measured only."""
         self.model = model
         self.tokenizer = tokenizer
         self.optimizer = optimizer
         self.packing = packing
         self.reference = reference
         self.critic = critic
+        self.couples_tokens = couples_tokens
         self.entropy_gradient = entropy_gradient
         self._policy_has_gradient = False
         self._reference_moved = False
@@ -72,55 +72,66 @@ class LocalTrainer:
             )
         model = self.reference if output == "ref_logprobs" else self.model
         assert model is not None
-        hidden = hidden_states_of(model, batch)
-        return token_logprobs(model, hidden, batch.target_ids, batch.temperatures, batch.kept_ids, batch.kept_counts)[0]
+        return token_logprobs(model, hidden_states_of(model, batch), batch)
 
     async def forward_backward(self, minibatch: Minibatch, loss: Loss | None) -> Metrics:
         """Add the gradient of one update's loss, micro-batch by micro-batch, and note in its samples what each token saw.
 
-        Without a loss only the critic learns. Raises NonFiniteError before a backward that would spoil the gradients.
+        Without a loss only the critic learns. Raises NonFiniteError, and leaves no gradient of the update behind.
         """
         metrics = Metrics()
-        for micro_batch in minibatch.micro_batches:
-            batch = micro_batch.to(self.model.device)
-            hidden = None
-            if loss or (self.critic and self.critic.own_model is None):
-                with torch.set_grad_enabled(loss is not None):  # a head leaves the policy's states as they are
-                    hidden = hidden_states_of(self.model, batch)
-            if loss:
-                assert hidden is not None
-                metrics += self._policy_backward(minibatch, micro_batch, batch, hidden, loss)
+        try:
+            for micro_batch in minibatch.micro_batches:
+                metrics += self._micro_batch_backward(minibatch, micro_batch, loss)
+        except NonFiniteError:
+            self.optimizer.drop_gradients()
             if self.critic:
-                metrics += self.critic.forward_backward(batch, hidden)
+                self.critic.optimizer.drop_gradients()
+            raise
         self._policy_has_gradient |= loss is not None
         return metrics.per_update()
+
+    def _micro_batch_backward(self, minibatch: Minibatch, micro_batch: MicroBatch, loss: Loss | None) -> Metrics:
+        metrics = Metrics()
+        batch = micro_batch.to(self.model.device)
+        hidden = None
+        if loss or (self.critic and self.critic.own_model is None):
+            with torch.set_grad_enabled(loss is not None):  # a head leaves the policy's states as they are
+                hidden = hidden_states_of(self.model, batch)
+        if loss:
+            assert hidden is not None
+            metrics += self._policy_backward(minibatch, micro_batch, batch, hidden, loss)
+        if self.critic:
+            metrics += self.critic.forward_backward(batch, hidden)
+        return metrics
 
     def _policy_backward(
         self, minibatch: Minibatch, micro_batch: MicroBatch, batch: MicroBatch, hidden: Tensor, loss: Loss
     ) -> Metrics:
-        logprobs, entropies = token_logprobs(
+        def checked(logprobs: Tensor, entropies: Tensor, part: MicroBatch) -> LossOutput:
+            output = loss(logprobs, entropies, part)
+            if not torch.isfinite(output.loss):
+                names = ", ".join(sample.name for sample in micro_batch.samples[:4])
+                raise NonFiniteError(
+                    f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
+                    f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
+                )
+            return output
+
+        logprobs, entropies, output, hidden_gradient = head_backward(
             self.model,
             hidden,
-            batch.target_ids,
-            batch.temperatures,
-            batch.kept_ids,
-            batch.kept_counts,
+            batch,
+            checked,
+            self.optimizer.gradient_of,
+            couples_tokens=self.couples_tokens,
             entropy_gradient=self.entropy_gradient,
         )
-        output = loss(logprobs, entropies, batch)
-        if not torch.isfinite(output.loss):
-            names = ", ".join(sample.name for sample in micro_batch.samples[:4])
-            raise NonFiniteError(
-                f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
-                f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
-            )
-        output.loss.backward()
+        if hidden.requires_grad:
+            hidden.backward(hidden_gradient)
         self.optimizer.collect_gradients()
-        micro_batch.record(minibatch.index, logprobs.detach(), output.ratios, output.clipped)
-        own = {
-            "train/entropy": Mean(entropies.detach().sum(), len(entropies)),
-            "train/loss": Sum(output.loss.detach()),
-        }
+        micro_batch.record(minibatch.index, logprobs, output.ratios, output.clipped)
+        own = {"train/entropy": Mean(entropies.sum(), len(entropies)), "train/loss": Sum(output.loss)}
         return output.metrics + own
 
     async def optim_step(self) -> Metrics:

@@ -76,22 +76,32 @@ class PolicyModel:
         )
         return output.last_hidden_state
 
-    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head.
 
-        `weight` is the head's in FP32: given by who calls often, so that it is cast once and, for a BF16 model, its
-        gradient is summed in FP32 before it is rounded.
+        `weight` is the head's in FP32, given by who calls often, so that it is cast once. With `out` [T, V] they are written there.
         """
         weight = self.head.weight.float() if weight is None else weight
-        bias = None if self.head.bias is None else self.head.bias.float()
-        logits = nn.functional.linear(hidden.float(), weight, bias)
+        if self.head.bias is None:
+            logits = torch.mm(hidden.float(), weight.T, out=out)
+        else:
+            logits = torch.addmm(self.head.bias.float(), hidden.float(), weight.T, out=out)
         if scale := getattr(self.config, "logit_scale", None):  # Cohere
-            logits = logits * scale
+            logits.mul_(scale)
         if scaling := getattr(self.config, "logits_scaling", None):  # Granite
-            logits = logits / scaling
+            logits.div_(scaling)
         if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
+            logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+    def logits_slope(self, logits: Tensor) -> Tensor | float | None:
+        """The derivative of [T, V] `logits` by what the head itself gave, from their values: one number, or [T, V] where they are
+        capped; None where the architecture does nothing to them."""
+        scale, scaling = getattr(self.config, "logit_scale", None), getattr(self.config, "logits_scaling", None)
+        slope = (scale or 1.0) / (scaling or 1.0) if scale or scaling else None
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            return (logits / cap).square_().neg_().add_(1.0).mul_(slope or 1.0)
+        return slope
 
     def _masks(self, visible: Tensor, queries: Tensor, keys: Tensor) -> Any:
         """The attention mask in the form that the model wants: one, or one for each kind of layer."""

@@ -64,6 +64,18 @@ class Optimizer:
         for group, decay in zip(self.adamw.param_groups, (settings.weight_decay, 0.0), strict=True):
             group.update(betas=settings.betas, eps=settings.eps, weight_decay=decay)
 
+    def gradient_of(self, param: torch.Tensor) -> torch.Tensor | None:
+        """The FP32 sum of the gradients of a weight, to add to; None for one that is not trained."""
+        for own, master in zip(self.params, self.masters, strict=True):
+            if own is param:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                return master.grad
+        return None
+
+    def drop_gradients(self) -> None:
+        """Of an update that is refused."""
+        self.adamw.zero_grad()
+
     def collect_gradients(self) -> None:
         """After each backward: add the model's gradients to the masters' FP32 ones."""
         if not self.own_masters:
@@ -79,7 +91,7 @@ class Optimizer:
         untouched, when that is not finite."""
         norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         if not torch.isfinite(norm):
-            self.adamw.zero_grad()
+            self.drop_gradients()
             raise NonFiniteError(
                 f"gradient norm of the {self.owner} is {float(norm)} at update {self.update}; the update was refused"
             )
