@@ -183,8 +183,10 @@ def measure(sides: list[str], shape: list[int], runs: int) -> dict[str, dict[str
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     problem = make_problem(*shape)
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for run in range(runs + 1):  # in turn, so that a machine that slows down slows all
-        for side in sides:
+    for run in range(
+        runs + 1
+    ):  # in turn, so that a machine that slows down slows all; to and fro: each has the heap of another
+        for side in sides if run % 2 else reversed(sides):
             spent = seconds(side, problem)
             if run:  # the first one is for warming up
                 times[side].append(spent)
@@ -196,7 +198,7 @@ def measure(sides: list[str], shape: list[int], runs: int) -> dict[str, dict[str
             "seconds_max": round(max(times[side]), 3),
             "seconds_over_plain": round(median(times[side]) / median(times["plain"]), 3),
             "peak_mib": round(peaks[side] / 2**20, 1),
-            "peak_over_plain": round(peaks[side] / peaks["plain"], 4),
+            "peak_over_plain": round(peaks[side] / max(1, peaks["plain"]), 4),
         }
     return results
 
