@@ -162,6 +162,10 @@ class BatchedOptimizer(OptimizerSection):
     """Tokens (padding included) in one forward and backward; the loss does not depend on it. A longer sample goes alone."""
     layout: Layout = "packed"
     """packed: one row without padding, in which a group's prompt stands once; rows: padded to the longest of the micro-batch."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward and compute the rest again: about a third more time for much less memory."""
+    compile: bool = False
+    """Put the model's training forward through `torch.compile`, which needs a C++ compiler: some time at the start, less for each step."""
 
 
 class LocalTrainer(BatchedOptimizer):

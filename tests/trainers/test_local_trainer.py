@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from makers import make_char_tokenizer
 from models import CONFIGS, tiny_model
 from sluice.algorithms import Algorithm, LossOutput, policy_loss, resolve
 from sluice.data.batch import Layout, MicroBatch, Minibatch, Packing, make_minibatch, pack
-from sluice.errors import NonFiniteError
+from sluice.errors import ConfigError, NonFiniteError
 from sluice.trainers import logprobs as head
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
@@ -138,6 +138,43 @@ def test_rows_and_packed_give_the_gradient_of_the_samples_one_by_one(architectur
     model, samples = tiny_model(architecture), some_samples()
     expected = naive_gradient(model, samples, "cispo")
     assert_same(gradient(model, samples, Packing(1, 1000, layout)), expected)
+
+
+@each_layout
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_recomputed_activations_give_the_same_gradient(architecture: str, layout: Layout):
+    """To the last bit; with dropout still off, and the engine's prompts still in the cache (both hang on the training flag)."""
+    model, samples = tiny_model(architecture), some_samples()
+    for module in model.body.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    expected = gradient(model, samples, Packing(1, 1000, layout))
+    model.recompute_activations()
+    actual = gradient(model, samples, Packing(1, 1000, layout))
+    assert all(torch.equal(actual[name], wanted) for name, wanted in expected.items())
+    assert not any(module.training for module in model.body.modules())
+    cache = DynamicCache()
+    ids = torch.tensor([[3, 4, 5]])
+    model.hidden_states(ids, torch.arange(3)[None], cache=cache)
+    assert cache.get_seq_length() == 3
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"trainer.compile needs a C\+\+ compiler"):
+        tiny_model("qwen3").compile()
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore")  # of torch, about what its compiler does
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_forward_gives_the_same_gradient(recompute: bool):
+    model, samples = tiny_model("qwen3"), some_samples()
+    expected = gradient(model, samples, Packing(1, 40, "packed"))
+    if recompute:
+        model.recompute_activations()
+    model.compile()
+    assert_same(gradient(model, samples, Packing(1, 40, "packed")), expected)
 
 
 @pytest.mark.parametrize("budget", [120, 2000])

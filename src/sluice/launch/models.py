@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
-from sluice.configtraining import OptimizerSection
+from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat
 from sluice.errors import ConfigError
 from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
@@ -73,10 +73,10 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
     updates = config.run.num_steps * settings.updates_per_batch
-    model = load_policy(config, chat)
+    model = trained(load_policy(config, chat), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
-    own = _second(config, chat, "critic.path", critic.path, model) if has_own else None
+    own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
     return Local(
         model,
         chat.tokenizer,
@@ -108,6 +108,15 @@ def load_policy(
         seed=config.run.seed,
     )
     check_vocabulary(f"{key}={path or settings.path}", len(chat.tokenizer), model.config.vocab_size)
+    return model
+
+
+def trained(model: PolicyModel, settings: BatchedOptimizer) -> PolicyModel:
+    """A model that will have backwards."""
+    if settings.activation_checkpointing:
+        model.recompute_activations()
+    if settings.compile:
+        model.compile()
     return model
 
 

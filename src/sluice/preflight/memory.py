@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
+from sluice.configtraining import BatchedOptimizer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import chunk_tokens
@@ -51,6 +52,8 @@ class Batch:
     longest: int
     """Tokens of its longest sample."""
     packed: bool
+    recomputed: bool = False
+    """Whether activations are computed again in the backward."""
 
 
 def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item:
@@ -90,7 +93,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     longest = min(window, longest_prompt + rollout.max_new_tokens)
     assert config.trainer.name == "local"
     update = -(-samples // config.trainer.updates_per_batch)
-    batch = _batch(longest, update, config.trainer.tokens_per_micro_batch, config.trainer.layout)
+    batch = _batch(longest, update, config.trainer)
     parts = [
         *learner("policy", policy, width),
         Part("activations", activation_bytes(policy, width, batch)),
@@ -115,7 +118,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
 
 def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:
     width, trainer = _width(config.model), config.trainer
-    batch = _batch(longest_row, trainer.samples_per_update, trainer.tokens_per_micro_batch, trainer.layout)
+    batch = _batch(longest_row, trainer.samples_per_update, trainer)
     parts = [
         *learner("policy", model, width),
         Part("activations", activation_bytes(model, width, batch)),
@@ -157,6 +160,8 @@ def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
         per_token += 3 * config.num_attention_heads * batch.longest
     elif batch.packed and width == FP32:
         per_token += config.num_attention_heads * min(batch.longest, SHORT_ATTENTION)
+    if batch.recomputed:  # the input of each layer, and all of one at a time
+        return batch.tokens * (config.num_hidden_layers * config.hidden_size + per_token) * width
     return batch.tokens * config.num_hidden_layers * per_token * width
 
 
@@ -167,8 +172,9 @@ def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
     return FP32 * (head + copies * min(chunk_tokens(model.vocab_size), batch.tokens) * model.vocab_size)
 
 
-def _batch(longest: int, samples: int, tokens_per_micro_batch: int, layout: str) -> Batch:
-    return Batch(max(longest, min(tokens_per_micro_batch, samples * longest)), longest, layout == "packed")
+def _batch(longest: int, samples: int, trainer: BatchedOptimizer) -> Batch:
+    tokens = max(longest, min(trainer.tokens_per_micro_batch, samples * longest))
+    return Batch(tokens, longest, trainer.layout == "packed", trainer.activation_checkpointing)
 
 
 def _width(model: ModelSection) -> int:

@@ -91,7 +91,8 @@ class PackedAttention:
         self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
         self._blocks: list[_Block] | None = None
 
-    def __call__(
+    @torch.compiler.disable  # gathers by indices that differ from row to row
+    def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
         """[1, heads, T, d], [1, kv heads, T, d] twice → [1, T, heads, d]."""
@@ -282,7 +283,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What a model calls: packed rows as above, and everything else through torch's fused attention."""
     if packed is not None:
-        return packed(query, key, value, scaling, sliding_window, softcap), None
+        return packed.attend(query, key, value, scaling, sliding_window, softcap), None
     if softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
@@ -33,6 +37,8 @@ class PolicyModel:
         self.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self._forward: Any = self.body
+        self._recomputed: list[Any] = []
         self._heads = (self.config.num_attention_heads, _kv_heads(self.config))
         self._own_attention: str = self.config._attn_implementation
         register()
@@ -59,14 +65,14 @@ class PolicyModel:
         packed: dict[str, Any] = {}
         if pieces is not None:
             packed["packed"] = PackedAttention(pieces, *self._heads, self.device)
-            unused = torch.ones(
-                1, 1, 1, 1, dtype=torch.bool, device=self.device
-            )  # else the model would make a [T, T] one
+            # nobody looks at it, but without one the model would make one of [T, T]
+            unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             mask = self._by_kind(unused, unused)
         elif visible is not None:
             keys = position_ids if cache is None else torch.arange(visible.shape[-1], device=self.device)[None]
             mask = self._masks(visible, position_ids, keys)
-        output = self.body(
+        forward = self._training_forward if cache is None and torch.is_grad_enabled() else self.body
+        output = forward(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,
@@ -75,6 +81,43 @@ class PolicyModel:
             **packed,
         )
         return output.last_hidden_state
+
+    def compile(self) -> None:
+        """Forwards that have a backward go through `torch.compile` from now on. Raises ConfigError without a C++ compiler."""
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise ConfigError(
+                "trainer.compile needs a C++ compiler (g++ or clang++), and none is on the PATH; leave it out"
+            )
+        self._forward = torch.compile(self.body, dynamic=True)
+
+    def recompute_activations(self) -> None:
+        """From now on a forward keeps the input of each layer only, and the backward computes the rest again.
+
+        Raises ConfigError where the architecture cannot do it.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"trainer.activation_checkpointing: {type(self.model).__name__} cannot do it; leave it out"
+            )
+        self._recomputed = [m for m in self.body.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for (
+            layer
+        ) in self._recomputed:  # by hand, since the method that does it is called differently in different versions
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def _training_forward(self, **inputs: Any) -> Any:
+        """`transformers` recomputes what is in training mode. Only the layers themselves are, for as long as it takes: the
+        dropout inside them stays off."""
+        for layer in self._recomputed:
+            layer.training = True
+        try:
+            return self._forward(**inputs)
+        finally:
+            for layer in self._recomputed:
+                layer.training = False
 
     def logits(self, hidden: Tensor, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head.
