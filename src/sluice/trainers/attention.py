@@ -91,7 +91,6 @@ class PackedAttention:
         self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
         self._blocks: list[_Block] | None = None
 
-    @torch.compiler.disable  # gathers by indices that differ from row to row
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
@@ -268,6 +267,7 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
 VARLEN = _varlen_kernel()
 
 
+@torch.compiler.disable  # it gathers by indices that differ from row to row
 def attention(
     module: Any,
     query: Tensor,
