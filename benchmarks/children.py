@@ -1,0 +1,115 @@
+"""Sides that run in processes of their own, since they want another environment: each answers a line with a line.
+
+A child stays alive between its turns and does nothing in them, so that sides in different processes are timed in turn as
+those in one process are. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class ChildFailed(Exception):
+    """It ended without an answer; with the last lines that it printed."""
+
+
+class Child:
+    """`command` as a process that serves; `first` is what it said when it was ready."""
+
+    def __init__(self, command: Sequence[str | Path], threads: int, **variables: str) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the child is there
+        fixed = {"GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            env=os.environ | fixed | {"OMP_NUM_THREADS": str(threads)} | variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.first = self._answer()
+
+    def ask(self, **request: Any) -> Message:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Message:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            tail = "".join(self._log.readlines()[-15:])
+            raise ChildFailed(f"{self._process.args} ended with code {code}:\n{tail}")
+        return json.loads(line)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe
+            pipe.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Served:
+    """The child's end. Whatever libraries print goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def next(self, answer: Message) -> Message:
+        """Give the answer and wait for the next request. Ends the process at once when there will be none."""
+        self._out.write(json.dumps(answer) + "\n")
+        self._out.flush()
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)  # the trainers that are served have steps left, and threads
+        return json.loads(line)
+
+
+class StepClock:
+    """Called wherever a training step begins: times the steps, and after as many as were asked for waits for the next request.
+
+    A step ends where the next one begins, so that everything in between counts: logging, the data loader, checkpoints.
+    """
+
+    def __init__(self, served: Served, first: Message, split: Callable[[int, float], dict[str, float]]) -> None:
+        """`split` says of the last n steps how many seconds of each went where, in the mean; it is told how long the clock
+        stood still as the first of them began."""
+        self._served, self._answer, self._split = served, first, split
+        self._seconds: list[float] = []
+        self._wanted = 0
+        self._start: float | None = None
+        self._stood_still = 0.0
+
+    def __call__(self) -> None:
+        if self._start is not None:
+            self._seconds.append(time.perf_counter() - self._start)
+        if len(self._seconds) == self._wanted:
+            if self._wanted:
+                self._answer = {"seconds": self._seconds, "split": self._split(self._wanted, self._stood_still)}
+            began = time.perf_counter()
+            self._wanted = self._served.next(self._answer)["steps"]
+            self._seconds, self._stood_still = [], time.perf_counter() - began
+        self._start = time.perf_counter()
