@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 Message = dict[str, Any]
 
@@ -88,10 +88,20 @@ class Served:
         return json.loads(line)
 
 
+def resident_mib(what: Literal["VmRSS", "VmHWM"]) -> float:
+    """Memory of this process: what it has now, or the most since it began or since `forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 class StepClock:
     """Called wherever a training step begins: times the steps, and after as many as were asked for waits for the next request.
 
-    A step ends where the next one begins, so that everything in between counts: logging, the data loader, checkpoints.
+    An answer tells the seconds of each step, where they went, and the most memory since the first step began. A step ends where the next one begins, so that everything in between counts: logging, the data loader, checkpoints.
     """
 
     def __init__(self, served: Served, first: Message, split: Callable[[int, float], dict[str, float]]) -> None:
@@ -104,11 +114,15 @@ class StepClock:
         self._stood_still = 0.0
 
     def __call__(self) -> None:
-        if self._start is not None:
+        if self._start is None:
+            self._answer |= {"resident_mib": resident_mib("VmRSS")}
+            forget_peak()
+        else:
             self._seconds.append(time.perf_counter() - self._start)
         if len(self._seconds) == self._wanted:
             if self._wanted:
-                self._answer = {"seconds": self._seconds, "split": self._split(self._wanted, self._stood_still)}
+                split = self._split(self._wanted, self._stood_still)
+                self._answer = {"seconds": self._seconds, "split": split, "peak_mib": resident_mib("VmHWM")}
             began = time.perf_counter()
             self._wanted = self._served.next(self._answer)["steps"]
             self._seconds, self._stood_still = [], time.perf_counter() - began

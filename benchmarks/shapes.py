@@ -52,34 +52,32 @@ def model_of(size: str, dtype: str = "float32") -> Any:
     return Qwen3ForCausalLM(config_of(size)).to(getattr(torch, dtype)).eval()
 
 
-def tokenizer_of(vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; <pad> is 0, <eos> 1. With more words than the text has, the rest is made up."""
+def tokenizer_of() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 512 words; <pad> is 0, <eos> 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, VOCABULARY),
+        vocab_size=VOCABULARY,
         special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     sums = (f"{a} + {b} = {a + b}. The answer is {a * b}. {string.ascii_letters}" for a in range(60) for b in range(60))
     tokenizer.train_from_iterator(sums, trainer)
-    tokenizer.add_tokens([f"<{i}>" for i in range(tokenizer.get_vocab_size(), vocab_size)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
 
 
 def save(folder: Path, size: str, *, weights: bool = True, vocab_size: int = VOCABULARY) -> Path:
-    """A model folder with a tokeniser; without weights it is for `model.random_weights`."""
+    """A model folder with a tokeniser, which knows the first 512 ids; without weights it is for `model.random_weights`."""
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     (model_of(size) if weights else config_of(size, vocab_size)).save_pretrained(folder)
-    tokenizer_of(vocab_size).save_pretrained(str(folder))
+    tokenizer_of().save_pretrained(str(folder))
     return folder
 
 
