@@ -101,7 +101,8 @@ def forget_peak() -> None:
 class StepClock:
     """Called wherever a training step begins: times the steps, and after as many as were asked for waits for the next request.
 
-    An answer tells the seconds of each step, where they went, and the most memory since the first step began. A step ends where the next one begins, so that everything in between counts: logging, the data loader, checkpoints.
+    A step ends where the next one begins, so that everything in between counts: logging, the data loader, checkpoints. An
+    answer tells the seconds of each step, where they went, and the most memory since the first step began.
     """
 
     def __init__(self, served: Served, first: Message, split: Callable[[int, float], dict[str, float]]) -> None:
