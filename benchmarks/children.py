@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -37,8 +39,13 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            start_new_session=True,
         )
-        self.first = self._answer()
+        try:
+            self.first = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, **request: Any) -> Message:
         assert self._process.stdin
@@ -60,15 +67,23 @@ class Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
             pipe.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._log.close()
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Wait for a process that leads a session and was asked to end, and leave none of those that it started."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Served:
@@ -78,14 +93,12 @@ class Served:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
-    def next(self, answer: Message) -> Message:
-        """Give the answer and wait for the next request. Ends the process at once when there will be none."""
+    def next(self, answer: Message) -> Message | None:
+        """Give the answer and wait for the next request; None when there will be none."""
         self._out.write(json.dumps(answer) + "\n")
         self._out.flush()
         line = sys.stdin.readline()
-        if not line:
-            os._exit(0)  # the trainers that are served have steps left, and threads
-        return json.loads(line)
+        return json.loads(line) if line else None
 
 
 def resident_mib(what: Literal["VmRSS", "VmHWM"]) -> float:
@@ -125,6 +138,8 @@ class StepClock:
                 split = self._split(self._wanted, self._stood_still)
                 self._answer = {"seconds": self._seconds, "split": split, "peak_mib": resident_mib("VmHWM")}
             began = time.perf_counter()
-            self._wanted = self._served.next(self._answer)["steps"]
-            self._seconds, self._stood_still = [], time.perf_counter() - began
+            request = self._served.next(self._answer)
+            if request is None:
+                os._exit(0)  # the training has steps left, and this is in the middle of it
+            self._seconds, self._wanted, self._stood_still = [], request["steps"], time.perf_counter() - began
         self._start = time.perf_counter()

