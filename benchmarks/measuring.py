@@ -13,7 +13,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 Figures = dict[str, float | int]
+LENGTHS = ["uniform", "rl_like"]
 DTYPES = ["float32", "bfloat16"]
 
 
@@ -31,6 +32,22 @@ def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=rounds, help="times that every side is timed, in turn")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, for all sides")
     return made
+
+
+def add_cases(options: argparse.ArgumentParser, sizes: Collection[str], default: Sequence[str]) -> None:
+    """`--cases` as pairs of a size and a kind of lengths."""
+
+    def case(word: str) -> tuple[str, str]:
+        size, _, kind = word.partition(":")
+        if size not in sizes or kind not in LENGTHS:
+            raise argparse.ArgumentTypeError(
+                f"{word} is not one of {', '.join(sizes)}, a colon, and {' or '.join(LENGTHS)}"
+            )
+        return size, kind
+
+    made = [case(word) for word in default]
+    said = " ".join(default)
+    options.add_argument("--cases", nargs="*", type=case, default=made, help=f"SIZE:LENGTHS; left out, {said}")
 
 
 def seconds(work: Callable[[], object]) -> float:

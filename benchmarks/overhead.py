@@ -82,7 +82,7 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--sizes", nargs="+", choices=["demo", *SHAPES], default=["demo"])
-    options.add_argument("--steps", type=int, default=4, help="of each run; the first is not timed")
+    options.add_argument("--steps", type=int, default=3, help="of each run; the first is not timed")
     options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as rollout.groups_per_step=8")
     args = options.parse_args(argv)
     with reported("overhead", args, argv) as said:

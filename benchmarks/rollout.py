@@ -6,7 +6,7 @@ The engine's log-probs are in its time, and so is that it drops its caches, as i
 compute no log-probs.
 
 Two kinds of lengths. `uniform`: all sequences at once, each as long as the others. `rl_like`: log-normal lengths (median
-40, 99th percentile 400), and four times as many prompts as slots. `generate` takes one batch of as many prompts as there
+40, 99th percentile 400), and two to four times as many prompts as slots. `generate` takes one batch of as many prompts as there
 are slots after the other; a row stops at its length as it would at an end-of-sequence token, and a batch ends with its
 longest row. The engine and continuous batching give each request its own limit and fill a slot as it comes free.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from bounds import DecodeProducts, SquareProduct
-from measuring import DTYPES, in_turn, parser, ratios, reported, seconds, shown, spread
+from measuring import DTYPES, add_cases, in_turn, parser, ratios, reported, seconds, shown, spread
 from shapes import SHAPES, Work, matrix_parameters, model_of, rl_like, uniform
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.trainers.model import PolicyModel
@@ -41,10 +41,12 @@ from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
 
 SLOTS = 64
-RL_SLOTS = {"10M": 32, "100M": 16}
-"""Of rl_like lengths where 64 would take a round minutes."""
+RL_PROMPTS = {"1M": (256, 64), "10M": (64, 32), "100M": (32, 16)}
+"""Prompts and slots of rl_like lengths; with more a round would take minutes."""
 PEERS = ["generate", "continuous_batching"]
 PAGE = 32
+WARM_UP = 8
+"""Tokens."""
 
 
 class Engine:
@@ -142,14 +144,17 @@ class ContinuousBatching:
 def measure(size: str, dtype: str, work: Work, peers: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     model = model_of(size, dtype)
     batching = ContinuousBatching(model, work) if "continuous_batching" in peers else None
-    sides: dict[str, Callable[[], float]] = {"sluice": partial(Engine(model, work.num_slots), work)}
+    generating: dict[str, Callable[[Work], float]] = {"sluice": Engine(model, work.num_slots)}
     if "generate" in peers:
-        sides["generate"] = partial(generate, model, args.cache, work)
+        generating["generate"] = partial(generate, model, args.cache)
     if batching:
-        sides["continuous_batching"] = partial(batching, work)
+        generating["continuous_batching"] = batching
+    for side in generating.values():
+        side(work.shortened(WARM_UP))
+    sides: dict[str, Callable[[], float]] = {name: partial(side, work) for name, side in generating.items()}
     sides["products"] = DecodeProducts(model.config, min(work.num_slots, len(work.prompts)), work.num_steps, dtype)
     sides["square"] = SquareProduct(dtype)
-    found = in_turn(sides, args.rounds)
+    found = in_turn(sides, args.rounds, warm_up=False)
     if batching:
         batching.close()
     counts = {"prompts": len(work.prompts), "slots": work.num_slots, "tokens": work.total}
@@ -172,8 +177,8 @@ def figures(found: dict[str, list[float]], tokens: int, flops_per_token: int) ->
 def work_of(size: str, kind: str, args: argparse.Namespace) -> Work:
     if kind == "uniform":
         return uniform(args.slots or SLOTS, args.new_tokens)
-    slots = args.slots or RL_SLOTS.get(size, SLOTS)
-    return rl_like(4 * slots, slots, args.longest)
+    num, slots = (4 * args.slots, args.slots) if args.slots else RL_PROMPTS.get(size, (256, 64))
+    return rl_like(num, slots, args.longest)
 
 
 def tell(result: dict[str, Any]) -> None:
@@ -187,12 +192,11 @@ def tell(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--sizes", nargs="*", choices=SHAPES, default=["1M", "10M"])
+    add_cases(options, SHAPES, ["1M:uniform", "1M:rl_like", "10M:uniform", "10M:rl_like"])
     options.add_argument("--against-bound", nargs="*", choices=SHAPES, default=["100M"], help="sizes without peers")
-    options.add_argument("--lengths", nargs="+", choices=["uniform", "rl_like"], default=["uniform", "rl_like"])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     options.add_argument(
-        "--slots", type=int, help="sequences at once; left out, 64, or fewer of rl_like for large models"
+        "--slots", type=int, help="sequences at once; left out, 64, or fewer where a round would take minutes"
     )
     options.add_argument("--new-tokens", type=int, default=64, help="of uniform lengths")
     options.add_argument("--few-tokens", type=int, default=8, help="the same of --against-bound")
@@ -200,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     options.add_argument("--cache", choices=["static"], help="of generate; left out, its default, a dynamic one")
     args = options.parse_args(argv)
-    plan = [(size, kind, work_of(size, kind, args), args.peers) for size in args.sizes for kind in args.lengths]
+    plan = [(size, kind, work_of(size, kind, args), args.peers) for size, kind in args.cases]
     plan += [(size, "uniform", uniform(args.slots or SLOTS, args.few_tokens), []) for size in args.against_bound]
     with reported("rollout", args, argv) as said:
         for size, kind, work, peers in plan:

@@ -100,6 +100,11 @@ class Work:
         """Fewest decode steps that can do it: with every slot full until the end."""
         return math.ceil(self.total / self.num_slots)
 
+    def shortened(self, longest: int) -> Work:
+        """As many prompts as slots, and few tokens."""
+        few = slice(self.num_slots)
+        return Work(self.prompts[few], [min(n, longest) for n in self.new_tokens[few]], self.num_slots)
+
     def batches(self) -> list[tuple[list[list[int]], list[int]]]:
         """As many prompts as slots at a time, and their lengths."""
         starts = range(0, len(self.prompts), self.num_slots)

@@ -30,11 +30,11 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 
 # isort: split
 from children import Child
-from measuring import DTYPES, ROOT, in_turn, parser, ratios, reported, rounded, shown, skip, spread
+from measuring import DTYPES, ROOT, add_cases, in_turn, parser, ratios, reported, rounded, shown, skip, spread
 from shapes import SHAPES, save
 
 HERE = Path(__file__).resolve().parent
-KINDS = {"uniform": [], "rl_like": ["--rl-like"]}
+STEPS = {"uniform": 4, "rl_like": 1}
 
 
 class Side:
@@ -65,8 +65,9 @@ def write_prompts(path: Path) -> Path:
 def commands(folder: Path, kind: str, dtype: str, args: argparse.Namespace) -> dict[str, list[str | Path]]:
     """By side; TRL's only where its environment is there."""
     longest = args.longest if kind == "rl_like" else args.new_tokens
-    told = ["--model", folder / "model", "--data", folder / "prompts.jsonl", "--dtype", dtype, *KINDS[kind]]
+    told = ["--model", folder / "model", "--data", folder / "prompts.jsonl", "--dtype", dtype]
     told += ["--prompts", str(args.prompts), "--samples", str(args.samples), "--longest", str(longest)]
+    told += ["--rl-like"] if kind == "rl_like" else []
     found: dict[str, list[str | Path]] = {"sluice": [sys.executable, HERE / "step_sluice.py", *told, *args.settings]}
     if args.trl.exists():
         found["trl"] = [args.trl, HERE / "peers/step_trl.py", *told]
@@ -82,9 +83,10 @@ def measure(size: str, kind: str, dtype: str, args: argparse.Namespace) -> dict[
             name: stack.enter_context(Child(command, args.threads))
             for name, command in commands(folder, kind, dtype, args).items()
         }
-        sides = {name: Side(child, args.steps, args.warm_up) for name, child in children.items()}
+        steps = args.steps or STEPS[kind]
+        sides = {name: Side(child, steps, args.warm_up) for name, child in children.items()}
         found = in_turn(sides, args.rounds, warm_up=False)
-        result: dict[str, Any] = {"size": size, "lengths": kind, "dtype": dtype, "steps_per_round": args.steps}
+        result: dict[str, Any] = {"size": size, "lengths": kind, "dtype": dtype, "steps_per_round": steps}
         result["step_s"] = {name: spread(times) for name, times in found.items()}
         if "trl" in found:
             result["trl_over_sluice"] = ratios(found["trl"], found["sluice"])
@@ -104,14 +106,15 @@ def tell(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1M", "10M"])
-    options.add_argument("--lengths", nargs="+", choices=KINDS, default=list(KINDS))
+    add_cases(options, SHAPES, ["1M:uniform", "1M:rl_like", "10M:uniform"])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     options.add_argument("--prompts", type=int, default=8, help="per step")
     options.add_argument("--samples", type=int, default=8, help="per prompt")
     options.add_argument("--new-tokens", type=int, default=32, help="of uniform lengths")
     options.add_argument("--longest", type=int, default=512, help="of rl_like lengths")
-    options.add_argument("--steps", type=int, default=2, help="that a side makes in its turn")
+    options.add_argument(
+        "--steps", type=int, help="that a side makes in its turn; left out, 4 of uniform lengths, else 1"
+    )
     options.add_argument("--warm-up", type=int, default=2, help="steps of each side that are not timed")
     options.add_argument("--trl", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has TRL")
     options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as trainer.layout=packed")
@@ -119,11 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported("step", args, argv) as said:
         if not args.trl.exists():
             skip(said, f"TRL, since there is no {args.trl}: `make peers` makes it")
-        for size in args.sizes:
-            for kind in args.lengths:
-                for dtype in args.dtypes:
-                    said["results"].append(measure(size, kind, dtype, args))
-                    tell(said["results"][-1])
+        for size, kind in args.cases:
+            for dtype in args.dtypes:
+                said["results"].append(measure(size, kind, dtype, args))
+                tell(said["results"][-1])
 
 
 if __name__ == "__main__":

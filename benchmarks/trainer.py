@@ -27,7 +27,7 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 import numpy as np
 
 from bounds import SquareProduct
-from measuring import DTYPES, in_turn, parser, ratios, reported, seconds, shown, spread
+from measuring import DTYPES, LENGTHS, add_cases, in_turn, parser, ratios, reported, seconds, shown, spread
 from shapes import SHAPES, VOCABULARY, Work, config_of, rl_like, save, training_flops, uniform
 from sluice.config import TrainConfig
 from sluice.configfile import load
@@ -133,8 +133,7 @@ def tell(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1M", "10M", "100M"])
-    options.add_argument("--lengths", nargs="+", choices=["uniform", "rl_like"], default=["uniform", "rl_like"])
+    add_cases(options, SHAPES, [f"{size}:{kind}" for size in ("1M", "10M", "100M") for kind in LENGTHS])
     options.add_argument("--layouts", nargs="+", choices=get_args(Layout), default=list(get_args(Layout)))
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     options.add_argument("--samples", type=int, help="left out, 64, or fewer of large models")
@@ -145,11 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = options.parse_args(argv)
     with reported("trainer", args, argv) as said:
-        for size in args.sizes:
-            for kind in args.lengths:
-                for dtype in args.dtypes:
-                    said["results"].append(measure(size, kind, dtype, args))
-                    tell(said["results"][-1])
+        for size, kind in args.cases:
+            for dtype in args.dtypes:
+                said["results"].append(measure(size, kind, dtype, args))
+                tell(said["results"][-1])
 
 
 if __name__ == "__main__":

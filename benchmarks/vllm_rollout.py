@@ -24,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 
 # isort: split
 from children import Child, ChildFailed, end
-from measuring import DTYPES, ROOT, in_turn, parser, ratios, reported, seconds, shown, skip, spread
-from rollout import Engine, work_of
+from measuring import DTYPES, ROOT, add_cases, in_turn, parser, ratios, reported, seconds, shown, skip, spread
+from rollout import WARM_UP, Engine, work_of
 from shapes import SHAPES, WINDOW, Work, model_of, save
 
 HERE = Path(__file__).resolve().parent
@@ -137,7 +138,7 @@ WAYS = {"in_process": InProcess, "server": Server}
 
 
 def measure(size: str, dtype: str, way: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    works = {kind: work_of(size, kind, args) for kind in args.lengths}
+    works = {kind: work_of(size, kind, args) for case, kind in args.cases if case == size}
     slots = max(work.num_slots for work in works.values())
     results = []
     with ExitStack() as stack:
@@ -147,7 +148,10 @@ def measure(size: str, dtype: str, way: str, args: argparse.Namespace) -> list[d
         start_s = round(time.monotonic() - began, 1)
         for kind, work in works.items():
             engine = Engine(model_of(size, dtype), work.num_slots)
-            found = in_turn({"sluice": lambda: engine(work), "vllm": lambda: vllm(work)}, args.rounds)  # noqa: B023
+            for side in (engine, vllm):
+                side(work.shortened(WARM_UP))
+            sides = {"sluice": partial(engine, work), "vllm": partial(vllm, work)}
+            found = in_turn(sides, args.rounds, warm_up=False)
             results.append(
                 {
                     "size": size,
@@ -179,9 +183,8 @@ def tell(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1M", "10M"])
+    add_cases(options, SHAPES, ["1M:uniform", "1M:rl_like", "10M:uniform"])
     options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    options.add_argument("--lengths", nargs="+", choices=["uniform", "rl_like"], default=["uniform", "rl_like"])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     options.add_argument("--slots", type=int, help="sequences at once; left out, as in rollout.py")
     options.add_argument("--new-tokens", type=int, default=64, help="of uniform lengths")
@@ -193,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.vllm.exists():
             skip(said, f"vLLM, since there is no {args.vllm}: `make vllm` makes it")
             return
-        for size in args.sizes:
+        for size in dict(args.cases):
             for way in args.ways:
                 for dtype in args.dtypes:
                     try:

@@ -21,6 +21,7 @@ LINE = {
     *("benchmark", "results", "skipped", "versions", "threads", "cpu", "load_before_and_after", "variables"),
     "command",
 }
+CASES = ["--cases", "tiny:uniform", "tiny:rl_like"]
 TINY_LENGTHS = ["--new-tokens", "4", "--longest", "8"]
 TINY_STEP = ["--prompts", "2", "--samples", "2", "--steps", "1", "--warm-up", "1", *TINY_LENGTHS]
 
@@ -87,7 +88,7 @@ def test_bounds(run: Ran):
 
 
 def test_rollout(run: Ran):
-    said = run("rollout", "--sizes", "tiny", "--slots", "3", *TINY_LENGTHS, "--against-bound", "tiny")
+    said = run("rollout", *CASES, "--slots", "3", *TINY_LENGTHS, "--against-bound", "tiny")
     uniform, rl_like, against_bound = said["results"]
     for result in (uniform, rl_like):
         assert set(result["tokens_per_s"]) == {"sluice", "generate", "continuous_batching"}
@@ -99,7 +100,7 @@ def test_rollout(run: Ran):
 
 
 def test_vllm_rollout(run: Ran, peer: Path):
-    said = run("vllm_rollout", "--sizes", "tiny", "--slots", "2", *TINY_LENGTHS, "--vllm", peer, "--ways", "in_process")
+    said = run("vllm_rollout", *CASES, "--slots", "2", *TINY_LENGTHS, "--vllm", peer, "--ways", "in_process")
     assert [result["lengths"] for result in said["results"]] == ["uniform", "rl_like"]
     assert all(set(result["sluice_over_vllm"]) == FIGURES for result in said["results"])
 
@@ -112,7 +113,7 @@ def test_what_is_not_installed_is_said_to_be_skipped(run: Ran):
 
 def test_a_peer_that_fails_is_skipped_with_its_last_words(run: Ran, peer: Path):
     peer.write_text(f"#!{sys.executable}\nraise SystemExit('no AVX')\n")
-    said = run("vllm_rollout", "--sizes", "tiny", "--vllm", peer)
+    said = run("vllm_rollout", *CASES, "--vllm", peer)
     assert not said["results"]
     assert len(said["skipped"]) == 2
     assert all("no AVX" in what for what in said["skipped"])
@@ -120,7 +121,7 @@ def test_a_peer_that_fails_is_skipped_with_its_last_words(run: Ran, peer: Path):
 
 def test_step(run: Ran, peer: Path):
     """Our side is `sluice train` itself, TRL's is played."""
-    said = run("step", "--sizes", "tiny", "--lengths", "rl_like", "--trl", peer, *TINY_STEP)
+    said = run("step", "--cases", "tiny:rl_like", "--trl", peer, *TINY_STEP)
     (result,) = said["results"]
     assert set(result["step_s"]) == set(result["split_s"]) == set(result["versions"]) == {"sluice", "trl"}
     assert set(result["trl_over_sluice"]) == FIGURES
@@ -131,7 +132,7 @@ def test_step(run: Ran, peer: Path):
 
 
 def test_trainer(run: Ran):
-    said = run("trainer", "--sizes", "tiny", "--samples", "4", *TINY_LENGTHS)
+    said = run("trainer", *CASES, "--samples", "4", *TINY_LENGTHS)
     assert [result["lengths"] for result in said["results"]] == ["uniform", "rl_like"]
     for result in said["results"]:
         for what in ("update_s", "tokens_per_s", "mfu", "time_over_bound", "speed_over_first_layout"):
