@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -103,7 +104,12 @@ def reported(name: str, args: argparse.Namespace, argv: Sequence[str] | None) ->
 
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    said: dict[str, Any] = {"benchmark": name, "results": [], "skipped": [], "versions": versions()}
+    said: dict[str, Any] = {
+        "benchmark": name,
+        "results": [],
+        "skipped": [],
+        "versions": {"commit": commit(), **versions()},
+    }
     load = [os.getloadavg()[0]]
     try:
         yield said
@@ -131,6 +137,15 @@ def versions(packages: Sequence[str] = ("sluice", "torch", "transformers")) -> d
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def commit() -> str | None:
+    """Of this repository, with a `+` when files differ from it."""
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return said.stdout.strip() or None
 
 
 def cpu() -> dict[str, Any]:
