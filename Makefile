@@ -40,11 +40,15 @@ browser:
 	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
 
 # Within 20 minutes on 2 cores. Peers that are not installed are skipped, and said to be: `make peers`, `make vllm`.
-BENCHMARKS := $(wildcard benchmarks/bounds.py benchmarks/rollout.py benchmarks/vllm_rollout.py benchmarks/step.py \
-  benchmarks/trainer.py benchmarks/head.py benchmarks/growth.py benchmarks/overhead.py)
-
 bench: setup
-	@for script in $(BENCHMARKS); do echo; echo "== $$script"; $(BIN)/python $$script || exit; done
+	$(BIN)/python benchmarks/bounds.py
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/vllm_rollout.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/head.py --tokens 1024
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/overhead.py
 
 # What benchmarks compare with, each in an environment of its own.
 peers: .venv-peers/.ready
