@@ -16,9 +16,12 @@ from sluice.engines.embedded import EmbeddedEngine
 from sluice.engines.graphs import GraphedDecoder, rounded
 from sluice.engines.packed import PackedDecoder
 from sluice.engines.slots import SlotCache, spans
+from sluice.engines.threads import StepThreads
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
 from sluice.weights.in_process import InProcessWeights
+
+CPU = torch.device("cpu")
 
 
 def with_biases(model: PolicyModel) -> PolicyModel:
@@ -52,7 +55,7 @@ def engine_of(model: PolicyModel, num_slots: int = 10, cache_bytes: int | None =
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_models_built_like_a_llama_are_decoded_packed(architecture: str) -> None:
     expected = PackedDecoder if architecture in ("qwen3", "qwen2", "llama", "mistral_window") else ModelDecoder
-    assert type(decoder_for(tiny_model(architecture))) is expected
+    assert type(decoder_for(tiny_model(architecture), StepThreads(CPU))) is expected
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral_window"])
@@ -91,7 +94,7 @@ def test_a_decoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     """An architecture may have the parts of a llama and compute something else with them."""
     real = PackedDecoder._through_mlp
     monkeypatch.setattr(PackedDecoder, "_through_mlp", lambda self, layer, x: real(self, layer, x) * 1.1)
-    assert type(decoder_for(tiny_model("qwen3"))) is ModelDecoder
+    assert type(decoder_for(tiny_model("qwen3"), StepThreads(CPU))) is ModelDecoder
 
 
 def test_publication_renews_the_packed_weights() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sluice.engines.graphs import GraphedDecoder
 from sluice.engines.packed import PackedDecoder, is_llama_like
 from sluice.engines.slots import Prefix, SlotCache, Span
+from sluice.engines.threads import StepThreads
 from sluice.interfaces import LanguageModel
 
 
@@ -45,15 +46,16 @@ class ModelDecoder:
     key_order = None
     span_cost = 0.0  # one span for all: the model's forward has one mask
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, threads: StepThreads) -> None:
+        self.model, self.threads = model, threads
         self.largest_product = max(weight.numel() for _, weight in model.named_weights())
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: SlotCache, spans: list[Span]) -> Tensor:
         length = spans[0].length
         visible = torch.arange(length, device=positions.device)[None, None] <= positions[:, None, None]
         view = _ModelCache(cache, positions, length)
-        return self.model.hidden_states(tokens[:, None], positions[:, None], visible, view)[:, 0]
+        with self.threads.work(len(tokens) * self.largest_product):
+            return self.model.hidden_states(tokens[:, None], positions[:, None], visible, view)[:, 0]
 
     def refresh(self) -> None:
         pass
@@ -79,13 +81,13 @@ class _ModelCache:
         return self.length - 1
 
 
-def decoder_for(model: LanguageModel) -> Decoder:
+def decoder_for(model: LanguageModel, threads: StepThreads) -> Decoder:
     """The fastest that computes what the model does; which, is tried."""
     if is_llama_like(model):
-        packed = PackedDecoder(model)
+        packed = PackedDecoder(model, threads)
         if _agrees(packed, model):
             return GraphedDecoder(packed) if model.device.type == "cuda" else packed
-    return ModelDecoder(model)
+    return ModelDecoder(model, threads)
 
 
 @torch.inference_mode()

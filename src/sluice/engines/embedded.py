@@ -11,8 +11,7 @@ import asyncio
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -22,14 +21,12 @@ from sluice.engines.active import ActiveSlots, Request
 from sluice.engines.decoders import decoder_for
 from sluice.engines.sampling import check_ids, check_room, kept_lists, sample_tokens
 from sluice.engines.slots import Prefix
+from sluice.engines.threads import StepThreads
 from sluice.errors import EngineError
 from sluice.hooks import first_line
 from sluice.interfaces import LanguageModel, Weights
 from sluice.types import Completion, FinishReason, Sampling
 from sluice.weights.fingerprint import fingerprint
-
-SMALL_PRODUCT = 2e7
-"""Multiplications of a matrix product below which a second CPU thread takes longer to wake up than it saves."""
 
 
 class EmbeddedEngine:
@@ -56,7 +53,8 @@ class EmbeddedEngine:
             cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
         self.cache_bytes = cache_bytes
         self.version = 0
-        self._decoder = decoder_for(model)
+        self._threads = StepThreads(model.device)
+        self._decoder = decoder_for(model, self._threads)
         self._lags = model.device.type == "cuda"
         """Whether it learns a step later which sequences are done: the host then never waits for the step it has just launched."""
         self._head_weight = model.head.weight.float()
@@ -131,7 +129,7 @@ class EmbeddedEngine:
         try:
             await self._settle()
             while self._waiting or self._active:
-                with self._threads():
+                with self._threads.step():
                     self._step()
                 await asyncio.sleep(0)
             self._empty()  # training needs the memory
@@ -165,21 +163,6 @@ class EmbeddedEngine:
 
     def _note_cancelled(self, done: asyncio.Future[Completion]) -> None:
         self._cancelled |= done.cancelled()
-
-    @contextmanager
-    def _threads(self) -> Generator[None]:
-        """As many CPU threads as the matrix products of a step are worth."""
-        before = torch.get_num_threads()
-        num = min(len(self._active) + len(self._waiting), self.num_slots)
-        small = self.model.device.type == "cpu" and num * self._decoder.largest_product < SMALL_PRODUCT
-        if not small or before == 1:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -252,7 +235,8 @@ class EmbeddedEngine:
         ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.model.device)
         positions = torch.arange(width, device=self.model.device).expand(len(prompts), width)
         cache = DynamicCache()
-        hidden = self.model.hidden_states(ids, positions, cache=cache)
+        with self._threads.work(ids.numel() * self._decoder.largest_product):
+            hidden = self.model.hidden_states(ids, positions, cache=cache)
         for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             last = hidden[row, len(prompt) - 1]
             self._prefixes[key] = Prefix(cache, row, len(prompt), last, self._decoder.key_order)
@@ -273,14 +257,15 @@ class EmbeddedEngine:
         """Sample a token from each hidden state ([k, H], slots from `first`) and finish the sequences that end with it."""
         active, rows = self._active, slice(first, first + len(hidden))
         state, asks = active.state, active.asks
-        tokens, logprobs, kept = sample_tokens(
-            self.model.logits(hidden, self._head_weight),
-            state["uniform"][rows].gather(1, state["count"][rows, None])[:, 0],
-            state["temperature"][rows] if asks["temperature"] else None,
-            top_p=state["top_p"][rows] if asks["truncation"] else None,
-            top_k=state["top_k"][rows] if asks["truncation"] else None,
-            greedy=state["greedy"][rows] if asks["greedy"] else None,
-        )
+        with self._threads.work(len(hidden) * self._head_weight.numel()):
+            tokens, logprobs, kept = sample_tokens(
+                self.model.logits(hidden, self._head_weight),
+                state["uniform"][rows].gather(1, state["count"][rows, None])[:, 0],
+                state["temperature"][rows] if asks["temperature"] else None,
+                top_p=state["top_p"][rows] if asks["truncation"] else None,
+                top_k=state["top_k"][rows] if asks["truncation"] else None,
+                greedy=state["greedy"][rows] if asks["greedy"] else None,
+            )
         active.advance(first, tokens, logprobs)
         if kept is not None:
             for request, ids in zip(active.requests[rows], kept_lists(kept), strict=True):

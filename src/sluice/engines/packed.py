@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sluice.engines.slots import SlotCache, Span
+from sluice.engines.threads import StepThreads
 from sluice.interfaces import LanguageModel
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -56,8 +57,8 @@ def is_llama_like(model: LanguageModel) -> bool:
 
 
 class PackedDecoder:
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, threads: StepThreads) -> None:
+        self.model, self.threads = model, threads
         self.body: Any = model.body
         config: Any = model.config
         self.heads: int = config.num_attention_heads
@@ -153,14 +154,22 @@ class PackedDecoder:
                 for s, mask in zip(spans, masks[layer.window], strict=True)
             ]
             seen = attended[0] if len(attended) == 1 else torch.cat(attended)
-            x = torch.addmm(x, seen, layer.source.self_attn.o_proj.weight.t())
+            x = self._added(x, seen, layer.source.self_attn.o_proj.weight)
             x = self._through_mlp(layer, x)
         return rms_norm(x, self.body.norm.weight, self.eps)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        with self.threads.work(len(x) * weight.numel()):
+            return F.linear(x, weight, bias)
+
+    def _added(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        with self.threads.work(len(x) * weight.numel()):
+            return torch.addmm(residual, x, weight.t())
 
     def _projected(self, layer: _Layer, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, H] → rotated queries [n, heads, d] and keys [n, kv heads, d], and values."""
         norm = layer.source.input_layernorm
-        qkv = F.linear(rms_norm(x, norm.weight, self.eps), layer.qkv, layer.qkv_bias)
+        qkv = self._linear(rms_norm(x, norm.weight, self.eps), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if layer.qk_norm is not None:
@@ -176,13 +185,14 @@ class PackedDecoder:
         q = queries.reshape(n * self.kv_heads, -1, self.head_dim)
         k = keys[span.start : span.stop, :, :, : span.length].flatten(0, 1)
         v = values[span.start : span.stop, :, : span.length].flatten(0, 1)
-        scores = torch.baddbmm(mask, q, k, alpha=self.scaling)
-        return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
+        with self.threads.work(_SMALL_PRODUCTS * 2 * n * self.heads * span.length * self.head_dim):
+            scores = torch.baddbmm(mask, q, k, alpha=self.scaling)
+            return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
 
     def _through_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         norm = layer.source.post_attention_layernorm
-        gate, up = F.linear(rms_norm(x, norm.weight, self.eps), layer.gate_up).chunk(2, 1)
-        return torch.addmm(x, F.silu(gate).mul_(up), layer.source.mlp.down_proj.weight.t())
+        gate, up = self._linear(rms_norm(x, norm.weight, self.eps), layer.gate_up).chunk(2, 1)
+        return self._added(x, F.silu(gate).mul_(up), layer.source.mlp.down_proj.weight)
 
     def _masks(self, positions: Tensor, spans: list[Span], window: int | None, dtype: torch.dtype) -> list[Tensor]:
         """Per span [n · kv heads, 1, length]: 0 where a cached position is seen, -inf where not."""
@@ -207,6 +217,8 @@ class PackedDecoder:
 
 _POSITIONS_PER_SPAN = 1500
 """Cached positions (of one sequence and key head) that take as long as the operations of one more span: 30 µs on a CPU."""
+_SMALL_PRODUCTS = 8
+"""How much longer a multiplication takes in attention, whose products are many and small, than in a large one."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
