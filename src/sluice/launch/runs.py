@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import sys
@@ -263,6 +264,8 @@ async def _finish_checkpoint(run: Run) -> None:
 async def _work(run: Run) -> None:
     from sluice.train import train as loop
 
+    gc.collect()
+    gc.freeze()  # all that is loaded by now stays; full collections would look at it again in every step
     try:
         with _stopping_on_sigterm(run):
             with run.waits("the run", "reward processes starting"):
@@ -277,6 +280,8 @@ async def _work(run: Run) -> None:
         raise RunStopped(
             f"stopped by SIGTERM after step {run.step}; to go on: sluice train --resume {run.rundir.path}"
         ) from None
+    finally:
+        gc.unfreeze()
 
 
 def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:

@@ -18,6 +18,7 @@ from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
 from sluice.errors import ConfigError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
+from sluice.trainers.norms import use_own_norms
 from sluice.types import Sample
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +42,8 @@ class PolicyModel:
         self._recomputed: list[Any] = []
         self._heads = (self.config.num_attention_heads, _kv_heads(self.config))
         self._own_attention: str = self.config._attn_implementation
+        if self.device.type == "cpu":  # where there are no fused kernels for it
+            use_own_norms(self.body)
         register()
         model.set_attn_implementation(NAME)
         self.eos_ids = _ids(model.generation_config.eos_token_id) | _ids(self.config.eos_token_id)

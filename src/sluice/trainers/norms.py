@@ -1,0 +1,55 @@
+"""RMS norms of a model with a gradient by formula: half as many passes over memory as autograd makes of the model's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean(x²) + eps) · w over the last dimension, in FP32 up to the product with w.
+
+    With x̂ = x / sqrt(…) and g the gradient of y: that of w is Σ g · x̂, and that of x is (g · w - x̂ · mean(g · w · x̂)) / sqrt(…).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        g = gradients[0].float()
+        normed = x * inverse
+        seen = g * normed
+        for_weight = seen.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = (seen @ weight.float())[..., None].div_(-x.shape[-1])
+        for_x = torch.addcmul(g * weight, normed, mean).mul_(inverse).to(x.dtype)
+        return for_x, for_weight, None
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def use_own_norms(body: nn.Module) -> None:
+    """Replace the forward of each RMS norm that computes the same on random numbers; others (Gemma's) stay as they are."""
+    same: dict[type, bool] = {}
+    for module in body.modules():
+        kind = type(module)
+        if not (hasattr(module, "weight") and hasattr(module, "variance_epsilon")):
+            continue
+        if kind not in same:
+            generator = torch.Generator().manual_seed(0)
+            weight: Any = module.weight
+            x = torch.randn(5, len(weight), generator=generator).to(weight)
+            same[kind] = torch.allclose(_forward(module, x), module(x), rtol=1e-5, atol=1e-6)
+        if same[kind]:
+            module.forward = partial(_forward, module)
