@@ -24,7 +24,7 @@ CHUNK_COPIES = 2
 DECODE_COPIES = 4
 """Logits of all slots, tempered, as probabilities and summed up."""
 CACHE_STEP = 64
-"""The engine's cache grows by multiples of so many tokens, and a few more."""
+"""The engine's cache grows by multiples of so many tokens, and has a quarter of that more."""
 SHORT_ATTENTION = 128
 """Keys up to which the trainer keeps the weights of attention (`trainers.attention`)."""
 SLACK = 1.1
@@ -109,7 +109,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
         slots = min(config.engine.num_slots, groups * rollout.group_size)
-        length = (-(-longest // CACHE_STEP) + 1) * CACHE_STEP
+        length = -(-longest // CACHE_STEP) * CACHE_STEP + CACHE_STEP // 4
         prefill = min(config.engine.prefill_tokens, groups * longest)
         parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + prefill)))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
