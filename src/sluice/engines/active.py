@@ -64,6 +64,8 @@ class ActiveSlots:
         self._spans_at: int | None = None
         """The clock when the spans were cut; None when sequences have come or gone since."""
         self._sorted_at = 0
+        self.arrangement = 0
+        """Another number whenever a sequence has come, gone or changed its slot."""
         self._stop_rows: dict[frozenset[int], int] = {}
         self.stop_table = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
 
@@ -141,7 +143,7 @@ class ActiveSlots:
             self.requests.append(request)
             self._born.append(len(request.prompt) + 1 - self._clock)
             self.asks.update(request.asks())
-        self._spans_at = None
+        self._rearranged()
 
     def _stop_row(self, stop_token_ids: frozenset[int]) -> int:
         """Row of the stop table for this set of ids."""
@@ -161,6 +163,10 @@ class ActiveSlots:
             self.requests[slot], self._born[slot] = self.requests[last], self._born[last]
         self.requests.pop()
         self._born.pop()
+        self._rearranged()
+
+    def _rearranged(self) -> None:
+        self.arrangement += 1
         self._spans_at = None
 
     def next_step(self) -> list[Span]:
@@ -191,6 +197,7 @@ class ActiveSlots:
         self.state.reorder(by_slot)
         self.requests = [self.requests[i] for i in order]
         self._born = [self._born[i] for i in order]
+        self._rearranged()
 
     def text_tokens(self, slot: int, window: int) -> list[int]:
         """The last `window` tokens of a sequence."""

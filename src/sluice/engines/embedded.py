@@ -122,7 +122,7 @@ class EmbeddedEngine:
     def _empty(self) -> None:
         """No sequences, and no memory for any."""
         self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder, self.cache_bytes)
-        self._unseen: Tensor | None = None
+        self._unseen: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         """Where it lags: which sequences were done after the last step, on its way to the host."""
 
     async def _drive(self) -> None:
@@ -276,16 +276,17 @@ class EmbeddedEngine:
 
     def _collect(self) -> None:
         """Finish the sequences that are done; one that is stands still until it is collected."""
-        n = len(self._active)
-        done = self._active.state["done"][:n]
-        if self._lags and not (self._active.asks["truncation"] or self._active.asks["stop"]):
-            seen, self._unseen = self._unseen, done.to("cpu", non_blocking=True)
-            if seen is None or len(seen) != n:
+        active = self._active
+        done = active.state["done"][: len(active)]
+        if self._lags and not (active.asks["truncation"] or active.asks["stop"]):
+            before, self._unseen = self._unseen, (active.arrangement, *_on_its_way(done))
+            if before is None or before[0] != active.arrangement:
                 return
-            done = seen
+            _, done, arrived = before
+            if arrived is not None:
+                arrived.synchronize()
         ended = done.nonzero().flatten().tolist()
         if ended:
-            self._unseen = None  # slots have changed
             self._finish(ended)
 
     def _search_stop_strings(self, rows: slice) -> None:
@@ -328,6 +329,17 @@ class EmbeddedEngine:
                 )
         for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
             self._active.free(slot)
+
+
+def _on_its_way(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and what tells when it is there."""
+    copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.is_cuda)
+    copy.copy_(flags, non_blocking=True)
+    if not flags.is_cuda:
+        return copy, None
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
 
 
 def _fail_request(request: Request, what: str, cause: Exception | None) -> None:

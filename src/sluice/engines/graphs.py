@@ -35,7 +35,7 @@ class GraphedDecoder:
         self.key_order = packed.key_order
         self.largest_product = packed.largest_product
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._lies_at: int | None = None
+        self._lies_at: list[tuple[int, torch.Size]] = []
         """Where the cache is that the graphs read; another one wants other graphs."""
 
     def refresh(self) -> None:
@@ -45,9 +45,10 @@ class GraphedDecoder:
         return self.packed.named_weights()
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: SlotCache, spans: list[Span]) -> Tensor:
-        if self._lies_at != cache.values[0].data_ptr():
+        lies_at = [(x.data_ptr(), x.shape) for x in (*cache.keys, *cache.values)]
+        if self._lies_at != lies_at:
             self._steps.clear()
-            self._lies_at = cache.values[0].data_ptr()
+            self._lies_at = lies_at
         n = len(tokens)
         num = min(rounded(n, 1), len(cache.values[0]))
         length = min(rounded(spans[0].length, 128), cache.capacity)

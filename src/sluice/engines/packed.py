@@ -1,4 +1,4 @@
-"""Decoding for models built like a llama (Llama, Qwen 2 and 3, Mistral): a third of the operations of the model's own forward.
+"""Decoding for models built like a llama (Llama, Qwen 2 and 3, Mistral): far fewer operations than the model's own forward.
 
 A small model's decode step is bound by the number of operations, not by what they compute. So queries, keys and values come
 from one matrix product, gate and up from another, residuals are added by the products that follow them, a rotation is one

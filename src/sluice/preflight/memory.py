@@ -111,7 +111,10 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         slots = min(config.engine.num_slots, groups * rollout.group_size)
         length = -(-longest // CACHE_STEP) * CACHE_STEP + CACHE_STEP // 4
         prefill = min(config.engine.prefill_tokens, groups * longest)
-        parts.append(Part("key-value cache", policy.cache_elements * width * (slots * length + prefill)))
+        cache = policy.cache_elements * width * slots * length
+        if config.engine.cache_gb is not None:
+            cache = min(cache, config.engine.cache_gb * 1e9)
+        parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     return parts
 

@@ -105,9 +105,8 @@ class PolicyModel:
                 f"trainer.activation_checkpointing: {type(self.model).__name__} cannot do it; leave it out"
             )
         self._recomputed = [m for m in self.body.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for (
-            layer
-        ) in self._recomputed:  # by hand, since the method that does it is called differently in different versions
+        # by hand, since the method that does it has different names in different versions
+        for layer in self._recomputed:
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
