@@ -163,6 +163,20 @@ def test_a_mistake_of_the_engine_shows(ready: Path, monkeypatch: pytest.MonkeyPa
     assert abs(line["train/first_update/ppo_kl"]) > 9e-4
 
 
+@pytest.mark.parametrize("settings", [["trainer.activation_checkpointing=true"], ["engine.cache_gb=1e-4"]])
+def test_what_saves_memory_changes_nothing(ready: Path, settings: list[str]):
+    """Activations that are computed again are the same to the last bit, and so is a first step sampled a few at a time."""
+    plain, saving = (
+        finished("train", "config.yaml", name="plain"),
+        finished("train", "config.yaml", *settings, name="saving"),
+    )
+    first, other = ledger_of(plain, 1), ledger_of(saving, 1)
+    assert [row["token_ids"] for row in first] == [row["token_ids"] for row in other]
+    if "trainer" in settings[0]:
+        names = ("train/loss", "train/grad_norm")
+        assert [[m[n] for n in names] for m in metrics_of(plain)] == [[m[n] for n in names] for m in metrics_of(saving)]
+
+
 def test_recomputed_and_engine_logprobs_agree(ready: Path):
     """They only differ by rounding, so the same run comes out; and the ratio of a first update is then exactly 1."""
     engine, recomputed = (

@@ -16,7 +16,7 @@ from torch import Tensor
 class SlotCache:
     """Keys [num_slots, heads, head size, capacity] and values [num_slots, heads, capacity, head size] per layer.
 
-    Keys lie transposed: the product with one query per sequence then runs along memory, which makes it up to a third faster
+    Keys lie transposed: the product with one query per sequence then runs along memory, which is faster
     on a CPU. Both dimensions grow with what is in use, so that short completions do not pay for a long window.
     """
 

@@ -14,7 +14,7 @@ from sluice.config import ModelSection, SftConfig, TrainConfig
 from sluice.configtraining import BatchedOptimizer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
-from sluice.trainers.chunks import chunk_tokens
+from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
 
 FP32 = 4
 PROCESS_BYTES = 450 * 2**20
@@ -25,8 +25,6 @@ DECODE_COPIES = 4
 """Logits of all slots, tempered, as probabilities and summed up."""
 CACHE_STEP = 64
 """The engine's cache grows by multiples of so many tokens, and has a quarter of that more."""
-SHORT_ATTENTION = 128
-"""Keys up to which the trainer keeps the weights of attention (`trainers.attention`)."""
 SLACK = 1.1
 """What is not listed: gradients of activations, fragments."""
 QUERY_LIMIT_S = 10

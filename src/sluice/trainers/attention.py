@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sluice.data.packing import Piece
+from sluice.trainers.chunks import SHORT_ATTENTION
 
 NAME = "sluice"
-SHORT = 128
-"""Keys up to which two batched products are faster than the fused kernel of the CPU, and their scores take less memory than
-the states do."""
 
 
 @dataclass
@@ -235,7 +233,7 @@ def _attend(
 ) -> Tensor:
     """[N, group, L, d], [N, K, d] twice → [N, group, L, d]: heads of a group share keys and values."""
     num, group, length, d = q.shape
-    if softcap is not None or (k.shape[1] <= SHORT and q.dtype == torch.float32):
+    if softcap is not None or (k.shape[1] <= SHORT_ATTENTION and q.dtype == torch.float32):
         mask = block.mask(window, q).repeat(group, 1)
         scores = torch.bmm(q.reshape(num, group * length, d), k.mT) * scaling
         if softcap is not None:

@@ -1,4 +1,4 @@
-"""How many tokens the head takes at once. Needs no torch: `sluice check` foretells from it how much memory a run wants."""
+"""How much head and attention take at once. Needs no torch: `sluice check` foretells from it how much memory a run wants."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ byte. A CPU and a GPU in FP32 do 5 to 20; there the share is 10 % at most."""
 CHUNK_ELEMENTS = 2**20
 """More of them while the logits are as few as this, 4 MiB: beyond the cache, logits of a small vocabulary cost more than the
 products that they come from."""
+SHORT_ATTENTION = 128
+"""Keys up to which attention in FP32 is two batched products, which keep their weights for the backward: that is faster than the
+fused kernel of a CPU, and takes less memory than the states do."""
 
 
 def chunk_tokens(vocab_size: int) -> int:
