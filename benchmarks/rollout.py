@@ -78,7 +78,7 @@ class LengthReached(StoppingCriteria):
         self.ends = torch.tensor([prompt_length + length for length in new_tokens])
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return self.ends <= input_ids.shape[1]
+        return self.ends.to(input_ids.device) <= input_ids.shape[1]
 
 
 def sampled(**settings: Any) -> GenerationConfig:
@@ -92,8 +92,10 @@ def generate(model: Any, cache: str | None, work: Work) -> float:
     def all_batches() -> None:
         for prompts, lengths in work.batches():
             width = max(map(len, prompts))
-            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+            mask = torch.tensor(
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+            )
             found = model.generate(
                 ids,
                 attention_mask=mask,

@@ -19,37 +19,35 @@ from transformers.utils import logging
 VOCABULARY = 512
 WINDOW = 1024
 EOS = 1
-SHAPES: dict[str, dict[str, int]] = {
+_QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": True}
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32},
     "1M": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 448, "num_attention_heads": 4, "head_dim": 32},
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 768, "num_attention_heads": 4, "head_dim": 64},
     "10M": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 6, "head_dim": 64},
     "100M": {"hidden_size": 896, "num_hidden_layers": 12, "intermediate_size": 2432, "num_attention_heads": 14, "head_dim": 64},
+    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16, **_QWEN3},
+    "4B": {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728, "num_attention_heads": 32, **_QWEN3},
 }  # fmt: skip
-"""By their parameters: 1.0, 5.0, 9.8 and 101.4 million; `tiny` is for trying the benchmarks out."""
+"""By their parameters: 1.0, 5.0, 9.8 and 101.4 million, and those of Qwen3-0.6B and 4B, for a GPU; `tiny` is for trying the
+benchmarks out."""
 
 MEDIAN_LENGTH, P99_LENGTH = 40, 400
 """Of responses as they are in reinforcement learning: most are short, and a few very long."""
 
 
-def config_of(size: str, vocab_size: int = VOCABULARY) -> Qwen3Config:
+def config_of(size: str, **changes: Any) -> Qwen3Config:
     """Without an end-of-sequence id: how long a response gets is for the benchmark to say."""
-    return Qwen3Config(
-        **SHAPES[size],
-        vocab_size=vocab_size,
-        num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    usual = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    ids = {"pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
+    return Qwen3Config(**{**usual, **ids, "max_position_embeddings": WINDOW, **SHAPES[size], **changes})
 
 
-def model_of(size: str, dtype: str = "float32") -> Any:
-    """The same weights every time."""
+def model_of(size: str, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The same weights every time on the same device."""
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config_of(size)).to(getattr(torch, dtype)).eval()
+    with torch.device(device):
+        return Qwen3ForCausalLM._from_config(config_of(size), dtype=getattr(torch, dtype)).eval()
 
 
 def tokenizer_of() -> PreTrainedTokenizerFast:
@@ -72,11 +70,11 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
     )
 
 
-def save(folder: Path, size: str, *, weights: bool = True, vocab_size: int = VOCABULARY) -> Path:
+def save(folder: Path, size: str, *, weights: bool = True, **changes: Any) -> Path:
     """A model folder with a tokeniser, which knows the first 512 ids; without weights it is for `model.random_weights`."""
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    (model_of(size) if weights else config_of(size, vocab_size)).save_pretrained(folder)
+    (model_of(size) if weights else config_of(size, **changes)).save_pretrained(folder)
     tokenizer_of().save_pretrained(str(folder))
     return folder
 

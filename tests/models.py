@@ -47,7 +47,9 @@ CONFIGS = {
 }
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 4.0) -> PolicyModel:
+def tiny_model(
+    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 4.0, device: str = "cpu"
+) -> PolicyModel:
     """A random model whose predictions are not flat: the weights are larger than at initialisation."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
@@ -57,4 +59,4 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(scale)
-    return PolicyModel(model)
+    return PolicyModel(model.to(device))

@@ -46,7 +46,7 @@ class ForcedLengths(LogitsProcessor):
         self.end = end
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ends = self.last == input_ids.shape[1]
+        ends = self.last.to(scores.device) == input_ids.shape[1]
         scores[:, self.end] = -torch.inf
         scores[ends] = -torch.inf
         scores[ends, self.end] = 0.0
@@ -121,7 +121,7 @@ def config_of(args: argparse.Namespace, folder: str) -> GRPOConfig:
         logging_steps=1,
         report_to=[],
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=args.dtype == "bfloat16",
         gradient_checkpointing=False,
         disable_tqdm=True,

@@ -43,8 +43,12 @@ class LanguageModel(Protocol):
         """[B, L] ids and positions → [B, L, H]; `visible` [B, L, K] says who may look at whom, all before it if left out."""
         ...
 
+    def head_weight(self) -> torch.Tensor:
+        """What `logits` multiplies by."""
+        ...
+
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, H] → [T, V] in FP32, whatever the weights' dtype; `weight` is the head's in FP32, cast once by who calls often."""
+        """[T, H] → [T, V] in FP32, whatever the weights' dtype; `weight` is `head_weight()`, asked for once by who calls often."""
         ...
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:

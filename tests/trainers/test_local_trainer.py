@@ -260,7 +260,7 @@ def test_a_sample_without_a_loss_token_changes_nothing():
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    monkeypatch.setattr(head, "chunk_tokens", lambda _: num_tokens)
+    monkeypatch.setattr(head, "chunk_tokens", lambda *_: num_tokens)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])

@@ -152,7 +152,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolera
 @contextmanager
 def chunks_of(size: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "chunk_tokens", lambda _: size)
+        patch.setattr(room, "chunk_tokens", lambda *_: size)
         yield
 
 
@@ -281,4 +281,4 @@ def test_a_few_tokens_have_buffers_of_their_size():
 
 @pytest.mark.parametrize(("vocab_size", "tokens"), [(128, 8192), (4096, 512), (151_936, 512), (2**21, 512)])
 def test_a_chunk_has_enough_tokens_for_the_heads_gradient_and_no_more_than_fit_the_cache(vocab_size: int, tokens: int):
-    assert chunk_tokens(vocab_size) == tokens
+    assert chunk_tokens(vocab_size, "cpu") == tokens

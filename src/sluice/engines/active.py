@@ -51,7 +51,7 @@ class ActiveSlots:
         self._position_bytes = 0
         self.vocab_size = vocab_size
         self.decoder = decoder
-        self.cache = SlotCache()
+        self.cache = SlotCache(decoder.by_token)
         self.state = SlotState(device)
         self.requests: list[Request] = []  # by slot
         self.asks: Counter[str] = Counter()

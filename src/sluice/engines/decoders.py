@@ -22,6 +22,8 @@ class Decoder(Protocol):
         """In which order it keeps the elements of a key; None: as the model does."""
         ...
 
+    by_token: bool
+    """Whether its cache lies token by token in memory."""
     largest_product: int
     """Multiplications per token in the largest matrix product of a step."""
     span_cost: float
@@ -44,6 +46,7 @@ class ModelDecoder:
     """Any model, through its own forward."""
 
     key_order = None
+    by_token = False
     span_cost = 0.0  # one span for all: the model's forward has one mask
 
     def __init__(self, model: LanguageModel, threads: StepThreads) -> None:
@@ -101,7 +104,7 @@ def _agrees(decoder: Decoder, model: LanguageModel) -> bool:
     lengths = [2, 5, 3]
     prompts = DynamicCache()
     expected = model.hidden_states(ids, positions, cache=prompts)
-    cache = SlotCache()
+    cache = SlotCache(decoder.by_token)
     for row, length in enumerate(lengths):
         prefix = Prefix(prompts, row, length, expected[row, 0], decoder.key_order)
         cache.reserve(prefix, 3, 9, 9)

@@ -57,7 +57,7 @@ class EmbeddedEngine:
         self._decoder = decoder_for(model, self._threads)
         self._lags = model.device.type == "cuda"
         """Whether it learns a step later which sequences are done: the host then never waits for the step it has just launched."""
-        self._head_weight = model.head.weight.float()
+        self._head_weight = model.head_weight()
         self._waiting: deque[Request] = deque()
         self._closed = False
         self._wanted: Counter[bytes] = Counter()
@@ -100,7 +100,7 @@ class EmbeddedEngine:
         self.version = version
         self._prefixes.clear()
         self._decoder.refresh()
-        self._head_weight = self.model.head.weight.float()
+        self._head_weight = self.model.head_weight()
 
     async def fingerprint(self) -> str:
         return fingerprint(self._decoder.named_weights())

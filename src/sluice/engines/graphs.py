@@ -32,7 +32,7 @@ class GraphedDecoder:
 
     def __init__(self, packed: PackedDecoder) -> None:
         self.packed = packed
-        self.key_order = packed.key_order
+        self.key_order, self.by_token = packed.key_order, packed.by_token
         self.largest_product = packed.largest_product
         self._steps: dict[tuple[int, int], _Step] = {}
         self._lies_at: list[tuple[int, torch.Size]] = []
@@ -51,7 +51,8 @@ class GraphedDecoder:
             self._lies_at = lies_at
         n = len(tokens)
         num = min(rounded(n, 1), len(cache.values[0]))
-        length = min(rounded(spans[0].length, 128), cache.capacity)
+        # the kernel reads where each sequence ends, so one graph does for all lengths
+        length = cache.capacity if self.by_token else min(rounded(spans[0].length, 128), cache.capacity)
         step = self._steps.get((num, length))
         if step is None:
             inputs = tokens.new_zeros(num), positions.new_zeros(num)

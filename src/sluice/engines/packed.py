@@ -66,7 +66,9 @@ class PackedDecoder:
         attention = self.body.layers[0].self_attn
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
-        self.eps = torch.tensor(config.rms_norm_eps, device=model.device)
+        self.eps = torch.tensor(config.rms_norm_eps)
+        self.by_token = model.device.type == "cuda" and model.dtype != torch.float32 and self.head_dim % 8 == 0
+        """Whether a fused kernel attends, which there is on a GPU in half precision."""
         half = torch.arange(self.head_dim, device=model.device).view(2, -1)
         self.key_order = half.t().flatten()
         """Pairs (i, i + half): what a rotation turns together lies together."""
@@ -142,18 +144,12 @@ class PackedDecoder:
             self.angles = self._angles(cache.capacity)
         angles = self.angles[positions][:, None]
         rows = torch.arange(n, device=tokens.device)
-        masks: dict[int | None, list[Tensor]] = {}
+        attention = _Kernel(positions, cache, self.scaling) if self.by_token else _Products(self, positions, spans)
         x: Tensor = self.body.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
-            if layer.window not in masks:
-                masks[layer.window] = self._masks(positions, spans, layer.window, x.dtype)
             queries, keys, values = self._projected(layer, x, angles)
             cache.write(index, rows, positions, keys, values)
-            attended = [
-                self._attended(queries[s.start : s.stop], cache.keys[index], cache.values[index], s, mask)
-                for s, mask in zip(spans, masks[layer.window], strict=True)
-            ]
-            seen = attended[0] if len(attended) == 1 else torch.cat(attended)
+            seen = attention(queries, cache.keys[index], cache.values[index], layer.window)
             x = self._added(x, seen, layer.source.self_attn.o_proj.weight)
             x = self._through_mlp(layer, x)
         return rms_norm(x, self.body.norm.weight, self.eps)
@@ -179,33 +175,10 @@ class PackedDecoder:
         queries, keys = qk.split([self.heads, self.kv_heads], 1)
         return queries, keys, values
 
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, mask: Tensor) -> Tensor:
-        """[n, heads, d] → [n, heads · d]. Query heads that share a key head are the rows of one product."""
-        n = len(queries)
-        q = queries.reshape(n * self.kv_heads, -1, self.head_dim)
-        k = keys[span.start : span.stop, :, :, : span.length].flatten(0, 1)
-        v = values[span.start : span.stop, :, : span.length].flatten(0, 1)
-        with self.threads.work(_SMALL_PRODUCTS * 2 * n * self.heads * span.length * self.head_dim):
-            scores = torch.baddbmm(mask, q, k, alpha=self.scaling)
-            return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
-
     def _through_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         norm = layer.source.post_attention_layernorm
         gate, up = self._linear(rms_norm(x, norm.weight, self.eps), layer.gate_up).chunk(2, 1)
         return self._added(x, F.silu(gate).mul_(up), layer.source.mlp.down_proj.weight)
-
-    def _masks(self, positions: Tensor, spans: list[Span], window: int | None, dtype: torch.dtype) -> list[Tensor]:
-        """Per span [n · kv heads, 1, length]: 0 where a cached position is seen, -inf where not."""
-        masks = []
-        for span in spans:
-            at = positions[span.start : span.stop, None]
-            keys = torch.arange(span.length, device=at.device)
-            hidden = keys > at
-            if window is not None:
-                hidden |= keys <= at - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
-            masks.append(mask.repeat_interleave(self.kv_heads, 0)[:, None])
-        return masks
 
     def _angles(self, length: int) -> Tensor:
         """[length, d / 2] by which a position turns each pair, as complex numbers."""
@@ -221,8 +194,81 @@ _SMALL_PRODUCTS = 8
 """How much longer a multiplication takes in attention, whose products are many and small, than in a large one."""
 
 
+class _Products:
+    """Attention of one step by batched products, span by span."""
+
+    def __init__(self, decoder: PackedDecoder, positions: Tensor, spans: list[Span]) -> None:
+        self.decoder, self.positions, self.spans = decoder, positions, spans
+        self.masks: dict[int | None, list[Tensor]] = {}
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """[n, heads, d], the cache of the layer → [n, heads · d]."""
+        if window not in self.masks:
+            self.masks[window] = [self._mask(span, window, queries.dtype) for span in self.spans]
+        seen = [
+            self._attended(queries[span.start : span.stop], keys, values, span, mask)
+            for span, mask in zip(self.spans, self.masks[window], strict=True)
+        ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, mask: Tensor) -> Tensor:
+        """Query heads that share a key head are the rows of one product."""
+        d, n = self.decoder, len(queries)
+        q = queries.reshape(n * d.kv_heads, -1, d.head_dim)
+        k = keys[span.start : span.stop, :, :, : span.length].flatten(0, 1)
+        v = values[span.start : span.stop, :, : span.length].flatten(0, 1)
+        with d.threads.work(_SMALL_PRODUCTS * 2 * n * d.heads * span.length * d.head_dim):
+            scores = torch.baddbmm(mask, q, k, alpha=d.scaling)
+            return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
+
+    def _mask(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[n · kv heads, 1, length]: 0 where a cached position is seen, -inf where not."""
+        at = self.positions[span.start : span.stop, None]
+        keys = torch.arange(span.length, device=at.device)
+        hidden = keys > at
+        if window is not None:
+            hidden |= keys <= at - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
+        return mask.repeat_interleave(self.decoder.kv_heads, 0)[:, None]
+
+
+class _Kernel:
+    """Attention of one step by the FlashAttention kernel that torch brings, which reads of each slot what is used of it."""
+
+    def __init__(self, positions: Tensor, cache: SlotCache, scaling: float) -> None:
+        n, device = len(positions), positions.device
+        self.scaling, self.capacity = scaling, cache.capacity
+        self.lengths = (positions + 1).int()
+        self.queries_at = torch.arange(n + 1, dtype=torch.int32, device=device)
+        self.slots_at = self.queries_at * self.capacity
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        # the operator itself: torch's function around it takes lengths in later versions only
+        seen: Tensor = torch.ops.aten._flash_attention_forward(
+            queries,
+            keys.permute(0, 3, 1, 2).flatten(0, 1),
+            values.permute(0, 2, 1, 3).flatten(0, 1),
+            self.queries_at,
+            self.slots_at,
+            1,
+            self.capacity,
+            0.0,
+            False,
+            False,
+            scale=self.scaling,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+            seqused_k=self.lengths,
+        )[0]
+        return seen.flatten(1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fewer operations than `F.rms_norm` makes of it."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; on a CPU in fewer operations than `F.rms_norm` makes of it."""
+    if x.is_cuda:
+        shared = weight if weight.dim() == 1 else None
+        normed = F.rms_norm(x, x.shape[-1:], shared, eps.item())
+        return normed if shared is not None else normed.mul_(weight)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (x * inverse).to(x.dtype).mul_(weight)

@@ -17,12 +17,15 @@ class SlotCache:
     """Keys [num_slots, heads, head size, capacity] and values [num_slots, heads, capacity, head size] per layer.
 
     Keys lie transposed: the product with one query per sequence then runs along memory, which is faster
-    on a CPU. Both dimensions grow with what is in use, so that short completions do not pay for a long window.
+    on a CPU. With `by_token` the shapes are the same, and memory runs token by token ([num_slots, capacity, heads, head size]),
+    as fused kernels want it. Both dimensions grow with what is in use, so that short completions do not pay for a long window.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_token: bool = False) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._orders = ((0, 3, 1, 2), (0, 2, 1, 3)) if by_token else ((0, 1, 2, 3), (0, 1, 2, 3))
+        """In which order the dimensions of keys and of values follow each other in memory."""
 
     @property
     def capacity(self) -> int:
@@ -48,8 +51,8 @@ class SlotCache:
 
     def _resize(self, slots: int, capacity: int) -> None:
         for layer in range(len(self.keys)):  # one at a time, so that only one stands twice
-            self.keys[layer] = _grown(self.keys[layer], slots, 3, capacity)
-            self.values[layer] = _grown(self.values[layer], slots, 2, capacity)
+            self.keys[layer] = _grown(self.keys[layer], slots, 3, capacity, self._orders[0])
+            self.values[layer] = _grown(self.values[layer], slots, 2, capacity, self._orders[1])
 
     def fill(self, slots: slice, prefix: Prefix) -> None:
         """Copy a prompt's keys and values into several slots."""
@@ -163,10 +166,10 @@ class SlotState:
             column[: len(order)] = column[order]
 
 
-def _grown(cache: Tensor, slots: int, dim: int, capacity: int) -> Tensor:
+def _grown(cache: Tensor, slots: int, dim: int, capacity: int, order: tuple[int, ...]) -> Tensor:
     shape = list(cache.shape)
     shape[0], shape[dim] = slots, capacity
-    grown = cache.new_zeros(shape)
+    grown = cache.new_zeros([shape[i] for i in order]).permute([order.index(i) for i in range(4)])
     kept = min(slots, len(cache))
     grown[:kept].narrow(dim, 0, cache.shape[dim]).copy_(cache[:kept])
     return grown

@@ -92,10 +92,11 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     assert config.trainer.name == "local"
     update = -(-samples // config.trainer.updates_per_batch)
     batch = _batch(longest, update, config.trainer)
+    device = "cpu" if _in_ram(config.model) else "cuda"
     parts = [
         *learner("policy", policy, width),
         Part("activations", activation_bytes(policy, width, batch)),
-        Part("logits", logits_bytes(policy, width, batch)),
+        Part("logits", logits_bytes(policy, width, batch, device)),
     ]
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
@@ -123,7 +124,7 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     parts = [
         *learner("policy", model, width),
         Part("activations", activation_bytes(model, width, batch)),
-        Part("logits", logits_bytes(model, width, batch)),
+        Part("logits", logits_bytes(model, width, batch, "cpu" if _in_ram(config.model) else "cuda")),
     ]
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, {"policy": model})))
@@ -166,11 +167,12 @@ def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
     return batch.tokens * config.num_hidden_layers * per_token * width
 
 
-def logits_bytes(model: ModelFolder, width: int, batch: Batch) -> float:
+def logits_bytes(model: ModelFolder, width: int, batch: Batch, device: str) -> float:
     """A chunk of logits; and for a BF16 model its head in FP32."""
     head = model.vocab_size * model.config.hidden_size if width < FP32 else 0
     copies = CHUNK_COPIES + bool(getattr(model.config, "final_logit_softcapping", None))
-    return FP32 * (head + copies * min(chunk_tokens(model.vocab_size), batch.tokens) * model.vocab_size)
+    tokens = min(chunk_tokens(model.vocab_size, device), batch.tokens)
+    return FP32 * (head + copies * tokens * model.vocab_size)
 
 
 def _batch(longest: int, samples: int, trainer: BatchedOptimizer) -> Batch:

@@ -115,7 +115,7 @@ class PackedAttention:
             longest_keys,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),  # causal, counted from the end of the keys
-            enable_gqa=self.heads != self.kv_heads,
+            **_SHARED_HEADS,
         )
         return out[None]
 
@@ -252,17 +252,19 @@ def _attend(
     )
 
 
-def _varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's variable-length attention, if it takes a scale and a window; it came over several versions."""
+def _varlen_kernel() -> tuple[Callable[..., Tensor] | None, dict[str, bool]]:
+    """torch's variable-length attention if it takes a scale and a window, and what later versions want to be told where query
+    heads share key heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
+        return None, {}
     known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None  # pyright: ignore[reportReturnType]
+    kernel: Any = varlen_attn if {"scale", "window_size"} <= known.keys() else None
+    return kernel, {"enable_gqa": True} if "enable_gqa" in known else {}
 
 
-VARLEN = _varlen_kernel()
+VARLEN, _SHARED_HEADS = _varlen_kernel()
 
 
 @torch.compiler.disable  # it gathers by indices that differ from row to row

@@ -1,4 +1,5 @@
-"""RMS norms of a model with a gradient by formula: half as many passes over memory as autograd makes of the model's own."""
+"""RMS norms of a model in few passes over memory: by torch's kernel on a GPU, and elsewhere with a gradient by formula, in half as
+many passes as autograd makes of the model's own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,6 +37,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda:
+        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)  # pyright: ignore[reportReturnType]
 
 
@@ -50,6 +54,7 @@ def use_own_norms(body: nn.Module) -> None:
             generator = torch.Generator().manual_seed(0)
             weight: Any = module.weight
             x = torch.randn(5, len(weight), generator=generator).to(weight)
-            same[kind] = torch.allclose(_forward(module, x), module(x), rtol=1e-5, atol=1e-6)
+            tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2  # how often they round differs
+            same[kind] = torch.allclose(_forward(module, x), module(x), rtol=tolerance, atol=tolerance)
         if same[kind]:
             module.forward = partial(_forward, module)

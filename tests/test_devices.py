@@ -1,0 +1,172 @@
+"""What holds on the CPU holds on a GPU too, in FP32 and in BF16: run on each device that there is."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import tiny_model
+from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
+from sluice.algorithms import policy_loss, resolve
+from sluice.algorithms.losses import LossOutput
+from sluice.data.batch import MicroBatch, Packing, make_minibatch
+from sluice.engines.decoders import ModelDecoder, decoder_for
+from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.graphs import GraphedDecoder
+from sluice.engines.packed import PackedDecoder
+from sluice.engines.threads import StepThreads
+from sluice.interfaces import Layout
+from sluice.trainers.local import LocalTrainer
+from sluice.trainers.model import PolicyModel
+from sluice.trainers.optim import Optimizer, OptimizerSettings
+from sluice.types import Sample, Sampling
+from sluice.weights.in_process import InProcessWeights
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SETTINGS = OptimizerSettings(1e-4, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
+CISPO = resolve("cispo")
+LARGEST_PROB_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+"""In the mean, of engine and trainer: a hundredth of what other weights would make."""
+
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def engine_of(model: PolicyModel) -> EmbeddedEngine:
+    return EmbeddedEngine(model, lambda ids: "", vocab_size=128, num_slots=10)
+
+
+def samples_of(engine: EmbeddedEngine, num: int = 32, longest: int = 150) -> list[Sample]:
+    """More prompts than slots, in groups of four; completions that are mostly short and sometimes grow the cache."""
+    lengths = random.Random(0)
+    prompts = [[3 + (i // 4 + t) % 100 for t in range(1 + i // 4)] for i in range(num)]
+    wanted = [longest if i % 8 == 0 else lengths.randrange(1, 30) for i in range(num)]
+
+    async def all_of_them() -> list[Sample]:
+        asked = [
+            engine.generate(prompt, Sampling(max_new_tokens=new, seed=i, temperature=0.8))
+            for i, (prompt, new) in enumerate(zip(prompts, wanted, strict=True))
+        ]
+        samples = []
+        for i, (prompt, c) in enumerate(zip(prompts, await asyncio.gather(*asked), strict=True)):
+            before, n = [0.0] * len(prompt), len(c.token_ids)
+            weights, logprobs, versions = before + [1.0] * n, before + c.logprobs, [-1] * len(prompt) + [0] * n
+            samples.append(Sample(prompt + c.token_ids, weights, logprobs, versions, 0.8, i // 4, i % 4))
+        return samples
+
+    return asyncio.run(all_of_them())
+
+
+def trainer_of(model: PolicyModel, layout: Layout) -> LocalTrainer:
+    return LocalTrainer(
+        model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 300, layout), couples_tokens=False
+    )
+
+
+def prob_differences(model: PolicyModel, samples: list[Sample], layout: Layout = "packed") -> list[float]:
+    """Of engine and trainer, token by token."""
+    asyncio.run(trainer_of(model, layout).forward(samples, "old_logprobs"))
+    return [
+        abs(math.exp(a) - math.exp(b))
+        for s in samples
+        for a, b, w in zip(s.old_logprobs, s.logprobs, s.loss_weights, strict=True)
+        if w
+    ]
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral_window", "gemma2"])
+def test_decoder_of_a_device(device: str, dtype: torch.dtype, architecture: str) -> None:
+    """A GPU decodes models built like a llama by graphs, and in BF16 with its own kernel; others by their own forward."""
+    decoder = decoder_for(tiny_model(architecture, dtype, device=device), StepThreads(torch.device(device)))
+    if architecture == "gemma2":
+        assert type(decoder) is ModelDecoder
+    else:
+        assert type(decoder) is (GraphedDecoder if device == "cuda" else PackedDecoder)
+        assert decoder.by_token == (device == "cuda" and dtype == torch.bfloat16)
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral_window", "gemma2"])
+def test_engine_and_trainer_agree_before_and_after_new_weights(
+    device: str, dtype: torch.dtype, architecture: str
+) -> None:
+    """Through slots that are freed and moved, caches that grow, graphs that are replayed; and the same again with the same seeds."""
+    model = tiny_model(architecture, dtype, device=device, scale=6.0)
+    engine = engine_of(model)
+    first = samples_of(engine)
+    for layout in ("rows", "packed"):
+        assert fmean(prob_differences(model, first, layout)) < LARGEST_PROB_DIFFERENCE[dtype]
+    assert [s.token_ids for s in samples_of(engine)] == [s.token_ids for s in first]
+    with torch.no_grad():
+        for weight in model.model.parameters():
+            weight.mul_(1.5)
+    assert fmean(prob_differences(model, first)) > 3 * LARGEST_PROB_DIFFERENCE[dtype], "the weights should matter"
+    asyncio.run(engine.update_weights(InProcessWeights(model), 1))
+    assert fmean(prob_differences(model, samples_of(engine))) < LARGEST_PROB_DIFFERENCE[dtype]
+
+
+def loss_of(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
+    columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
+    return policy_loss(CISPO, logprobs, *columns, coefficients=batch.coefficients)
+
+
+def gradients_of(model: PolicyModel, samples: list[Sample], layout: Layout) -> list[Tensor]:
+    """Of one CISPO update, in FP32 on the CPU."""
+    trainer = trainer_of(model, layout)
+    asyncio.run(trainer.forward_backward(make_minibatch(samples, trainer.packing, CISPO, 0), loss_of))
+    return [m.grad.cpu() for m in trainer.optimizer.masters if m.grad is not None]
+
+
+@on_each_device
+@in_each_dtype
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_gradient_is_that_of_rows_in_fp32_on_the_cpu(device: str, dtype: torch.dtype, layout: Layout) -> None:
+    """Of every weight; in BF16 as near as the rounding of the model itself lets it come."""
+    exact = tiny_model("qwen3", torch.bfloat16).model.float()  # weights that BF16 can hold
+    samples = samples_of(engine_of(PolicyModel(exact)), num=12, longest=40)
+    for sample in samples:
+        sample.old_logprobs = sample.logprobs
+        sample.advantages = [(-1.0) ** sample.index] * len(sample)
+    expected = gradients_of(PolicyModel(exact), samples, "rows")
+    found = gradients_of(tiny_model("qwen3", dtype, device=device), samples, layout) if dtype == torch.bfloat16 else (
+        gradients_of(PolicyModel(exact.to(device)), samples, layout)
+    )
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        error = float((mine - theirs).norm() / theirs.norm())
+        assert error < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with workplace(tmp_path, monkeypatch) as folder:
+        set_up(folder)
+        yield folder
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_trains_and_its_steps_can_be_replayed(
+    device: str, dtype: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all checks; a run of the same config samples the same tokens in its first step."""
+    where = (f"model.device={device}", f"model.dtype={dtype}")
+    runs = [finished("train", "config.yaml", *where, name=name) for name in ("one", "two")]
+    lines = metrics_of(runs[0])
+    assert len(lines) == 3
+    assert all(line["train/engine_prob_corr"] > 0.99 for line in lines)
+    first = [[row["token_ids"] for row in ledger_of(run, 1)] for run in runs]
+    assert first[0] == first[1]
+    capsys.readouterr()
+    assert sluice("replay", runs[0], "--step", "2") == 0, capsys.readouterr()
