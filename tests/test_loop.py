@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -401,3 +402,52 @@ def test_a_cancelled_run_is_cancelled_and_not_failed(workshop: Workshop, max_sta
             await task
 
     finish(cancelled())
+
+
+def test_the_next_groups_are_sampled_while_the_ledger_is_written(workshop: Workshop):
+    """With no staleness too: a slow disk holds nobody up."""
+    asked = threading.Semaphore(0)
+
+    class SlowDisk(Notes):
+        def log_groups(self, step: int, *args: Any) -> None:
+            for _ in range(0 if step == NUM_STEPS else GROUPS_PER_STEP * GROUP_SIZE):
+                assert asked.acquire(timeout=10), f"nothing was sampled while step {step} was written"
+            super().log_groups(step, *args)
+
+    def script(*args: Any) -> list[int]:
+        asked.release()
+        return workshop.digits(*args)
+
+    run = workshop.run(script=script, tracker=SlowDisk())
+    take = run.buffer.take
+
+    async def taken(*args: Any) -> list[Group]:
+        groups = await take(*args)
+        while run.step == 0 and asked.acquire(blocking=False):
+            pass  # those of the first step, which no ledger waits for
+        return groups
+
+    run.buffer.take = taken  # type: ignore[method-assign]
+    assert len(played(run).groups) == NUM_STEPS
+
+
+def test_rewards_are_computed_while_others_of_the_group_and_other_groups_are_sampled(workshop: Workshop):
+    """A sample of each step is answered only when all others have their reward."""
+    started = scored = 0
+
+    async def late(prompt: Prompt, policy: Any) -> Trajectory:
+        nonlocal started
+        started += 1
+        last = started % (GROUPS_PER_STEP * GROUP_SIZE) == 0
+        while last and scored < started - 1:
+            await asyncio.sleep(0.001)
+        await policy.respond(prompt.messages)
+        return Trajectory(policy.turns, "answered")
+
+    def reward(prompt: Prompt, trajectory: Trajectory) -> float:
+        nonlocal scored
+        scored += 1
+        return float(trajectory.response)
+
+    notes = played(workshop.run(environment=late, reward=reward))
+    assert len(notes.groups) == NUM_STEPS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,7 +37,8 @@ async def train(run: Run) -> None:
                     stats = await learn(run, samples, wait)
                 run.step += 1
                 await publish(run)
-            await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
+            if run.step < run.num_steps:
+                await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
             await after_step(run, everything, samples, stats)
 
 
@@ -105,14 +107,17 @@ async def follow_reference(run: Run) -> None:
 
 
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
-    """Record and track the step, judge its trend, then write a checkpoint if it is its turn; that time counts in the next."""
+    """Record and track the step, judge its trend, then write a checkpoint if it is its turn; that time counts in the next.
+
+    While a thread writes the ledger, the groups of the next step are already sampled.
+    """
     metrics = (
         rollout_metrics(groups, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
     )
     with run.timer("checks"):
         metrics["rollout/repetition"] = repetition(groups)
     with run.timer("record"):
-        run.tracker.log_groups(run.step, groups, samples, run.fingerprint)
+        await asyncio.to_thread(run.tracker.log_groups, run.step, groups, samples, run.fingerprint)
     metrics += run.timer.drain()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)

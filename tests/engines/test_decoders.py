@@ -86,7 +86,7 @@ def test_steps_rounded_up_for_a_gpus_graphs_give_the_same() -> None:
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
     assert asyncio.run(graphed.fingerprint()) == asyncio.run(plain.fingerprint())
     assert len(decoder._steps) < 12
-    assert {rounded(n, 1) for n in range(1, 257)} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
+    assert {rounded(n, 128) for n in range(1, 1025)} == {128, 192, 256, 384, 512, 768, 1024}
     assert all(n <= rounded(n, 128) <= max(128, 1.5 * n) for n in range(1, 5000))
 
 

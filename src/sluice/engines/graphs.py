@@ -50,7 +50,7 @@ class GraphedDecoder:
             self._steps.clear()
             self._lies_at = lies_at
         n = len(tokens)
-        num = min(rounded(n, 1), len(cache.values[0]))
+        num = min(1 << (n - 1).bit_length(), len(cache.values[0]))
         # the kernel reads where each sequence ends, so one graph does for all lengths
         length = cache.capacity if self.by_token else min(rounded(spans[0].length, 128), cache.capacity)
         step = self._steps.get((num, length))
@@ -59,6 +59,7 @@ class GraphedDecoder:
             inputs[0][:n], inputs[1][:n] = tokens, positions
             step = self._steps[num, length] = self._captured(*inputs, cache, length)
         step.tokens[:n], step.positions[:n] = tokens, positions
+        step.positions[n:] = 0  # where least is attended over
         step.run()
         return step.hidden[:n].clone()  # the next step writes there
 
@@ -86,7 +87,7 @@ def rounded(number: int, least: int) -> int:
     """Up to the next of 2ⁿ and 1.5 · 2ⁿ from `least` on: at most half as much again, in few steps."""
     size = least
     while size < number:
-        if size * 3 // 2 >= number and size > 1:
+        if size * 3 // 2 >= number:
             return size * 3 // 2
         size *= 2
     return size
