@@ -17,11 +17,9 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
@@ -74,9 +72,7 @@ class Bounds:
         """To read the weights once a step, in the fewest steps, and before each token the keys and values of its sequence."""
         config = model.config
         per_position = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        read = sum(
-            n * len(p) + n * (n - 1) // 2 for p, n in zip(work.prompts, work.new_tokens, strict=True)
-        )
+        read = sum(n * len(p) + n * (n - 1) // 2 for p, n in zip(work.prompts, work.new_tokens, strict=True))
         steps = max(work.num_steps, max(work.new_tokens))
         return (2 * matrix_parameters(config) * steps + per_position * read) / self.bytes_per_s
 
@@ -173,7 +169,16 @@ def last_json(command: Sequence[str]) -> dict[str, Any]:
 
 def steps(size: str) -> list[dict[str, Any]]:
     words = ["--cases", f"{size}:uniform", f"{size}:rl_like", "--dtypes", "bfloat16", "--trl", sys.executable]
-    words += ["--new-tokens", "128", "--rounds", "3", "--steps", "1", "--settings", "trainer.tokens_per_micro_batch=16384"]
+    words += [
+        "--new-tokens",
+        "128",
+        "--rounds",
+        "3",
+        "--steps",
+        "1",
+        "--settings",
+        "trainer.tokens_per_micro_batch=16384",
+    ]
     return last_json([sys.executable, "benchmarks/step.py", *words])["results"]
 
 

@@ -11,8 +11,8 @@ are slots after the other; a row stops at its length as it would at an end-of-se
 longest row. The engine and continuous batching give each request its own limit and fill a slot as it comes free.
 
 Sizes that would take the peers long are measured against the bound alone (`--against-bound`), with few tokens. The bound
-is the time of the matrix products of the fewest decode steps that can make these tokens, run by themselves in
-the same rounds: `share_of_bound` is that time over the engine's.
+is the time of the matrix products of every distinct prompt, once, and of the fewest decode steps that can make the rest of the
+tokens, run by themselves in the same rounds: `share_of_bound` is that time over the engine's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -143,6 +144,22 @@ class ContinuousBatching:
         self.manager.destroy()
 
 
+class Products:
+    """The matrix products that cannot be done without."""
+
+    def __init__(self, config: Any, work: Work, dtype: str) -> None:
+        prompts = {tuple(prompt) for prompt in work.prompts}
+        slots = min(work.num_slots, len(work.prompts))
+        steps = math.ceil((work.total - len(work.prompts)) / slots)  # the first token comes with the prompt
+        self.parts = [
+            DecodeProducts(config, sum(map(len, prompts)), 1, dtype),
+            DecodeProducts(config, slots, steps, dtype),
+        ]
+
+    def __call__(self) -> float:
+        return sum(part() for part in self.parts)
+
+
 def measure(size: str, dtype: str, work: Work, peers: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     model = model_of(size, dtype)
     batching = ContinuousBatching(model, work) if "continuous_batching" in peers else None
@@ -154,7 +171,7 @@ def measure(size: str, dtype: str, work: Work, peers: Sequence[str], args: argpa
     for side in generating.values():
         side(work.shortened(WARM_UP))
     sides: dict[str, Callable[[], float]] = {name: partial(side, work) for name, side in generating.items()}
-    sides["products"] = DecodeProducts(model.config, min(work.num_slots, len(work.prompts)), work.num_steps, dtype)
+    sides["products"] = Products(model.config, work, dtype)
     sides["square"] = SquareProduct(dtype)
     found = in_turn(sides, args.rounds, warm_up=False)
     if batching:
@@ -201,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--slots", type=int, help="sequences at once; left out, 64, or fewer where a round would take minutes"
     )
     options.add_argument("--new-tokens", type=int, default=64, help="of uniform lengths")
-    options.add_argument("--few-tokens", type=int, default=8, help="the same of --against-bound")
+    options.add_argument("--few-tokens", type=int, default=32, help="the same of --against-bound")
     options.add_argument("--longest", type=int, default=512, help="of rl_like lengths")
     options.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     options.add_argument("--cache", choices=["static"], help="of generate; left out, its default, a dynamic one")

@@ -73,7 +73,7 @@ def main() -> None:
         def split(num_steps: int, stood_still: float) -> dict[str, float]:
             lines = [json.loads(line) for line in metrics.read_text().splitlines()[-num_steps:]]
             total = {name: sum(line.get(f"perf/{name}_s", 0.0) for line in lines) for name in SPLIT}
-            total["rollout"] -= stood_still  # the loop waited for groups, and its workers for the clock
+            total["record"] -= stood_still  # the next groups are asked for while the ledger is written
             return {name: value / num_steps for name, value in total.items()}
 
         watch_engine(StepClock(served, {"versions": versions()}, split), args)

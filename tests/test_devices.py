@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from models import tiny_model
-from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
 from sluice.algorithms import policy_loss, resolve
 from sluice.algorithms.losses import LossOutput
 from sluice.data.batch import MicroBatch, Packing, make_minibatch
@@ -30,6 +29,7 @@ from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 from sluice.types import Sample, Sampling
 from sluice.weights.in_process import InProcessWeights
+from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SETTINGS = OptimizerSettings(1e-4, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
@@ -67,9 +67,7 @@ def samples_of(engine: EmbeddedEngine, num: int = 32, longest: int = 150) -> lis
 
 
 def trainer_of(model: PolicyModel, layout: Layout) -> LocalTrainer:
-    return LocalTrainer(
-        model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 300, layout), couples_tokens=False
-    )
+    return LocalTrainer(model, None, Optimizer(model.model, SETTINGS, 1), Packing(1, 300, layout), couples_tokens=False)
 
 
 def prob_differences(model: PolicyModel, samples: list[Sample], layout: Layout = "packed") -> list[float]:

@@ -106,6 +106,18 @@ async def follow_reference(run: Run) -> None:
         run.tracker.event("reference_updated", f"the policy after step {run.step} is the reference from now on")
 
 
+async def recorded(run: Run, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+    """The ledger is written by a thread, to the end even if something ends the run meanwhile."""
+    writing = asyncio.ensure_future(
+        asyncio.to_thread(run.tracker.log_groups, run.step, groups, samples, run.fingerprint)
+    )
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await writing
+        raise
+
+
 async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample], stats: Metrics) -> None:
     """Record and track the step, judge its trend, then write a checkpoint if it is its turn; that time counts in the next.
 
@@ -117,7 +129,7 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     with run.timer("checks"):
         metrics["rollout/repetition"] = repetition(groups)
     with run.timer("record"):
-        await asyncio.to_thread(run.tracker.log_groups, run.step, groups, samples, run.fingerprint)
+        await recorded(run, groups, samples)
     metrics += run.timer.drain()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)

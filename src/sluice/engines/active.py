@@ -112,7 +112,9 @@ class ActiveSlots:
         longest = max(len(r.prompt) for r in new) + 1
         self._limit = max(self._limit, *(len(r.prompt) + r.sampling.max_new_tokens for r in new))
         if self.decoder.by_token and self._slots_of(self._limit) >= num_slots:
-            longest = self._limit  # at once: a cache that does not grow stays where it is, and so do the graphs that read it
+            longest = (
+                self._limit
+            )  # at once: a cache that does not grow stays where it is, and so do the graphs that read it
         slots = max(last, min(num_slots, self._slots_of(longest)))
         self.cache.reserve(prefixes[new[0].key], slots, longest, self._limit)
         self.state.reserve(slots, max(r.sampling.max_new_tokens for r in new))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sluice.engines.products import Product
 from sluice.engines.slots import SlotCache, Span
 from sluice.engines.threads import StepThreads
 from sluice.interfaces import LanguageModel
@@ -31,10 +32,12 @@ class _Layer:
     source: Any
     """The model's own layer."""
     window: int | None
-    qkv: Tensor
+    qkv: Product
     qkv_bias: Tensor | None
     qk_norm: Tensor | None  # [query and key heads, head size]
-    gate_up: Tensor
+    out: Product
+    gate_up: Product
+    down: Product
 
 
 def is_llama_like(model: LanguageModel) -> bool:
@@ -73,7 +76,7 @@ class PackedDecoder:
         self.key_order = half.t().flatten()
         """Pairs (i, i + half): what a rotation turns together lies together."""
         self.layers = [self._packed(layer, i) for i, layer in enumerate(self.body.layers)]
-        self.largest_product = self.layers[0].gate_up.numel()
+        self.largest_product = self.layers[0].gate_up.weight.numel()
         self.span_cost = self.kv_heads / _POSITIONS_PER_SPAN
         self.angles = torch.empty(0, self.head_dim // 2, dtype=torch.complex64, device=model.device)
         self.refresh()
@@ -88,10 +91,12 @@ class PackedDecoder:
         return _Layer(
             source=layer,
             window=window if kinds is None or kinds[index] == "sliding_attention" else None,
-            qkv=new(rows, a.q_proj.weight.shape[1]),
+            qkv=Product(new(rows, a.q_proj.weight.shape[1]), self.threads),
             qkv_bias=None if a.q_proj.bias is None else new(rows),
             qk_norm=new(self.heads + self.kv_heads, self.head_dim) if hasattr(a, "q_norm") else None,
-            gate_up=new(2 * m.gate_proj.weight.shape[0], m.gate_proj.weight.shape[1]),
+            out=Product(a.o_proj.weight.detach(), self.threads),
+            gate_up=Product(new(2 * m.gate_proj.weight.shape[0], m.gate_proj.weight.shape[1]), self.threads),
+            down=Product(m.down_proj.weight.detach(), self.threads),
         )
 
     @torch.no_grad()
@@ -100,6 +105,8 @@ class PackedDecoder:
             for target, parts in self._parts(layer):
                 for part, (_, weight, is_rotated) in zip(target, parts, strict=True):
                     part.copy_(self._in_pairs(weight) if is_rotated else weight)
+            for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                product.refresh()
 
     def _parts(self, layer: _Layer) -> Iterator[tuple[Any, list[tuple[str, Tensor, bool]]]]:
         """What lies where in the copies: (views of one copy, the model's name and weight for each, whether it is rotated)."""
@@ -108,7 +115,7 @@ class PackedDecoder:
         kinds = [("self_attn.q_proj", True), ("self_attn.k_proj", True), ("self_attn.v_proj", False)]
         projections = (a.q_proj, a.k_proj, a.v_proj)
         named = [(f"{n}.weight", p.weight, r) for (n, r), p in zip(kinds, projections, strict=True)]
-        yield layer.qkv.split(sizes), named
+        yield layer.qkv.weight.split(sizes), named
         if layer.qkv_bias is not None:
             named = [(f"{n}.bias", p.bias, r) for (n, r), p in zip(kinds, projections, strict=True)]
             yield layer.qkv_bias.split(sizes), named
@@ -120,7 +127,7 @@ class PackedDecoder:
             ]
             yield views, named
         named = [("mlp.gate_proj.weight", m.gate_proj.weight, False), ("mlp.up_proj.weight", m.up_proj.weight, False)]
-        yield layer.gate_up.chunk(2), named
+        yield layer.gate_up.weight.chunk(2), named
 
     def _in_pairs(self, weight: Tensor) -> Tensor:
         """A weight, a bias or a norm whose first dimension is (heads ×) head size, with each head's elements in pairs."""
@@ -150,22 +157,14 @@ class PackedDecoder:
             queries, keys, values = self._projected(layer, x, angles)
             cache.write(index, rows, positions, keys, values)
             seen = attention(queries, cache.keys[index], cache.values[index], layer.window)
-            x = self._added(x, seen, layer.source.self_attn.o_proj.weight)
+            x = layer.out.added_to(x, seen)
             x = self._through_mlp(layer, x)
         return rms_norm(x, self.body.norm.weight, self.eps)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        with self.threads.work(len(x) * weight.numel()):
-            return F.linear(x, weight, bias)
-
-    def _added(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        with self.threads.work(len(x) * weight.numel()):
-            return torch.addmm(residual, x, weight.t())
 
     def _projected(self, layer: _Layer, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n, H] → rotated queries [n, heads, d] and keys [n, kv heads, d], and values."""
         norm = layer.source.input_layernorm
-        qkv = self._linear(rms_norm(x, norm.weight, self.eps), layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(rms_norm(x, norm.weight, self.eps), layer.qkv_bias)
         qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if layer.qk_norm is not None:
@@ -177,8 +176,8 @@ class PackedDecoder:
 
     def _through_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         norm = layer.source.post_attention_layernorm
-        gate, up = self._linear(rms_norm(x, norm.weight, self.eps), layer.gate_up).chunk(2, 1)
-        return self._added(x, F.silu(gate).mul_(up), layer.source.mlp.down_proj.weight)
+        gate, up = layer.gate_up(rms_norm(x, norm.weight, self.eps)).chunk(2, 1)
+        return layer.down.added_to(x, F.silu(gate).mul_(up))
 
     def _angles(self, length: int) -> Tensor:
         """[length, d / 2] by which a position turns each pair, as complex numbers."""

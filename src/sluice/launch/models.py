@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -150,8 +152,21 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def set_threads(run: RunSection) -> None:
+def set_up_process(run: RunSection) -> None:
+    """Its threads, and that it keeps the memory that tensors leave behind.
+
+    By default the C library gives large blocks back at once, and each new tensor pays for fresh pages: a sixth of a rollout of a
+    small model. What is above 32 MiB, the most that it lets one choose, still goes back.
+    """
     if run.num_threads is not None:
         import torch
 
         torch.set_num_threads(run.num_threads)
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""As malloc.h of glibc has them."""

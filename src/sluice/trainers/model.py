@@ -124,7 +124,9 @@ class PolicyModel:
         """What `logits` multiplies by: the head in FP32. On a GPU a BF16 head itself: products of two BF16 numbers are exact in FP32,
         in which its matrix units add them up, so the logits are the same and take a tenth of the time."""
         weight = self.head.weight.detach()
-        return weight if weight.is_cuda and weight.dtype == torch.bfloat16 and self.head.bias is None else weight.float()
+        return (
+            weight if weight.is_cuda and weight.dtype == torch.bfloat16 and self.head.bias is None else weight.float()
+        )
 
     def logits(self, hidden: Tensor, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head.
