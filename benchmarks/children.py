@@ -118,14 +118,12 @@ class StepClock:
     answer tells the seconds of each step, where they went, and the most memory since the first step began.
     """
 
-    def __init__(self, served: Served, first: Message, split: Callable[[int, float], dict[str, float]]) -> None:
-        """`split` says of the last n steps how many seconds of each went where, in the mean; it is told how long the clock
-        stood still as the first of them began."""
+    def __init__(self, served: Served, first: Message, split: Callable[[int], dict[str, float]]) -> None:
+        """`split` says of the last n steps how many seconds of each went where, in the mean."""
         self._served, self._answer, self._split = served, first, split
         self._seconds: list[float] = []
         self._wanted = 0
         self._start: float | None = None
-        self._stood_still = 0.0
 
     def __call__(self) -> None:
         if self._start is None:
@@ -135,11 +133,10 @@ class StepClock:
             self._seconds.append(time.perf_counter() - self._start)
         if len(self._seconds) == self._wanted:
             if self._wanted:
-                split = self._split(self._wanted, self._stood_still)
+                split = self._split(self._wanted)
                 self._answer = {"seconds": self._seconds, "split": split, "peak_mib": resident_mib("VmHWM")}
-            began = time.perf_counter()
             request = self._served.next(self._answer)
             if request is None:
                 os._exit(0)  # the training has steps left, and this is in the middle of it
-            self._seconds, self._wanted, self._stood_still = [], request["steps"], time.perf_counter() - began
+            self._seconds, self._wanted = [], request["steps"]
         self._start = time.perf_counter()

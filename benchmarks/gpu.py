@@ -56,17 +56,24 @@ def timed(work: Callable[[], object], rounds: int) -> list[float]:
     return found[1:]
 
 
+def copy_rate(rounds: int) -> float:
+    """Bytes/s read and written by a copy of 4 GB."""
+    source = torch.ones(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return 8 * 2**30 / statistics.median(timed(lambda: target.copy_(source), rounds))
+
+
+def product_rate(rounds: int) -> float:
+    """FLOP/s of a product of 8192² BF16 matrices."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 10 * 2 * 8192**3 / statistics.median(timed(lambda: [linear(a, b) for _ in range(10)], rounds))
+
+
 class Bounds:
-    """What the GPU does at best: bytes/s read and written by a copy of 4 GB, and FLOP/s of a product of 8192² BF16 matrices."""
+    """What the GPU does at best."""
 
     def __init__(self, rounds: int) -> None:
-        source = torch.ones(2**30, device="cuda")
-        target = torch.empty_like(source)
-        self.bytes_per_s = 8 * 2**30 / statistics.median(timed(lambda: target.copy_(source), rounds))
-        del source, target
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        ten = timed(lambda: [linear(a, b) for _ in range(10)], rounds)
-        self.flops = 10 * 2 * 8192**3 / statistics.median(ten)
+        self.bytes_per_s, self.flops = copy_rate(rounds), product_rate(rounds)
 
     def decode_s(self, model: Any, work: Work) -> float:
         """To read the weights once a step, in the fewest steps, and before each token the keys and values of its sequence."""

@@ -1,8 +1,8 @@
 """The side of sluice in `step.py`: `sluice train` in this process, stopped between its steps.
 
 It is the whole loop with its defaults: workers, rewards in a process of their own, all checks, the ledger. Two things
-are added from outside, both where the engine is asked to generate: the first request of a step is where the step begins,
-and each request gets a length that was drawn before, at which it ends.
+are added from outside: a step begins and ends where its line is written to metrics.jsonl, and each request gets a length
+that was drawn before, at which it ends.
 """
 
 from __future__ import annotations
@@ -23,25 +23,35 @@ from sluice.config import TrainConfig
 from sluice.configfile import load
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.launch import train
+from sluice.tracking.tracker import FileTracker
 from sluice.types import Completion, Sampling
 from step_work import lengths_of, options
 
 SPLIT = ["rollout", "train", "publish", "checks", "record"]
 
 
-def watch_engine(clock: StepClock, args: argparse.Namespace) -> None:
+def force_lengths(args: argparse.Namespace) -> None:
     generate, lengths, step = EmbeddedEngine.generate, [], 0
 
     async def watched(self: EmbeddedEngine, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         nonlocal step
         if not lengths:
-            clock()
             lengths.extend(lengths_of(step, args))
             step += 1
         forced = replace(sampling, max_new_tokens=lengths.pop(), stop_token_ids=frozenset())
         return await generate(self, prompt_ids, forced)
 
     EmbeddedEngine.generate = watched  # type: ignore[method-assign]
+
+
+def watch_metrics(clock: StepClock) -> None:
+    log = FileTracker.log
+
+    def watched(self: FileTracker, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        clock()
+
+    FileTracker.log = watched  # type: ignore[method-assign]
 
 
 def settings(args: argparse.Namespace, runs: str) -> list[str]:
@@ -70,13 +80,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         metrics = Path(runs) / "measured/metrics.jsonl"
 
-        def split(num_steps: int, stood_still: float) -> dict[str, float]:
+        def split(num_steps: int) -> dict[str, float]:
             lines = [json.loads(line) for line in metrics.read_text().splitlines()[-num_steps:]]
             total = {name: sum(line.get(f"perf/{name}_s", 0.0) for line in lines) for name in SPLIT}
-            total["record"] -= stood_still  # the next groups are asked for while the ledger is written
             return {name: value / num_steps for name, value in total.items()}
 
-        watch_engine(StepClock(served, {"versions": versions()}, split), args)
+        force_lengths(args)
+        watch_metrics(StepClock(served, {"versions": versions()}, split))
         train(load(TrainConfig, [], settings(args, runs)), "measured")
 
 

@@ -432,22 +432,23 @@ def test_the_next_groups_are_sampled_while_the_ledger_is_written(workshop: Works
 
 
 def test_rewards_are_computed_while_others_of_the_group_and_other_groups_are_sampled(workshop: Workshop):
-    """A sample of each step is answered only when all others have their reward."""
-    started = scored = 0
+    """The last sample of each step is answered only when all others have their reward."""
+    others = GROUPS_PER_STEP * GROUP_SIZE - 1
+    scored = asyncio.Semaphore(0)
+    started = 0
 
-    async def late(prompt: Prompt, policy: Any) -> Trajectory:
+    async def environment(prompt: Prompt, policy: Any) -> Trajectory:
         nonlocal started
         started += 1
-        last = started % (GROUPS_PER_STEP * GROUP_SIZE) == 0
-        while last and scored < started - 1:
-            await asyncio.sleep(0.001)
+        is_last = started % (others + 1) == 0
+        for _ in range(others if is_last else 0):
+            await scored.acquire()
         await policy.respond(prompt.messages)
-        return Trajectory(policy.turns, "answered")
+        return Trajectory(policy.turns, "last" if is_last else "answered")
 
     def reward(prompt: Prompt, trajectory: Trajectory) -> float:
-        nonlocal scored
-        scored += 1
+        if trajectory.stop_reason != "last":
+            scored.release()
         return float(trajectory.response)
 
-    notes = played(workshop.run(environment=late, reward=reward))
-    assert len(notes.groups) == NUM_STEPS
+    assert len(played(workshop.run(environment=environment, reward=reward)).groups) == NUM_STEPS

@@ -71,7 +71,7 @@ class Split:
 
         return timed
 
-    def __call__(self, num_steps: int, _: float) -> dict[str, float]:
+    def __call__(self, num_steps: int) -> dict[str, float]:
         """Of each of the last steps, in the mean; the optimiser, logging and the data loader are in none of these."""
         mean = {label: total / num_steps for label, total in self.seconds.items()}
         self.seconds = dict.fromkeys(self.seconds, 0.0)
