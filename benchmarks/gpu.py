@@ -18,7 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +30,7 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 import torch
 from torch.nn.functional import linear
 
-from measuring import ROOT, parser, reported, rounded, shown, skip, spread
+from measuring import LENGTHS, ROOT, parser, reported, rounded, shown, skip, spread
 from rollout import Engine, generate
 from shapes import Work, config_of, matrix_parameters, model_of, rl_like, training_flops, uniform
 from sluice.algorithms import policy_loss, resolve
@@ -169,24 +171,29 @@ def update(size: str, whole: bool, bounds: Bounds, args: argparse.Namespace) -> 
 def last_json(command: Sequence[str]) -> dict[str, Any]:
     """What a benchmark says in its last line."""
     print("$", *command, flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
     print(done.stdout.rpartition("\n{")[0], flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def steps(size: str) -> list[dict[str, Any]]:
-    words = ["--cases", f"{size}:uniform", f"{size}:rl_like", "--dtypes", "bfloat16", "--trl", sys.executable]
-    words += [
+def step(size: str, kind: str, said: dict[str, Any]) -> dict[str, Any]:
+    trl = sys.executable if find_spec("trl") else "none"
+    if trl == "none":
+        skip(said, "TRL, which this Python does not have")
+    words = [
+        "--cases",
+        f"{size}:{kind}",
+        "--dtypes",
+        "bfloat16",
+        "--trl",
+        trl,
         "--new-tokens",
         "128",
-        "--rounds",
-        "3",
-        "--steps",
-        "1",
-        "--settings",
-        "trainer.tokens_per_micro_batch=16384",
+        "--longest",
+        "256",
     ]
-    return last_json([sys.executable, "benchmarks/step.py", *words])["results"]
+    words += ["--rounds", "3", "--steps", "1", "--warm-up", "1", "--settings", "trainer.tokens_per_micro_batch=16384"]
+    return last_json([sys.executable, "benchmarks/step.py", *words])["results"][0]
 
 
 def table(said: dict[str, Any]) -> str:
@@ -208,6 +215,16 @@ def check(said: dict[str, Any]) -> None:
     said["checks"] = done.stdout.strip().splitlines()[-1]
 
 
+@contextmanager
+def told(part: str, size: str, said: dict[str, Any]) -> Generator[None]:
+    """What a part of the benchmark cannot do on this GPU is said, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        skip(said, f"{part} of {size}: {type(error).__name__}: {str(error)[:200]}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=3)
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -226,16 +243,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         said |= {"copy_gb_per_s": rounded(bounds.bytes_per_s / 1e9), "product_tflops": rounded(bounds.flops / 1e12)}
         print(f"{said['gpu']}: copy {said['copy_gb_per_s']} GB/s, product {said['product_tflops']} TFLOP/s", flush=True)
         for size in args.sizes:
-            if "decode" in args.parts:
-                said["results"] += decodes(size, bounds, args)
-            if "update" in args.parts:
-                said["results"].append(update(size, size != "4B", bounds, args))
+            with told("decode", size, said):
+                said["results"] += decodes(size, bounds, args) if "decode" in args.parts else []
+            with told("update", size, said):
+                said["results"] += [update(size, size != "4B", bounds, args)] if "update" in args.parts else []
             print(table({**said, "steps": []}), flush=True)
-        if "step" in args.parts:
-            if find_spec("trl") is None:
-                skip(said, "TRL, which this Python does not have")
-            fresh()
-            said["steps"] = steps(args.sizes[0])
+        fresh()
+        for kind in LENGTHS if "step" in args.parts else []:
+            with told(f"step, {kind}", args.sizes[0], said):
+                said["steps"].append(step(args.sizes[0], kind, said))
         print(f"checks: {said.get('checks')}\n{table(said)}")
 
 
