@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/head.py --tokens 1024
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/overhead.py
 

@@ -74,7 +74,7 @@ def peer(tmp_path: Path) -> Path:
 
 def test_every_script_that_make_bench_runs_is_tried_here():
     """One that is added has its test too; what needs a GPU is run where there is one."""
-    tested = {"bounds", "rollout", "vllm_rollout", "step", "trainer", "growth", "overhead"}
+    tested = {"bounds", "rollout", "vllm_rollout", "step", "trainer", "growth", "overhead", "precision"}
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "reported(" in path.read_text()} - {"measuring", "gpu"}
     assert scripts == tested
     assert all(f"benchmarks/{name}.py" in (ROOT / "Makefile").read_text() for name in tested)
@@ -137,6 +137,14 @@ def test_trainer(run: Ran):
     for result in said["results"]:
         for what in ("update_s", "tokens_per_s", "mfu", "time_over_bound", "speed_over_first_layout"):
             assert set(result[what]) == {"rows", "packed"}
+
+
+def test_precision(run: Ran):
+    """A rounded head takes engine and trainer further apart, and FP32 is exact."""
+    said = run("precision", "--sizes", "tiny", "--sequences", "16", "--new-tokens", "16")
+    exact, rounded, ours = (result["mean_difference"] for result in said["results"])
+    assert exact < 1e-5 < ours < rounded
+    assert all(0.9 < result["correlation"] <= 1 for result in said["results"])
 
 
 def test_growth(run: Ran):
