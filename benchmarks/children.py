@@ -49,8 +49,9 @@ class Child:
 
     def ask(self, **request: Any) -> Message:
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # that it has ended, and why, is said by the answer that does not come
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Message:
@@ -72,7 +73,8 @@ class Child:
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
         end(self._process)
         self._log.close()
 

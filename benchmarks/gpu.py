@@ -30,12 +30,11 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 import torch
 from torch.nn.functional import linear
 
+from head import CISPO, loss_of
 from measuring import LENGTHS, ROOT, parser, reported, rounded, shown, skip, spread
 from rollout import Engine, generate
 from shapes import Work, config_of, matrix_parameters, model_of, rl_like, training_flops, uniform
-from sluice.algorithms import policy_loss, resolve
-from sluice.algorithms.losses import LossOutput
-from sluice.data.batch import MicroBatch, Packing, make_minibatch
+from sluice.data.batch import Packing, make_minibatch
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
@@ -43,7 +42,6 @@ from trainer import samples_of
 
 PARTS = ["checks", "decode", "update", "step"]
 SETTINGS = OptimizerSettings(1e-6, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
-CISPO = resolve("cispo")
 
 
 def timed(work: Callable[[], object], rounds: int) -> list[float]:
@@ -132,11 +130,6 @@ def decodes(size: str, bounds: Bounds, args: argparse.Namespace) -> list[dict[st
     return found
 
 
-def loss_of(logprobs: torch.Tensor, entropies: torch.Tensor, batch: MicroBatch) -> LossOutput:
-    columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
-    return policy_loss(CISPO, logprobs, *columns, coefficients=batch.coefficients)
-
-
 def update(size: str, whole: bool, bounds: Bounds, args: argparse.Namespace) -> dict[str, Any]:
     """64 samples of 512 tokens in micro-batches of 16,384; `whole` with AdamW, else with activations recomputed."""
     fresh()
@@ -209,10 +202,14 @@ def table(said: dict[str, Any]) -> str:
 
 
 def check(said: dict[str, Any]) -> None:
+    """Raises where a test fails."""
     words = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "tests/test_devices.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300
+    )
     print(done.stdout[-6000:], flush=True)
-    said["checks"] = done.stdout.strip().splitlines()[-1]
+    said["checks"] = done.stdout.strip().rpartition("\n")[2]
+    done.check_returncode()
 
 
 @contextmanager
@@ -234,11 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--samples", type=int, default=64, help="of an update")
     args = options.parse_args(argv)
     if not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device")
+        sys.exit("error: gpu.py needs an NVIDIA GPU, and torch sees none")
     with reported("gpu", args, argv) as said:
         said |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "steps": []}
-        if "checks" in args.parts:
-            check(said)
+        with told("checks", "all sizes", said):
+            if "checks" in args.parts:
+                check(said)
         bounds = Bounds(args.rounds)
         said |= {"copy_gb_per_s": rounded(bounds.bytes_per_s / 1e9), "product_tflops": rounded(bounds.flops / 1e12)}
         print(f"{said['gpu']}: copy {said['copy_gb_per_s']} GB/s, product {said['product_tflops']} TFLOP/s", flush=True)

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--vocabulary", nargs="*", type=int, default=[512, 8192, 65536])
     options.add_argument("--rows", nargs="*", type=int, default=[1_000, 1_000_000])
     options.add_argument("--openings", type=int, default=1, help="of each file of rows")
-    options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as trainer.layout=packed")
+    options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as trainer.layout=rows")
     args = options.parse_args(argv)
     with reported("growth", args, argv) as said, tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -183,9 +183,8 @@ def measure(sides: list[str], shape: list[int], runs: int) -> dict[str, dict[str
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     problem = make_problem(*shape)
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for run in range(
-        runs + 1
-    ):  # in turn, so that a machine that slows down slows all; to and fro: each has the heap of another
+    # in turn, so that a machine that slows down slows all; to and fro: each has the heap of another
+    for run in range(runs + 1):
         for side in sides if run % 2 else reversed(sides):
             spent = seconds(side, problem)
             if run:  # the first one is for warming up

@@ -30,9 +30,17 @@ DTYPES = ["float32", "bfloat16"]
 def parser(description: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """With the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help="times that every side is timed, in turn")
+    made.add_argument(
+        "--rounds", type=positive, default=rounds, help=f"times that every side is timed, in turn; left out, {rounds}"
+    )
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, for all sides")
     return made
+
+
+def positive(word: str) -> int:
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"{word} should be a whole number above 0")
+    return int(word)
 
 
 def add_cases(options: argparse.ArgumentParser, sizes: Collection[str], default: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--warm-up", type=int, default=2, help="steps of each side that are not timed")
     options.add_argument("--trl", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has TRL")
-    options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as trainer.layout=packed")
+    options.add_argument("--settings", nargs="*", default=[], help="of sluice train, such as trainer.layout=rows")
     args = options.parse_args(argv)
     with reported("step", args, argv) as said:
         if not args.trl.exists():

@@ -73,7 +73,7 @@ class Updates:
             *(f"data.path={folder}/prompts.jsonl", "rewards=[{name: digits:share_of_digits}]"),
             f"trainer.layout={layout}",
         ]
-        config = load(TrainConfig, [], [*told, *settings]).config
+        config = load(TrainConfig, [], [*settings, *told]).config
         checked = check(config)
         chat = Chat(load_tokenizer(config.model.path))
         _, trainer, packing, _ = engine_and_trainer(config, checked, chat)
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--new-tokens", type=int, default=64, help="of uniform lengths")
     options.add_argument("--longest", type=int, default=512, help="of rl_like lengths")
     options.add_argument(
-        "--settings", nargs="*", default=[], help="of sluice train, such as trainer.tokens_per_micro_batch=4096"
+        "--settings", nargs="*", default=[], help="others of sluice train, such as trainer.tokens_per_micro_batch=4096"
     )
     args = options.parse_args(argv)
     with reported("trainer", args, argv) as said:

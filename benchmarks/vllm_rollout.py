@@ -183,11 +183,11 @@ def tell(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    add_cases(options, SHAPES, ["1M:uniform", "1M:rl_like", "10M:uniform"])
-    options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add_cases(options, SHAPES, ["1M:uniform", "1M:rl_like", "100M:uniform"])
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=["server"])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     options.add_argument("--slots", type=int, help="sequences at once; left out, as in rollout.py")
-    options.add_argument("--new-tokens", type=int, default=64, help="of uniform lengths")
+    options.add_argument("--new-tokens", type=int, default=32, help="of uniform lengths")
     options.add_argument("--longest", type=int, default=512, help="of rl_like lengths")
     options.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     options.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm/bin/python", help="python that has vLLM")

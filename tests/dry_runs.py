@@ -77,6 +77,9 @@ class Notes:
 
 
 class NoCheckpoints:
+    def step_ended(self) -> None:
+        """Nothing is kept."""
+
     async def after_step(self, run: Run, metrics: dict[str, float]) -> None:
         """None is written."""
 

@@ -115,7 +115,7 @@ def test_a_peer_that_fails_is_skipped_with_its_last_words(run: Ran, peer: Path):
     peer.write_text(f"#!{sys.executable}\nraise SystemExit('no AVX')\n")
     said = run("vllm_rollout", *CASES, "--vllm", peer)
     assert not said["results"]
-    assert len(said["skipped"]) == 2
+    assert len(said["skipped"]) == 1
     assert all("no AVX" in what for what in said["skipped"])
 
 
@@ -161,4 +161,4 @@ def test_overhead(run: Ran):
     small = ["rollout.groups_per_step=2", "rollout.max_new_tokens=4", "trainer.updates_per_batch=1"]
     said = run("overhead", "--steps", "2", "--settings", *small, rounds=1)
     (result,) = said["results"]
-    assert all(set(result[what]) == FIGURES for what in ("step_s", "checks_share", "record_share", "both_over_neither"))
+    assert all(set(result[what]) == FIGURES for what in ("step_s", "checks_share", "both_over_neither"))

@@ -60,6 +60,10 @@ class Checkpoints:
         self._rng: dict[str, Any] | None = None
         """As the last step ended: an attempt that is made again draws what it drew."""
 
+    def step_ended(self) -> None:
+        """To be called before attempts of the next step begin, which may draw from the generators that all share."""
+        self._rng = random_state()
+
     async def after_step(self, run: Run, metrics: dict[str, float]) -> None:
         """Copy the state if it is its turn, once the last checkpoint is written, and write it while the run goes on.
 
@@ -70,7 +74,6 @@ class Checkpoints:
                 f"checkpoint.best_metric={self.best_metric} is no metric of this run{did_you_mean(self.best_metric, metrics)}"
             )
         self._metric = metrics.get(self.best_metric) if self.best_metric else None
-        self._rng = random_state()
         if run.step == run.num_steps or (self.every_steps and run.step % self.every_steps == 0):
             await self._save(run)
 
@@ -82,7 +85,7 @@ class Checkpoints:
             await self.finish()
 
     async def _save(self, run: Run) -> None:
-        # taken before an await lets the attempts of the next step begin
+        # taken before an await lets others hand in groups
         position, rng = position_of(run, self._metric), self._rng or random_state()
         await self.finish()
         step, write = run.step, run.trainer.snapshot()

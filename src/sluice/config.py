@@ -139,7 +139,8 @@ class EmbeddedEngine(Section):
     prefill_tokens: PositiveInt = 8192
     """Prompt tokens computed at once."""
     cache_gb: PositiveFloat | None = None
-    """Bound of the key-value cache in 10⁹ bytes; left out, half of what is free on a GPU, and none on the CPU."""
+    """Bound of the key-value cache in 10⁹ bytes; left out, half of what is free on a GPU, and none on the CPU. One sequence may pass
+    it. Where it holds fewer than are to be decoded at once, some are put off and computed again: slower, and the same samples."""
 
 
 class ScriptedEngine(Section):

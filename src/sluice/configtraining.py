@@ -159,13 +159,15 @@ class CriticSection(OptimizerSection):
 
 class BatchedOptimizer(OptimizerSection):
     tokens_per_micro_batch: PositiveInt = 16384
-    """Tokens (padding included) in one forward and backward; the loss does not depend on it. A longer sample goes alone."""
+    """Tokens in one forward and backward, in rows with their padding, packed with a shared prompt counted once; the loss does not depend
+    on it. A longer sample goes alone."""
     layout: Layout = "packed"
     """packed: one row without padding, in which a group's prompt stands once; rows: padded to the longest of the micro-batch."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward and compute the rest again: about a third more time for much less memory."""
     compile: bool = False
-    """Put the model's training forward through `torch.compile`, which needs a C++ compiler: some time at the start, less for each step."""
+    """Put the model's training forward through `torch.compile`, which needs a C++ compiler: a minute or more at the first
+    update, when nothing else is done, for a gain that is worth measuring first (`benchmarks/trainer.py --settings trainer.compile=true`)."""
 
 
 class LocalTrainer(BatchedOptimizer):

@@ -147,11 +147,14 @@ class Tracker(Protocol):
     def log_groups(
         self, step: int, groups: Sequence[Group], samples: Sequence[Sample], fingerprint: str | None = None
     ) -> None:
-        """`fingerprint` is that of the weights after the step; None when there was no update, or there are no weights."""
+        """`fingerprint` is that of the weights after the step; None when there was no update, or there are no weights.
+
+        Called in a thread of its own, while events of the next step may come.
+        """
         ...
 
     def event(self, kind: str, message: str, **details: Any) -> None:
-        """May come from another thread than all else: the watchdog's."""
+        """May come from any thread."""
         ...
 
     def close(self) -> None: ...

@@ -37,6 +37,7 @@ async def train(run: Run) -> None:
                     stats = await learn(run, samples, wait)
                 run.step += 1
                 await publish(run)
+            run.checkpoints.step_ended()
             if run.step < run.num_steps:
                 await run.buffer.release(len(groups))  # only now may new groups start: none is born stale
             await after_step(run, everything, samples, stats)

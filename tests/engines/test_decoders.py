@@ -113,7 +113,7 @@ def test_publication_renews_the_packed_weights() -> None:
     assert [c.token_ids for c in completions_of(engine)] == [c.token_ids for c in completions_of(fresh)]
 
 
-@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 def test_fingerprint_is_of_what_is_decoded_with(part: str) -> None:
     """A copy that was not renewed is seen, whichever weight it is of."""
     model = tiny_model("qwen3")
@@ -191,3 +191,44 @@ def test_a_bounded_cache_gives_the_same_with_fewer_sequences_at_once(
     for a, b in zip(bounded, completions_of(engine_of(model)), strict=True):
         assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_longer_request_may_follow_when_few_slots_are_left() -> None:
+    """Its state is wider than that of all before, and fewer slots are asked for than there are."""
+    engine = engine_of(tiny_model("qwen3"))
+
+    async def one_after_the_others() -> Completion:
+        first = [engine.generate([3, 4], Sampling(max_new_tokens=30 if i < 2 else 3, seed=i)) for i in range(10)]
+        others = [asyncio.create_task(request) for request in first]
+        await asyncio.gather(*others[2:])
+        last = await engine.generate([5, 6], Sampling(max_new_tokens=60, seed=9))
+        await asyncio.gather(*others)
+        return last
+
+    assert len(asyncio.run(one_after_the_others()).token_ids) == 60
+
+
+def test_a_bounded_cache_holds_for_prompts_that_are_longer_than_all_before() -> None:
+    """Short ones come first and fill the slots; then the rows grow, and there must be fewer of them."""
+    model = tiny_model("qwen3")
+    position_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, FP32
+    bound = 600 * position_bytes
+    engine = engine_of(model, cache_bytes=bound)
+    largest = 0
+    decode = engine._decode
+
+    def watched() -> None:
+        nonlocal largest
+        decode()
+        cache = engine._active.cache
+        largest = max(largest, sum(x.nbytes for x in (*cache.keys, *cache.values)))
+
+    engine._decode = watched  # type: ignore[method-assign]
+
+    async def all_of_them() -> list[Completion]:
+        asked = [engine.generate([3, 4], Sampling(max_new_tokens=4 + 2 * i, seed=i)) for i in range(10)]
+        asked += [engine.generate([7] * 180, Sampling(max_new_tokens=8, seed=i)) for i in range(6)]
+        return await asyncio.gather(*asked)
+
+    assert len(asyncio.run(all_of_them())) == 16
+    assert 0 < largest <= bound

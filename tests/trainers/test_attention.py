@@ -42,7 +42,7 @@ def kernel(
     assert right == 0
     out = []
     group = query.shape[1] // key.shape[1]
-    assert enable_gqa == (group > 1)
+    assert enable_gqa
     for i in range(len(ends) - 1):
         q = query[ends[i] : ends[i + 1]].transpose(0, 1)
         k, v = (x[key_ends[i] : key_ends[i + 1]].transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))

@@ -49,6 +49,7 @@ class ActiveSlots:
         self.device = device
         self.cache_bytes = cache_bytes
         self._position_bytes = 0
+        """Of a token in the cache; known from the first prompt on."""
         self.vocab_size = vocab_size
         self.decoder = decoder
         self.cache = SlotCache(decoder.by_token)
@@ -79,20 +80,20 @@ class ActiveSlots:
     def room(self, new: list[Request], prefix: Prefix) -> int:
         """Of the `new` requests, in their order, how many the cache has room for beside those that are active."""
         self._position_bytes = prefix.position_bytes
-        fits = 0
-        longest = max(self.lengths(), default=0)
+        fits, longest, limit = 0, max(self.lengths(), default=0), self._limit
         for request in new:
             longest = max(longest, len(request.prompt) + 1)
-            if len(self) + fits >= self._slots_of(longest):
+            limit = max(limit, len(request.prompt) + request.sampling.max_new_tokens)
+            if len(self) + fits >= self._slots_of(longest, limit):
                 break
             fits += 1
         return fits
 
-    def _slots_of(self, length: int) -> int:
-        """How many sequences of `length` tokens the cache may hold."""
+    def _slots_of(self, length: int, limit: int) -> int:
+        """How many sequences of `length` tokens, which become `limit` at most, the cache may hold."""
         if self.cache_bytes is None:
             return sys.maxsize
-        capacity = self.cache.capacity_for(length, self._limit or length)
+        capacity = self.cache.capacity_for(length, limit)
         return max(1, self.cache_bytes // (self._position_bytes * capacity))
 
     def make_room(self) -> list[Request]:
@@ -100,10 +101,10 @@ class ActiveSlots:
         are to be asked again, and since what they draw depends on their seeds only, say the same again."""
         length = max(self.lengths())
         evicted: list[Request] = []
-        while len(self) > self._slots_of(length):
+        while len(self) > self._slots_of(length, self._limit):
             evicted.append(self.requests[-1])
             self.free(len(self) - 1)
-        self.cache.grow(length, self._limit, min(len(self.state["count"]), self._slots_of(length)))
+        self.cache.grow(length, self._limit, min(len(self.state["count"]), self._slots_of(length, self._limit)))
         return evicted
 
     def place(self, new: list[Request], prefixes: dict[bytes, Prefix], num_slots: int) -> None:
@@ -111,11 +112,10 @@ class ActiveSlots:
         first, last = len(self), len(self) + len(new)
         longest = max(len(r.prompt) for r in new) + 1
         self._limit = max(self._limit, *(len(r.prompt) + r.sampling.max_new_tokens for r in new))
-        if self.decoder.by_token and self._slots_of(self._limit) >= num_slots:
-            longest = (
-                self._limit
-            )  # at once: a cache that does not grow stays where it is, and so do the graphs that read it
-        slots = max(last, min(num_slots, self._slots_of(longest)))
+        if self.decoder.by_token and self._slots_of(self._limit, self._limit) >= num_slots:
+            # at once: a cache that does not grow stays where it is, and so do the graphs that read it
+            longest = self._limit
+        slots = max(last, min(num_slots, self._slots_of(longest, self._limit)))
         self.cache.reserve(prefixes[new[0].key], slots, longest, self._limit)
         self.state.reserve(slots, max(r.sampling.max_new_tokens for r in new))
         start = first

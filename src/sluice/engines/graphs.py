@@ -72,9 +72,8 @@ class GraphedDecoder:
             return _Step(tokens, positions, lambda: hidden.copy_(work()), hidden)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # a rehearsal: what libraries and the decoder make once is made before the capture
+        # a rehearsal: what libraries and the decoder make once is made before the capture
+        with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

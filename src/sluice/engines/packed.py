@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sluice.engines.products import Product
+from sluice.engines.products import Product, is_ordered
 from sluice.engines.slots import SlotCache, Span
 from sluice.engines.threads import StepThreads
 from sluice.interfaces import LanguageModel
@@ -41,7 +41,7 @@ class _Layer:
 
 
 def is_llama_like(model: LanguageModel) -> bool:
-    """Whether it has the parts of a llama and no others. What they compute is compared afterwards: see `agrees`."""
+    """Whether it has the parts of a llama and no others. What they compute is compared afterwards: see `decoders._agrees`."""
     body: Any = model.body
     config = model.config
     if {name for name, _ in body.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
@@ -70,8 +70,14 @@ class PackedDecoder:
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.eps = torch.tensor(config.rms_norm_eps)
-        self.by_token = model.device.type == "cuda" and model.dtype != torch.float32 and self.head_dim % 8 == 0
-        """Whether a fused kernel attends, which there is on a GPU in half precision."""
+        self.by_token = (
+            model.device.type == "cuda"
+            and model.dtype != torch.float32
+            and self.head_dim % 8 == 0
+            and self.head_dim <= 256
+            and torch.cuda.get_device_capability(model.device) >= (8, 0)
+        )
+        """Whether a fused kernel attends, as far as there is one."""
         half = torch.arange(self.head_dim, device=model.device).view(2, -1)
         self.key_order = half.t().flatten()
         """Pairs (i, i + half): what a rotation turns together lies together."""
@@ -94,10 +100,15 @@ class PackedDecoder:
             qkv=Product(new(rows, a.q_proj.weight.shape[1]), self.threads),
             qkv_bias=None if a.q_proj.bias is None else new(rows),
             qk_norm=new(self.heads + self.kv_heads, self.head_dim) if hasattr(a, "q_norm") else None,
-            out=Product(a.o_proj.weight.detach(), self.threads),
+            out=self._product(a.o_proj.weight.detach()),
             gate_up=Product(new(2 * m.gate_proj.weight.shape[0], m.gate_proj.weight.shape[1]), self.threads),
-            down=Product(m.down_proj.weight.detach(), self.threads),
+            down=self._product(m.down_proj.weight.detach()),
         )
+
+    def _product(self, weight: Tensor) -> Product:
+        """By a weight as the model has it: by the model's own, or where it is put in order anyway, by a copy, so that all that is
+        decoded with has the age of the last `refresh`."""
+        return Product(torch.empty_like(weight) if is_ordered(weight) else weight, self.threads)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -128,6 +139,9 @@ class PackedDecoder:
             yield views, named
         named = [("mlp.gate_proj.weight", m.gate_proj.weight, False), ("mlp.up_proj.weight", m.up_proj.weight, False)]
         yield layer.gate_up.weight.chunk(2), named
+        if is_ordered(a.o_proj.weight):
+            yield [layer.out.weight], [("self_attn.o_proj.weight", a.o_proj.weight, False)]
+            yield [layer.down.weight], [("mlp.down_proj.weight", m.down_proj.weight, False)]
 
     def _in_pairs(self, weight: Tensor) -> Tensor:
         """A weight, a bias or a norm whose first dimension is (heads ×) head size, with each head's elements in pairs."""

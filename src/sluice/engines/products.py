@@ -20,6 +20,11 @@ _ROWS = 64
 """MKL asks for how many rows a weight is ordered. The order is the same for all, which `tests/engines/test_products.py` sees."""
 
 
+def is_ordered(weight: Tensor) -> bool:
+    """Whether MKL will multiply by it."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+
+
 class Product:
     """[n, K] → [n, N] by a weight [N, K]."""
 
@@ -30,11 +35,7 @@ class Product:
     @torch.no_grad()
     def refresh(self) -> None:
         """The weight has changed."""
-        if (
-            self.weight.device.type == "cpu"
-            and self.weight.dtype == torch.float32
-            and torch.backends.mkl.is_available()
-        ):
+        if is_ordered(self.weight):
             self._ordered = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, _ROWS)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -37,7 +37,8 @@ class SlotCache:
             self.keys = [k.new_zeros(0, *k.shape[:2], 0) for k in prefix.keys]
             self.values = [v.new_zeros(0, v.shape[0], 0, v.shape[2]) for v in prefix.values]
         if num_slots > len(self.values[0]) or length > self.capacity:
-            self._resize(max(num_slots, len(self.values[0])), self.capacity_for(length, limit))
+            slots = num_slots if length > self.capacity else max(num_slots, len(self.values[0]))
+            self._resize(slots, self.capacity_for(length, limit))
 
     def grow(self, length: int, limit: int, num_slots: int) -> None:
         """Make room for sequences of `length` tokens, in `num_slots` slots from now on."""
@@ -139,6 +140,7 @@ class SlotState:
         """Room for `num_slots` sequences of `width` new tokens."""
         if self.columns and num_slots <= len(self["count"]) and width <= self.width:
             return
+        num_slots = max(num_slots, len(self.columns["count"]) if self.columns else 0)
         old, self.width = self.columns, max(width, self.width)
         kinds = dict.fromkeys(("last", "position", "count", "limit", "top_k", "stop_row"), torch.int64)
         kinds |= {"temperature": torch.float32, "top_p": torch.float32}

@@ -113,6 +113,9 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         cache = policy.cache_elements * width * slots * length
         if config.engine.cache_gb is not None:
             cache = min(cache, config.engine.cache_gb * 1e9)
+        elif device == "cuda" and (free := _cuda_free()) is not None:
+            cache = min(cache, free / 2)
+        parts.append(Part("engine's weights", decoder_bytes(policy, width, device)))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     return parts
@@ -173,6 +176,16 @@ def logits_bytes(model: ModelFolder, width: int, batch: Batch, device: str) -> f
     copies = CHUNK_COPIES + bool(getattr(model.config, "final_logit_softcapping", None))
     tokens = min(chunk_tokens(model.vocab_size, device), batch.tokens)
     return FP32 * (head + copies * tokens * model.vocab_size)
+
+
+def decoder_bytes(model: ModelFolder, width: int, device: str) -> float:
+    """The engine's copy of what its layers multiply by; on a CPU in FP32 once more in MKL's order, and of BF16 the head in FP32."""
+    config = model.config
+    embedding = model.vocab_size * config.hidden_size
+    layers = model.num_parameters - embedding * (1 if config.tie_word_embeddings else 2)
+    if device != "cpu":
+        return layers * width
+    return layers * 2 * FP32 if width == FP32 else layers * width + embedding * FP32
 
 
 def _batch(longest: int, samples: int, trainer: BatchedOptimizer) -> Batch:

@@ -93,7 +93,8 @@ class PackedAttention:
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
         """[1, heads, T, d], [1, kv heads, T, d] twice → [1, T, heads, d]."""
-        if VARLEN and query.is_cuda and query.dtype != torch.float32 and softcap is None:
+        fits = query.dtype != torch.float32 and query.shape[-1] <= 256 and softcap is None
+        if VARLEN and fits and query.is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0):
             return self._by_kernel(query, key, value, scaling, window)
         return self._by_blocks(query, key, value, scaling, window, softcap)
 
