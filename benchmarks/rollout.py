@@ -12,8 +12,8 @@ longest row. The engine and continuous batching give each request its own limit 
 
 Sizes that would take the peers long are measured against the bound alone (`--against-bound`), with few tokens. The bound
 is the time of the matrix products of every distinct prompt, once, and of the fewest decode steps that can make the rest of the
-tokens, run by themselves in the same rounds: `share_of_bound` is that time over the engine's, and `share_of_square_product` that of the tokens' FLOPs at the
-rate of one large product.
+tokens, run by themselves in the same rounds: `share_of_bound` is that time over the engine's, and `share_of_square_product` that
+of the tokens' FLOPs at the rate of one large product.
 """
 
 from __future__ import annotations
