@@ -155,7 +155,7 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 def set_up_process(run: RunSection) -> None:
     """Its threads, and that it keeps the memory that tensors leave behind.
 
-    By default the C library gives large blocks back at once, and each new tensor pays for fresh pages: a sixth of a rollout of a
+    By default the C library gives large blocks back at once, and each new tensor pays for fresh pages, which shows in rollouts of a
     small model. What is above 32 MiB, the most that it lets one choose, still goes back.
     """
     if run.num_threads is not None:
