@@ -39,13 +39,13 @@ browser:
 	    || echo 'headless Chromium could not be installed; the tests that need it are skipped'; \
 	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
 
-# Within 20 minutes on 2 cores. Peers that are not installed are skipped, and said to be: `make peers`, `make vllm`.
+# Within 20 minutes on 2 cores; the figures in docs/performance.md have five rounds, which the scripts make by themselves. Peers that are not installed are skipped, and said to be: `make peers`, `make vllm`.
 bench: setup
 	$(BIN)/python benchmarks/bounds.py
-	$(BIN)/python benchmarks/rollout.py
-	$(BIN)/python benchmarks/vllm_rollout.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/rollout.py --rounds 3
+	$(BIN)/python benchmarks/vllm_rollout.py --rounds 3
+	$(BIN)/python benchmarks/step.py --rounds 3
+	$(BIN)/python benchmarks/trainer.py --rounds 3
 	$(BIN)/python benchmarks/head.py --tokens 1024
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/growth.py

@@ -11,24 +11,21 @@ of runs in turn in one process. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-import sluice  # before torch: sets GOMP_SPINCOUNT
+import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 
 # isort: split
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from measuring import parser, ratios, reported, rounded, seconds, shown, skip, spread, versions
 from sluice.algorithms import LossOutput, policy_loss, resolve
 from sluice.data.batch import MicroBatch, Packing, make_minibatch
 from sluice.trainers.logprobs import head_backward
@@ -50,9 +47,8 @@ class Problem:
     batch: MicroBatch
     num_sequences: int
 
-    @property
-    def gradients(self) -> list[Tensor]:
-        """Of the last run; they are dropped."""
+    def take_gradients(self) -> list[Tensor]:
+        """Of the last run; the next begins without them."""
         gradients = [tensor.grad for tensor in (self.states, self.model.head.weight)]
         self.states.grad = self.model.head.weight.grad = None
         return [gradient for gradient in gradients if gradient is not None]
@@ -142,15 +138,15 @@ SIDES: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
-def sides_that_run() -> list[str]:
+def sides_that_run(said: dict[str, Any]) -> list[str]:
     """Those that can be imported and agree with the plain way on a small problem."""
     problem, found = make_problem(32, 512, 64, 8), []
-    expected = [plain(problem), *problem.gradients]
+    expected = [plain(problem), *problem.take_gradients()]
     for name, side in SIDES.items():
         try:
-            actual = [side(problem), *problem.gradients]
+            actual = [side(problem), *problem.take_gradients()]
         except ImportError as error:
-            print(f"{name}: left out ({error})")
+            skip(said, f"{name} ({error})")
             continue
         for mine, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -168,77 +164,59 @@ def peak_bytes(side: str, shape: list[int]) -> int:
     return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def seconds(side: str, problem: Problem) -> float:
-    start = time.perf_counter()
-    SIDES[side](problem)
-    spent = time.perf_counter() - start
-    del problem.gradients[:]
-    return spent
-
-
-def measure(sides: list[str], shape: list[int], runs: int) -> dict[str, dict[str, Any]]:
-    peaks = {}
-    for side in sides:  # before this process grows: a child begins with the largest size that its parent has had
+def peaks_of(sides: list[str], shape: list[int]) -> dict[str, int]:
+    """To be asked before this process grows: a child begins with the largest size that its parent has had."""
+    found = {}
+    for side in sides:
         command = [sys.executable, __file__, "--peak-of", side, "--shape", *map(str, shape)]
-        peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def measure(sides: list[str], shape: list[int], rounds: int) -> list[dict[str, Any]]:
+    peaks = peaks_of(sides, shape)
     problem = make_problem(*shape)
     times: dict[str, list[float]] = {side: [] for side in sides}
     # in turn, so that a machine that slows down slows all; to and fro: each has the heap of another
-    for run in range(runs + 1):
-        for side in sides if run % 2 else reversed(sides):
-            spent = seconds(side, problem)
-            if run:  # the first one is for warming up
-                times[side].append(spent)
-    results = {}
-    for side in sides:
-        results[side] = {
-            "seconds": round(median(times[side]), 3),
-            "seconds_min": round(min(times[side]), 3),
-            "seconds_max": round(max(times[side]), 3),
-            "seconds_over_plain": round(median(times[side]) / median(times["plain"]), 3),
-            "peak_mib": round(peaks[side] / 2**20, 1),
-            "peak_over_plain": round(peaks[side] / max(1, peaks["plain"]), 4),
+    for number in range(rounds + 1):
+        for side in sides if number % 2 else reversed(sides):
+            taken = seconds(lambda side=side: SIDES[side](problem))
+            problem.take_gradients()
+            if number:  # the first one is for warming up
+                times[side].append(taken)
+    return [
+        {
+            "side": side,
+            "seconds": spread(taken),
+            "seconds_over_plain": ratios(taken, times["plain"]),
+            "peak_mib": rounded(peaks[side] / 2**20),
+            "peak_over_plain": rounded(peaks[side] / max(1, peaks["plain"])),
         }
-    return results
+        for side, taken in times.items()
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocabulary", type=int, default=152_000)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--length", type=int, default=512, help="of each sequence; Liger takes one at a time")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=8192)
+    options.add_argument("--vocabulary", type=int, default=152_000)
+    options.add_argument("--hidden", type=int, default=256)
+    options.add_argument("--length", type=int, default=512, help="of each sequence; Liger takes one at a time")
+    options.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
+    options.add_argument("--shape", type=int, nargs=4, help=argparse.SUPPRESS)
+    args = options.parse_args(argv)
     if args.peak_of:
         print(peak_bytes(args.peak_of, args.shape))
         return
-    shape = [args.tokens, args.vocabulary, args.hidden, args.length]
-    results = measure(sides_that_run(), shape, args.runs)
-    for side, found in results.items():
-        print(
-            f"{side}: {found['seconds']} s ({found['seconds_min']} to {found['seconds_max']}), {found['seconds_over_plain']} of the "
-            f"plain way's; {found['peak_mib']} MiB, {found['peak_over_plain']:.2%} of the plain way's"
-        )
-    versions = {"sluice": sluice.__version__, "torch": torch.__version__, **liger_version()}
-    machine = {"threads": torch.get_num_threads(), "machine": platform.machine()}
-    names = ("tokens", "vocabulary", "hidden", "length")
-    print(
-        json.dumps(
-            {**dict(zip(names, shape, strict=True)), "runs": args.runs, "results": results, **versions, **machine}
-        )
-    )
-
-
-def liger_version() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return {"liger_kernel": version("liger_kernel")}
-    except PackageNotFoundError:
-        return {}
+    with reported("head", args, argv) as said:
+        said["versions"] |= versions(["liger_kernel"])
+        shape = [args.tokens, args.vocabulary, args.hidden, args.length]
+        said["results"] = measure(sides_that_run(said), shape, args.rounds)
+        for found in said["results"]:
+            print(
+                f"{found['side']}: {shown(found['seconds'], 3)} s, {shown(found['seconds_over_plain'], 2)} of the plain way's; "
+                f"{found['peak_mib']:,.0f} MiB, {found['peak_over_plain']:.1%} of the plain way's"
+            )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def peer(tmp_path: Path) -> Path:
 
 def test_every_script_that_make_bench_runs_is_tried_here():
     """One that is added has its test too; what needs a GPU is run where there is one."""
-    tested = {"bounds", "rollout", "vllm_rollout", "step", "trainer", "growth", "overhead", "precision"}
+    tested = {"bounds", "rollout", "vllm_rollout", "step", "trainer", "growth", "overhead", "precision", "head"}
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "reported(" in path.read_text()} - {"measuring", "gpu"}
     assert scripts == tested
     assert all(f"benchmarks/{name}.py" in (ROOT / "Makefile").read_text() for name in tested)
@@ -137,6 +137,14 @@ def test_trainer(run: Ran):
     for result in said["results"]:
         for what in ("update_s", "tokens_per_s", "mfu", "time_over_bound", "speed_over_first_layout"):
             assert set(result[what]) == {"rows", "packed"}
+
+
+def test_head(run: Ran):
+    said = run("head", "--tokens", "64", "--vocabulary", "2048", "--hidden", "32", "--length", "16")
+    sides = {result["side"]: result for result in said["results"]}
+    assert {"ours", "ours_coupled", "plain"} <= set(sides)
+    assert sides["plain"]["seconds_over_plain"]["median"] == 1
+    assert all(result["peak_mib"] >= 0 for result in said["results"])
 
 
 def test_precision(run: Ran):
