@@ -39,7 +39,8 @@ browser:
 	    || echo 'headless Chromium could not be installed; the tests that need it are skipped'; \
 	  else echo 'headless Chromium is missing: install the package chromium; the tests that need it are skipped'; fi; }
 
-# Within 20 minutes on 2 cores; the figures in docs/performance.md have five rounds, which the scripts make by themselves. Peers that are not installed are skipped, and said to be: `make peers`, `make vllm`.
+# Meant for 20 minutes on 2 cores; by themselves the scripts make five rounds. Peers that are not installed are skipped, and said to be:
+# `make peers`, `make vllm`.
 bench: setup
 	$(BIN)/python benchmarks/bounds.py
 	$(BIN)/python benchmarks/rollout.py --rounds 3

@@ -55,7 +55,7 @@ class Engine:
     """The embedded engine as a run has it: made once, and told of new weights before every batch."""
 
     def __init__(self, model: Any, num_slots: int) -> None:
-        self.policy = PolicyModel(copy.deepcopy(model))  # it changes norms and attention, which a peer shall not have
+        self.policy = PolicyModel(model)
         self.engine = EmbeddedEngine(self.policy, lambda _: "", vocab_size=model.config.vocab_size, num_slots=num_slots)
         self.version = 0
 
@@ -164,7 +164,10 @@ class Products:
 def measure(size: str, dtype: str, work: Work, peers: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     model = model_of(size, dtype)
     batching = ContinuousBatching(model, work) if "continuous_batching" in peers else None
-    generating: dict[str, Callable[[Work], float]] = {"sluice": Engine(model, work.num_slots)}
+    generating: dict[str, Callable[[Work], float]] = {
+        # of its own, since it changes how a model computes norms and attention
+        "sluice": Engine(copy.deepcopy(model), work.num_slots)
+    }
     if "generate" in peers:
         generating["generate"] = partial(generate, model, args.cache)
     if batching:

@@ -157,8 +157,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_run_trains_and_its_steps_can_be_replayed(
     device: str, dtype: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With all checks; a run of the same config samples the same tokens in its first step. Replay gives the same numbers, but for
-    the gradients of a GPU's attention kernel in BF16, which adds up in no fixed order."""
+    """With all checks; a run of the same config samples the same tokens in its first step. Replay gives the same numbers, but
+    not on a GPU in BF16, whose attention kernel adds up gradients in no fixed order."""
     where = (f"model.device={device}", f"model.dtype={dtype}")
     runs = [finished("train", "config.yaml", *where, name=name) for name in ("one", "two")]
     lines = metrics_of(runs[0])

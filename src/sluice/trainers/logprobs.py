@@ -170,7 +170,7 @@ class _Head:
 @contextmanager
 def _matrix_units(hidden: Tensor) -> Generator[None]:
     """FP32 products with BF16 states on a GPU by its matrix units: they round the gradient to 11 bits (TF32), where the rest of a
-    BF16 model's gradient has 8, and are some six times as fast."""
+    BF16 model's gradient has 8."""
     before = torch.get_float32_matmul_precision()
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")

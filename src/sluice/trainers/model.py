@@ -122,7 +122,7 @@ class PolicyModel:
 
     def head_weight(self) -> Tensor:
         """What `logits` multiplies by: the head in FP32. On a GPU a BF16 head itself: products of two BF16 numbers are exact in FP32,
-        in which its matrix units add them up, so the logits are the same and take a tenth of the time."""
+        in which its matrix units add them up, so the logits are the same up to the order of the sum."""
         weight = self.head.weight.detach()
         return (
             weight if weight.is_cuda and weight.dtype == torch.bfloat16 and self.head.bias is None else weight.float()
