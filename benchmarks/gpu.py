@@ -172,20 +172,9 @@ def step(size: str, kind: str, said: dict[str, Any]) -> dict[str, Any]:
     trl = sys.executable if find_spec("trl") else "none"
     if trl == "none":
         skip(said, "TRL, which this Python does not have")
-    words = [
-        "--cases",
-        f"{size}:{kind}",
-        "--dtypes",
-        "bfloat16",
-        "--trl",
-        trl,
-        "--new-tokens",
-        "128",
-        "--longest",
-        "256",
-    ]
-    words += ["--rounds", "3", "--steps", "1", "--warm-up", "1", "--settings", "trainer.tokens_per_micro_batch=16384"]
-    return last_json([sys.executable, "benchmarks/step.py", *words])["results"][0]
+    words = f"--cases {size}:{kind} --dtypes bfloat16 --trl {trl} --new-tokens 128 --longest 256 --rounds 3 --steps 1 --warm-up 1"
+    words += " --settings trainer.tokens_per_micro_batch=16384"
+    return last_json([sys.executable, "benchmarks/step.py", *words.split()])["results"][0]
 
 
 def table(said: dict[str, Any]) -> str:
