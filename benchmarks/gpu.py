@@ -129,12 +129,14 @@ def decodes(size: str, bounds: Bounds, args: argparse.Namespace) -> list[dict[st
     return [theirs, *ours]
 
 
-def update(size: str, whole: bool, bounds: Bounds, args: argparse.Namespace) -> dict[str, Any]:
+def update(size: str, whole: bool, compiled: bool, bounds: Bounds, args: argparse.Namespace) -> dict[str, Any]:
     """64 samples of 512 tokens in micro-batches of 16,384; `whole` with AdamW, else with activations recomputed."""
     fresh()
     policy = PolicyModel(model_of(size, "bfloat16", "cuda"))
     if not whole:
         policy.recompute_activations()
+    if compiled:
+        policy.compile()
     optimizer = Optimizer(policy.model, SETTINGS, 1)
     trainer = LocalTrainer(policy, None, optimizer, Packing(1, 16_384, "packed"), couples_tokens=False)
     samples = samples_of(uniform(args.samples, 512))
@@ -153,7 +155,7 @@ def update(size: str, whole: bool, bounds: Bounds, args: argparse.Namespace) -> 
     bound = training_flops(config_of(size), lengths) / bounds.flops
     return {
         "size": size,
-        "what": "update with AdamW" if whole else "gradient, activations recomputed",
+        "what": ("update with AdamW" if whole else "gradient, activations recomputed") + ", compiled" * compiled,
         "tokens_per_s": spread([sum(lengths) / s for s in taken]),
         "share_of_bound": spread([bound / s for s in taken]),
         "peak_gb": peak_gb(),
@@ -231,8 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for size in args.sizes:
             with told("decode", size, said):
                 said["results"] += decodes(size, bounds, args) if "decode" in args.parts else []
-            with told("update", size, said):
-                said["results"] += [update(size, size != "4B", bounds, args)] if "update" in args.parts else []
+            whole = size != "4B"
+            for compiled in (False, True) if whole else (False,):
+                with told("update", size, said):
+                    said["results"] += [update(size, whole, compiled, bounds, args)] if "update" in args.parts else []
             print(table({**said, "steps": []}), flush=True)
         fresh()
         for kind in LENGTHS if "step" in args.parts else []:

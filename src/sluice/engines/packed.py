@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sluice.engines.attention import POSITIONS_PER_SPAN, Attention, Kernel, Products
 from sluice.engines.products import Product, is_ordered
 from sluice.engines.slots import SlotCache, Span
 from sluice.engines.threads import StepThreads
@@ -77,13 +80,17 @@ class PackedDecoder:
             and self.head_dim <= 256
             and torch.cuda.get_device_capability(model.device) >= (8, 0)
         )
-        """Whether a fused kernel attends, as far as there is one."""
+        """Whether a kernel attends that wants the cache so."""
+        self.fused = fused_kernels() if self.by_token else None
+        self.multiprocessors = (
+            torch.cuda.get_device_properties(model.device).multi_processor_count if self.by_token else 0
+        )
         half = torch.arange(self.head_dim, device=model.device).view(2, -1)
         self.key_order = half.t().flatten()
         """Pairs (i, i + half): what a rotation turns together lies together."""
         self.layers = [self._packed(layer, i) for i, layer in enumerate(self.body.layers)]
         self.largest_product = self.layers[0].gate_up.weight.numel()
-        self.span_cost = self.kv_heads / _POSITIONS_PER_SPAN
+        self.span_cost = self.kv_heads / POSITIONS_PER_SPAN
         self.angles = torch.empty(0, self.head_dim // 2, dtype=torch.complex64, device=model.device)
         self.refresh()
 
@@ -163,34 +170,52 @@ class PackedDecoder:
         n = len(tokens)
         if cache.capacity > len(self.angles):
             self.angles = self._angles(cache.capacity)
-        angles = self.angles[positions][:, None]
+        angles = self.angles[positions]
         rows = torch.arange(n, device=tokens.device)
-        attention = _Kernel(positions, cache, self.scaling) if self.by_token else _Products(self, positions, spans)
+        attention = self._attention(positions, cache.capacity, spans)
         x: Tensor = self.body.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
-            queries, keys, values = self._projected(layer, x, angles)
-            cache.write(index, rows, positions, keys, values)
+            qkv = self._projected(layer, x)
+            if self.fused is None:
+                queries, keys, values = self._turned(layer, qkv, angles[:, None])
+                cache.write(index, rows, positions, keys, values)
+            else:
+                here = cache.keys[index], cache.values[index]
+                queries = self.fused.turn_and_write(qkv, layer.qk_norm, angles, positions, *here, self.eps.item())
             seen = attention(queries, cache.keys[index], cache.values[index], layer.window)
             x = layer.out.added_to(x, seen)
             x = self._through_mlp(layer, x)
         return rms_norm(x, self.body.norm.weight, self.eps)
 
-    def _projected(self, layer: _Layer, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, H] → rotated queries [n, heads, d] and keys [n, kv heads, d], and values."""
+    def _attention(self, positions: Tensor, capacity: int, spans: list[Span]) -> Attention:
+        if not self.by_token:
+            return Products(positions, spans, self.kv_heads, self.scaling, self.threads)
+        if self.fused is not None and len(positions) * self.kv_heads >= self.multiprocessors:
+            return partial(self.fused.attend, positions, self.scaling)
+        return Kernel(positions, capacity, self.scaling)  # it cuts the keys of few sequences into parts, too
+
+    def _projected(self, layer: _Layer, x: Tensor) -> Tensor:
+        """[n, H] → queries, keys and values, [n, heads + 2 · kv heads, d]."""
         norm = layer.source.input_layernorm
         qkv = layer.qkv(rms_norm(x, norm.weight, self.eps), layer.qkv_bias)
-        qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+        return qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+
+    def _turned(self, layer: _Layer, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [n, heads, d] and keys [n, kv heads, d], and values."""
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, self.eps)
         pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-        qk = torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+        qk = torch.view_as_real(pairs * angles).flatten(-2).to(qkv.dtype)
         queries, keys = qk.split([self.heads, self.kv_heads], 1)
         return queries, keys, values
 
     def _through_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         norm = layer.source.post_attention_layernorm
-        gate, up = layer.gate_up(rms_norm(x, norm.weight, self.eps)).chunk(2, 1)
+        gate_up = layer.gate_up(rms_norm(x, norm.weight, self.eps))
+        if self.fused is not None:
+            return layer.down.added_to(x, self.fused.silu_product(gate_up))
+        gate, up = gate_up.chunk(2, 1)
         return layer.down.added_to(x, F.silu(gate).mul_(up))
 
     def _angles(self, length: int) -> Tensor:
@@ -201,79 +226,13 @@ class PackedDecoder:
         return torch.complex(cos[0, :, :half], sin[0, :, :half])
 
 
-_POSITIONS_PER_SPAN = 1500
-"""Cached positions (of one sequence and key head) that take as long as the operations of one more span: 30 µs on a CPU."""
-_SMALL_PRODUCTS = 8
-"""How much longer a multiplication takes in attention, whose products are many and small, than in a large one."""
+def fused_kernels() -> Any:
+    """The module of them, or None without Triton, which torch for CUDA brings along on Linux."""
+    if find_spec("triton") is None:
+        return None
+    from sluice.engines import fused
 
-
-class _Products:
-    """Attention of one step by batched products, span by span."""
-
-    def __init__(self, decoder: PackedDecoder, positions: Tensor, spans: list[Span]) -> None:
-        self.decoder, self.positions, self.spans = decoder, positions, spans
-        self.masks: dict[int | None, list[Tensor]] = {}
-
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """[n, heads, d], the cache of the layer → [n, heads · d]."""
-        if window not in self.masks:
-            self.masks[window] = [self._mask(span, window, queries.dtype) for span in self.spans]
-        seen = [
-            self._attended(queries[span.start : span.stop], keys, values, span, mask)
-            for span, mask in zip(self.spans, self.masks[window], strict=True)
-        ]
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
-
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, mask: Tensor) -> Tensor:
-        """Query heads that share a key head are the rows of one product."""
-        d, n = self.decoder, len(queries)
-        q = queries.reshape(n * d.kv_heads, -1, d.head_dim)
-        k = keys[span.start : span.stop, :, :, : span.length].flatten(0, 1)
-        v = values[span.start : span.stop, :, : span.length].flatten(0, 1)
-        with d.threads.work(_SMALL_PRODUCTS * 2 * n * d.heads * span.length * d.head_dim):
-            scores = torch.baddbmm(mask, q, k, alpha=d.scaling)
-            return torch.bmm(torch.softmax(scores, -1, torch.float32).to(v.dtype), v).view(n, -1)
-
-    def _mask(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[n · kv heads, 1, length]: 0 where a cached position is seen, -inf where not."""
-        at = self.positions[span.start : span.stop, None]
-        keys = torch.arange(span.length, device=at.device)
-        hidden = keys > at
-        if window is not None:
-            hidden |= keys <= at - window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, -torch.inf)
-        return mask.repeat_interleave(self.decoder.kv_heads, 0)[:, None]
-
-
-class _Kernel:
-    """Attention of one step by the FlashAttention kernel that torch brings, which reads of each slot what is used of it."""
-
-    def __init__(self, positions: Tensor, cache: SlotCache, scaling: float) -> None:
-        n, device = len(positions), positions.device
-        self.scaling, self.capacity = scaling, cache.capacity
-        self.lengths = (positions + 1).int()
-        self.queries_at = torch.arange(n + 1, dtype=torch.int32, device=device)
-        self.slots_at = self.queries_at * self.capacity
-
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        # the operator itself: torch's function around it takes lengths in later versions only
-        seen: Tensor = torch.ops.aten._flash_attention_forward(
-            queries,
-            keys.permute(0, 3, 1, 2).flatten(0, 1),
-            values.permute(0, 2, 1, 3).flatten(0, 1),
-            self.queries_at,
-            self.slots_at,
-            1,
-            self.capacity,
-            0.0,
-            False,
-            False,
-            scale=self.scaling,
-            window_size_left=None if window is None else window - 1,
-            window_size_right=None if window is None else 0,
-            seqused_k=self.lengths,
-        )[0]
-        return seen.flatten(1)
+    return fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
