@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python benchmarks/rollout.py --rounds 3
 	$(BIN)/python benchmarks/vllm_rollout.py --rounds 3
 	$(BIN)/python benchmarks/step.py --rounds 3
+	$(BIN)/python benchmarks/profiling.py
 	$(BIN)/python benchmarks/trainer.py --rounds 3
 	$(BIN)/python benchmarks/head.py --tokens 1024
 	$(BIN)/python benchmarks/precision.py

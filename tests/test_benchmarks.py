@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from sluice.engines.embedded import EmbeddedEngine
+from sluice.tracking.tracker import FileTracker
 from small_runs import workplace
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -74,7 +76,18 @@ def peer(tmp_path: Path) -> Path:
 
 def test_every_script_that_make_bench_runs_is_tried_here():
     """One that is added has its test too; what needs a GPU is run where there is one."""
-    tested = {"bounds", "rollout", "vllm_rollout", "step", "trainer", "growth", "overhead", "precision", "head"}
+    tested = {
+        "bounds",
+        "rollout",
+        "vllm_rollout",
+        "step",
+        "trainer",
+        "growth",
+        "overhead",
+        "precision",
+        "head",
+        "profiling",
+    }
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "reported(" in path.read_text()} - {"measuring", "gpu"}
     assert scripts == tested
     assert all(f"benchmarks/{name}.py" in (ROOT / "Makefile").read_text() for name in tested)
@@ -129,6 +142,22 @@ def test_step(run: Ran, peer: Path):
     assert split["rollout"] > 0
     assert split["train"] > 0
     assert sum(split.values()) < 1.1 * result["step_s"]["sluice"]["max"]
+
+
+def test_profiling(run: Ran):
+    """All phases of the step, and what is watched is left as it was."""
+    before = EmbeddedEngine.generate, FileTracker.log
+    said = run("profiling", "--cases", "tiny:rl_like", "--most", "200", *TINY_STEP)
+    (result,) = said["results"]
+    phases = dict(result["phases_ms"])
+    assert phases.pop("step") == pytest.approx(sum(phases.values()), rel=0.01)
+    assert {"rollout", "train", "record"} <= set(phases)
+    assert any(row["name"] == "aten::mm" and row["calls"] > 0 for row in result["operators"])
+    assert any("head_backward" in row["name"] for row in result["functions"])
+    for rows in (result["operators"], result["functions"]):
+        assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+        assert sum(row["share"] for row in rows) <= 1.001
+    assert (EmbeddedEngine.generate, FileTracker.log) == before
 
 
 def test_trainer(run: Ran):

@@ -67,6 +67,9 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 
 SCHEMA = pa.schema([pa.field(name, type, metadata={"meaning": text}) for name, (type, text) in COLUMNS.items()])
 
+_OF_SAMPLE = [name for name, (type, _) in COLUMNS.items() if pa.types.is_list(type) and name != "tokens"]
+"""What a sample holds under the column's own name."""
+
 _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()] + [
     f"{name}.list.element"
     for name in ("token_ids", "tokens", "policy_versions", "kept_ids.list.element", "loss_weights", "advantages")
@@ -184,16 +187,15 @@ def _of_trajectory(trajectory: Trajectory) -> dict[str, Any]:
 
 def _parts(trajectory: Trajectory, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     """What each row of a trajectory has of its own."""
-    per_token = [name for name, (type, _) in COLUMNS.items() if pa.types.is_list(type) and name != "tokens"]
     for sample in samples:
         yield {
             "trained": sample.update >= 0,
             "update": sample.update,
             "temperature": sample.temperature,
-            **{name: getattr(sample, name) for name in per_token},
+            **{name: getattr(sample, name) for name in _OF_SAMPLE},
         }
     if not samples:
-        untrained = {"trained": False, "update": -1, **{name: [] for name in per_token}}
+        untrained = {"trained": False, "update": -1, **{name: [] for name in _OF_SAMPLE}}
         for history in _histories(trajectory) or [{}]:
             yield untrained | history
 
