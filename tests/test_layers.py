@@ -21,6 +21,7 @@ LEVELS = [
         "errors",
         "waits",
         "threads",
+        "processes",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
     ["interfaces", "hooks", "config+configbase+configsafety+configtraining+configtree+configfile"],

@@ -29,6 +29,13 @@ class Request:
     done: asyncio.Future[Completion]
     kept_ids: list[list[int]] = field(default_factory=list[list[int]])
     """Grows with the tokens while any active request asks for top-p or top-k, and is empty otherwise."""
+    versions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Of the weights: from which token on, which."""
+
+    def policy_versions(self, count: int) -> list[int]:
+        """Of each of `count` tokens."""
+        ends = [*(first for first, _ in self.versions[1:]), count]
+        return [v for (first, v), end in zip(self.versions, ends, strict=True) for _ in range(first, end)]
 
     def asks(self) -> Iterator[str]:
         """What costs something in every step, and is done only while somebody asks for it."""
@@ -106,6 +113,13 @@ class ActiveSlots:
             self.free(len(self) - 1)
         self.cache.grow(length, self._limit, min(len(self.state["count"]), self._slots_of(length, self._limit)))
         return evicted
+
+    def note_version(self, version: int) -> None:
+        """The tokens from now on are by other weights."""
+        if self.requests:
+            counts: list[int] = self.state["count"][: len(self)].tolist()
+            for request, count in zip(self.requests, counts, strict=True):
+                request.versions.append((count, version))
 
     def place(self, new: list[Request], prefixes: dict[bytes, Prefix], num_slots: int) -> None:
         """Give requests the next slots; `num_slots` is how many there will be before long."""

@@ -40,8 +40,10 @@ class EmbeddedEngine:
         max_model_len: int | None = None,
         prefill_tokens: int = 8192,
         cache_bytes: int | None = None,
+        in_flight: bool = False,
     ) -> None:
-        """`decode` turns ids into text, for stop strings only. `cache_bytes` bounds the key-value cache; left out, on a GPU half
+        """`decode` turns ids into text, for stop strings only. `in_flight`: weights may change under unfinished completions, whose
+        later tokens then are by the new ones, over keys and values by the old. `cache_bytes` bounds the key-value cache; left out, on a GPU half
         of what is free when the engine is made, and elsewhere nothing."""
         self.model = model
         self.decode = decode
@@ -52,6 +54,7 @@ class EmbeddedEngine:
         if cache_bytes is None and model.device.type == "cuda":
             cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
         self.cache_bytes = cache_bytes
+        self.in_flight = in_flight
         self.version = 0
         self._threads = StepThreads(model.device)
         self._decoder = decoder_for(model, self._threads)
@@ -60,6 +63,8 @@ class EmbeddedEngine:
         self._head_weight = model.head_weight()
         self._waiting: deque[Request] = deque()
         self._closed = False
+        self._is_admitting = True
+        self._none_active = asyncio.Event()
         self._wanted: Counter[bytes] = Counter()
         """How many waiting requests want each prompt; its prefix is kept as long as one does."""
         self._prefixes: dict[bytes, Prefix] = {}
@@ -92,15 +97,24 @@ class EmbeddedEngine:
             raise EngineError(
                 "the embedded engine generates with the trainer's own model, and was given another one's weights"
             )
-        if self._active or self._waiting:
+        if (self._active or self._waiting) and not self.in_flight:
             raise EngineError(
                 f"weights changed under {len(self._active) + len(self._waiting)} unfinished completions; the embedded "
                 "engine is synchronous"
             )
         self.version = version
+        self._active.note_version(version)
+        self._is_admitting = True
         self._prefixes.clear()
         self._decoder.refresh()
         self._head_weight = self.model.head_weight()
+
+    async def finish_active(self) -> None:
+        """Let the completions that are decoded end, and begin no others before the weights are new."""
+        self._is_admitting = False
+        if self._active:
+            self._none_active.clear()
+            await self._none_active.wait()
 
     async def fingerprint(self) -> str:
         return fingerprint(self._decoder.named_weights())
@@ -121,6 +135,7 @@ class EmbeddedEngine:
 
     def _empty(self) -> None:
         """No sequences, and no memory for any."""
+        self._none_active.set()
         self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder, self.cache_bytes)
         self._unseen: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         """Where it lags: which sequences were done after the last step, on its way to the host."""
@@ -131,6 +146,8 @@ class EmbeddedEngine:
             while self._waiting or self._active:
                 with self._threads.step():
                     self._step()
+                if not self._active:
+                    self._none_active.set()
                 await asyncio.sleep(0)
             self._empty()  # training needs the memory
         except Exception as cause:
@@ -186,7 +203,7 @@ class EmbeddedEngine:
     # -- admission --
 
     def _admit(self) -> None:
-        while self._waiting and len(self._active) < self.num_slots:
+        while self._waiting and len(self._active) < self.num_slots and self._is_admitting:
             first = len(self._active)
             new = list(islice(self._waiting, self.num_slots - first))
             self._prefill(new)
@@ -199,6 +216,7 @@ class EmbeddedEngine:
             for request in new:
                 self._waiting.popleft()  # not before they are placed, so that a failure reaches them too
                 self._unwant(request)
+                request.versions = [(0, self.version)]
             self._accept(first, hidden)
 
     def _unwant(self, request: Request) -> None:
@@ -322,7 +340,7 @@ class EmbeddedEngine:
                         token_ids=tokens[i, :count].tolist(),
                         logprobs=logprobs[i, :count].tolist(),
                         finish_reason=reason,
-                        policy_versions=[self.version] * count,
+                        policy_versions=request.policy_versions(count),
                         temperature=request.sampling.temperature,
                         kept_ids=request.kept_ids if any(request.kept_ids) else [],
                     )

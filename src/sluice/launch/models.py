@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
-from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
-from sluice.data.chat import Chat
+from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
 from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
+    from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.interfaces import Engine, Trainer
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
@@ -42,20 +45,45 @@ def engine_and_trainer(
         )
         return scripted, trainer, packing, eos_ids
 
-    from sluice.engines.embedded import EmbeddedEngine
-
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
-    embedded = EmbeddedEngine(
+    if config.engine.process == "trainer":
+        return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
+
+    from sluice.engines.process import EngineProcess
+
+    apart = EngineProcess(
+        model,
+        partial(engine_apart, config),
+        finish=config.engine.on_new_weights == "finish",
+        update_limit_s=config.rollout.timeout_s,
+        max_restarts=config.engine.max_restarts,
+    )
+    return apart, trainer, packing, eos_ids
+
+
+def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
+    from sluice.engines.embedded import EmbeddedEngine as Embedded
+
+    return Embedded(
         model,
         chat.decode,
         vocab_size=model.config.vocab_size,
-        num_slots=config.engine.num_slots,
-        max_model_len=config.engine.max_model_len,
-        prefill_tokens=config.engine.prefill_tokens,
-        cache_bytes=None if config.engine.cache_gb is None else int(config.engine.cache_gb * 1e9),
+        num_slots=settings.num_slots,
+        max_model_len=settings.max_model_len,
+        prefill_tokens=settings.prefill_tokens,
+        cache_bytes=None if settings.cache_gb is None else int(settings.cache_gb * 1e9),
+        in_flight=settings.process == "own",
     )
-    return embedded, trainer, packing, eos_ids
+
+
+def engine_apart(config: TrainConfig) -> Embedded:
+    """For a process of its own, which is told the weights."""
+    assert isinstance(config.engine, EmbeddedEngine)
+    set_up_process(engine_threads(config.engine))
+    chat = Chat(load_tokenizer(config.model.path))
+    architecture = config.model.model_copy(update={"random_weights": True})
+    return embedded_engine(config.engine, load_policy(config.model_copy(update={"model": architecture}), chat), chat)
 
 
 def packing_of(config: TrainConfig) -> Packing:
@@ -152,16 +180,33 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def set_up_process(run: RunSection) -> None:
-    """Its threads, and that it keeps the memory that tensors leave behind.
+def engine_threads(settings: EmbeddedEngine) -> int:
+    """Of an engine's own process."""
+    return settings.num_threads or max(1, num_cores() // 2)
+
+
+def trainer_threads(config: TrainConfig) -> int | None:
+    """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
+    engine = config.engine
+    if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
+        return config.run.num_threads
+    return max(1, num_cores() - engine_threads(engine))
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def set_up_process(num_threads: int | None) -> None:
+    """Its threads, if that many were asked for, and that it keeps the memory that tensors leave behind.
 
     By default the C library gives large blocks back at once, and each new tensor pays for fresh pages, which shows in rollouts of a
     small model. What is above 32 MiB, the most that it lets one choose, still goes back.
     """
-    if run.num_threads is not None:
+    if num_threads is not None:
         import torch
 
-        torch.set_num_threads(run.num_threads)
+        torch.set_num_threads(num_threads)
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)

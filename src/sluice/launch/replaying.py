@@ -13,7 +13,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.describe import algorithm_of
 from sluice.errors import ConfigError, DataError
 from sluice.launch.checked import checked_reward
-from sluice.launch.models import optimizer_settings, packing_of, policy_trainer, set_up_process
+from sluice.launch.models import optimizer_settings, packing_of, policy_trainer, set_up_process, trainer_threads
 from sluice.launch.resuming import config_of, differences
 from sluice.rewards.rubric import Rubric
 from sluice.tracking import ledger
@@ -38,7 +38,7 @@ def replay(folder: str, first: int, last: int, algorithm: str | None, settings: 
     config = config_of(rundir)
     _check_steps(rundir, first, last)
     other = _other(rundir, config, algorithm, settings)
-    set_up_process(config.run)
+    set_up_process(trainer_threads(config))
 
     async def whole() -> list[Replayed]:
         replay = _restored(rundir, config, other, first)

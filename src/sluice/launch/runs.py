@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import EmbeddedEngine, RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -21,7 +21,7 @@ from sluice.describe import describe
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
-from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_up_process, trained
+from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_up_process, trained, trainer_threads
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -61,7 +61,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
-        set_up_process(config.run)
+        set_up_process(trainer_threads(config))
         parts = engine_and_trainer(config, checked, chat)
         rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
@@ -87,7 +87,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     config = resolved.config
     rows = check_sft(config)
     chat = Chat(load_tokenizer(config.model.path))
-    set_up_process(config.run)
+    set_up_process(config.run.num_threads)
     samples = [
         response_sample(i, row.where, chat.encode(row.messages), chat.encode_response(row.response))
         for i, row in enumerate(rows)
@@ -150,6 +150,8 @@ def _assembled(
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
     engine, trainer, packing, eos_ids = parts
+    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
+        engine.log = rundir.path / "engine.log"
     rollout = config.rollout
     model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)

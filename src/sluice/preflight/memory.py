@@ -115,7 +115,10 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
             cache = min(cache, config.engine.cache_gb * 1e9)
         elif device == "cuda" and (free := _cuda_free()) is not None:
             cache = min(cache, free / 2)
-        parts.append(Part("engine's weights", decoder_bytes(policy, width, device)))
+        copies = decoder_bytes(policy, width, device)
+        if config.engine.process == "own":  # its own model, and what the trainer publishes through
+            copies += 2 * policy.num_parameters * width
+        parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     return parts

@@ -1,18 +1,14 @@
 """A reward process as the parent sees it: it can be killed at any moment, and another takes its place.
 
-Not `multiprocessing`: its workers import the user's main script again, and with it torch. Not a pool library: the
-limits hold per part of a sample, and a process killed while idle (out of memory) must not take the pool with it.
+Not a pool library: the limits hold per part of a sample, and a process killed while idle (out of memory) must not take the
+pool with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.errors import RewardError
+from sluice.processes import Process
 from sluice.rewards.spec import RewardSpec
 from sluice.waits import Wait
 
@@ -29,12 +26,6 @@ START_LIMIT_S = 120.0
 START_TRIES = 3
 """Of a process that is killed while it starts: that is the machine's doing."""
 
-_ENTRY = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop())
-from sluice.rewards.worker import serve
-serve(fd={fd}, parent={parent})
-"""
 _ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 
 
@@ -64,7 +55,7 @@ class Worker:
         self._specs = tuple(specs)
         self._log = log
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._wait: Wait | None = None  # of the sample that it computes
         self._in_use = threading.RLock()
         self._lock = threading.Lock()  # no process may be spawned after `close`
@@ -77,7 +68,7 @@ class Worker:
         """
         with self._in_use:
             for tries_left in reversed(range(START_TRIES)):
-                if self._process is not None and self._process.poll() is None:
+                if self._process is not None and self._process.is_running():
                     return
                 self._kill()
                 self._spawn()
@@ -144,60 +135,40 @@ class Worker:
         self._kill()
 
     def _spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        entry = _ENTRY.format(fd=theirs.fileno(), parent=os.getpid())
-        with self._lock, theirs, contextlib.ExitStack() as undo, open(self._log or os.devnull, "ab") as output:
-            undo.callback(ours.close)
+        with self._lock:
             if self._closed:
                 raise RewardError("the rubric was closed")
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-c", entry, json.dumps(self._path)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=self._folder,
-                env={**os.environ, **_ONE_THREAD},
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
+            self._process = Process(
+                "sluice.rewards.worker", path=self._path, folder=self._folder, log=self._log, variables=_ONE_THREAD
             )
-            self._socket, self._pipe = ours, ours.makefile("rwb")
-            undo.pop_all()
+            self._pipe = self._process.socket.makefile("rwb")
 
     def _send(self, message: Any, limit_s: float) -> None:
-        self._socket.settimeout(limit_s)
+        self._limit(limit_s)
         pickle.dump(message, self._pipe)
         self._pipe.flush()
 
     def _receive(self, limit_s: float) -> tuple[bool, Any]:
-        self._socket.settimeout(limit_s)
+        self._limit(limit_s)
         return pickle.load(self._pipe)
 
+    def _limit(self, seconds: float) -> None:
+        """Of what is sent or received next. Raises EOFError after `close`."""
+        if (process := self._process) is None:
+            raise EOFError
+        process.socket.settimeout(seconds)
+
     def _cause_of_death(self) -> tuple[str, bool]:
-        """As text, and whether a signal ended it: then it was no doing of the user's code, as far as one can know."""
+        """As `Process.cause_of_death`."""
         process = self._process
-        if process is None:
-            return "the rubric was closed", False
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        code = process.returncode
+        what = process.cause_of_death() if process else ("the rubric was closed", False)
         self._kill()
-        if code is None:
-            return "its process closed its connection to sluice", False
-        if code >= 0:
-            return f"its process ended with exit code {code}", False
-        hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-        return f"its process was killed ({signal.Signals(-code).name}{hint})", True
+        return what
 
     def _kill(self) -> None:
-        """Kill the process and all that it started."""
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # should it have left its group
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5.0)
+        process.kill()
         with contextlib.suppress(OSError):
             self._pipe.close()
-        self._socket.close()

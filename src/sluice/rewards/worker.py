@@ -5,26 +5,22 @@ The parent keeps the time; see `sluice.rewards.pool`. Both sides pickle, since b
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import numbers
 import os
 import pickle
 import signal
-import socket
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sluice.errors import RewardError, SluiceError
 from sluice.hooks import first_line, raised_at
 from sluice.interfaces import Reward
+from sluice.processes import belong_to
 from sluice.rewards.math import warm_up
 from sluice.rewards.spec import RewardSpec, build
 
 _ORPHAN_GRACE_S = 2.0
-_PARENT_CHECK_S = 0.5
 
 
 def serve(fd: int, parent: int) -> None:
@@ -33,12 +29,7 @@ def serve(fd: int, parent: int) -> None:
     For each sample there is one reply per part, in order, up to the first part that fails: whether it went well, and
     the value, or what went wrong as text.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide on
-    if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
-        faulthandler.register(signal.SIGUSR1)  # says in the log where the reward is
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.set_inheritable(fd, False)
-    pipe = socket.socket(fileno=fd).makefile("rwb")
+    pipe = belong_to(parent, fd).makefile("rwb")
 
     def reply(ok: bool, result: Any) -> None:
         pickle.dump((ok, result), pipe)
@@ -116,10 +107,3 @@ def _finite(value: Any, where: str) -> float:
 
 def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, SluiceError) else first_line(error) + raised_at(error)
-
-
-def _end_with(parent: int) -> None:
-    """Kill this process, and whatever it has started, when its parent is gone. (A busy reward reads no end of file.)"""
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK_S)
-    os.killpg(0, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,6 +64,7 @@ class LocalTrainer:
                 values = self._output(output, micro_batch.to(self.model.device))
             for sample, row in zip(part, micro_batch.spread(values, 0.0), strict=True):
                 setattr(sample, output, row)
+            await asyncio.sleep(0)  # whoever samples beside it is heard
 
     def _output(self, output: TrainerOutput, batch: MicroBatch) -> Tensor:
         if output == "values":
@@ -83,6 +85,7 @@ class LocalTrainer:
         try:
             for micro_batch in minibatch.micro_batches:
                 metrics += self._micro_batch_backward(minibatch, micro_batch, loss)
+                await asyncio.sleep(0)
         except NonFiniteError:
             self.optimizer.drop_gradients()
             if self.critic:

@@ -1,0 +1,109 @@
+"""Processes of our own code: at the other end of a socket, gone when we are gone, and killed with all that they started.
+
+Not `multiprocessing`: its workers import the user's main script again, and with it torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PARENT_CHECK_S = 0.5
+_ENTRY = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from {module} import serve
+serve(fd={fd}, parent={parent})
+"""
+
+
+class Process:
+    """A running one. Its module has `serve(fd, parent)`, which calls `belong_to(parent)` first and talks through the socket `fd`.
+
+    What it prints goes to the file `log`, or nowhere.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *,
+        path: Sequence[str],
+        folder: str,
+        log: Path | None,
+        variables: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """`path` is its `sys.path`, `folder` where it runs."""
+        ours, theirs = socket.socketpair()
+        entry = _ENTRY.format(module=module, fd=theirs.fileno(), parent=os.getpid())
+        with theirs, contextlib.ExitStack() as undo, open(log or os.devnull, "ab") as output:
+            undo.callback(ours.close)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-c", entry, json.dumps(list(path))],
+                pass_fds=[theirs.fileno(), *pass_fds],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env={**os.environ, **variables},
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
+            )
+            self.socket = ours
+            undo.pop_all()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def cause_of_death(self) -> tuple[str, bool]:
+        """As text, and whether a signal ended it: then it was no doing of its code, as far as one can know. It is killed if it
+        has not ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        code = self._process.returncode
+        self.kill()
+        if code is None:
+            return "its process closed its connection to sluice", False
+        if code >= 0:
+            return f"its process ended with exit code {code}", False
+        hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+        return f"its process was killed ({signal.Signals(-code).name}{hint})", True
+
+    def kill(self) -> None:
+        """With all that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # should it have left its group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5.0)
+        self.socket.close()
+
+
+def belong_to(parent: int, fd: int) -> socket.socket:
+    """In the process itself, first of all: it lives as long as its parent, and leaves Ctrl-C to it. Gives the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
+        faulthandler.register(signal.SIGUSR1)  # says in the log where it is
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.set_inheritable(fd, False)
+    return socket.socket(fileno=fd)
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process, and whatever it has started, when its parent is gone. (Who is busy reads no end of file.)"""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_S)
+    os.killpg(0, signal.SIGKILL)
