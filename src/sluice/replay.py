@@ -70,7 +70,7 @@ async def replay_step(replay: Replay, rundir: RunDir) -> Replayed:
     recorded = _recorded_metrics(rundir, step)
     samples = [_sample(row) for row in rows]
     stats = await update(replay, await prepare(replay, samples))
-    stats = stats + first_update_metrics(samples) + annotation_metrics(samples)
+    stats = stats + first_update_metrics(samples, replay.step) + annotation_metrics(samples)
     replay.step = step
     fingerprint = await replay.trainer.fingerprint()
     if replay.update_reference_every and step % replay.update_reference_every == 0:

@@ -124,9 +124,9 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
 
     While a thread writes the ledger, the groups of the next step are already sampled.
     """
-    metrics = (
-        rollout_metrics(groups, run.step - 1) + stats + first_update_metrics(samples) + annotation_metrics(samples)
-    )
+    before = run.step - 1
+    metrics = rollout_metrics(groups, before, run.max_staleness) + stats
+    metrics += first_update_metrics(samples, before) + annotation_metrics(samples)
     with run.timer("checks"):
         metrics["rollout/repetition"] = repetition(groups)
     with run.timer("record"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -84,8 +85,9 @@ class EngineProcess:
         """Raises EngineError for another model's weights, and when the process cannot be kept alive."""
         if weights.model is not self.model:
             raise EngineError("the engine's process was made for another model than the one whose weights it is given")
-        self._shared.write(self.model.named_weights())
-        self.version = version
+        async with self._starting:  # one that begins reads them
+            self._shared.write(self.model.named_weights())
+            self.version = version
         while self._process_version != version:
             try:
                 await self._started()  # with them, if it was not there
@@ -150,7 +152,7 @@ class EngineProcess:
 
     async def _listen(self, reader: asyncio.StreamReader, process: Process) -> None:
         """Hand out what it answers, until it dies."""
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
             while True:
                 self._take(await read(reader))
         cause, _ = await asyncio.to_thread(process.cause_of_death)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
@@ -14,8 +15,8 @@ from sluice.tracking.metrics import Last, Max, Mean, Metrics, Sum
 from sluice.types import Group, Sample
 
 
-def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
-    """Over every group that was sampled, rejected ones too; `version` is that of the weights they were trained with.
+def rollout_metrics(groups: Sequence[Group], version: int, max_staleness: int) -> Metrics:
+    """Over every group that was sampled, rejected ones too; `version` is that of the weights that were trained on them.
 
     Rewards are means over the scored trajectories only: an error is not a zero. A part that a scored one lacks is one, so that
     the parts, times their weights, add up to the reward.
@@ -38,8 +39,19 @@ def rollout_metrics(groups: Sequence[Group], version: int) -> Metrics:
             ),
         }
     )
-    staleness = [version - group.oldest_version for group in groups if not group.rejected]
-    metrics["rollout/staleness/max"] = Max(max(staleness, default=0))
+    ages = Counter(
+        version - made
+        for group in groups
+        if not group.rejected
+        for t in group.trajectories
+        for turn in t.turns
+        for made in turn.completion.policy_versions
+    )
+    metrics["rollout/staleness/max"] = Max(max(ages, default=0))
+    if max_staleness:
+        metrics["rollout/staleness/mean"] = Mean(sum(age * num for age, num in ages.items()), ages.total())
+        for age in range(max_staleness + 1):
+            metrics[f"rollout/staleness/share_{age}"] = Mean(ages[age], ages.total())
     for label in sorted({label for t in scored for label in t.reward_parts}):
         metrics[f"rollout/reward/{label}"] = Mean.of(t.reward_parts.get(label, 0.0) for t in scored)
     return metrics
@@ -59,13 +71,14 @@ def repetition(groups: Sequence[Group]) -> Mean:
     return Mean(len(grams) - len(np.unique(grams)), len(grams))
 
 
-def first_update_metrics(samples: Sequence[Sample]) -> Metrics:
-    """Over the loss tokens of the step's first update, which engine and trainer see with the same weights.
+def first_update_metrics(samples: Sequence[Sample], version: int) -> Metrics:
+    """Over the loss tokens of the step's first update, of samples that were made by the weights before it (`version`) alone:
+    those engine and trainer see with the same weights.
 
     |trainer's - engine's log-prob| is rounding; ppo_kl and pg_clipfrac against the old log-probs are 0 up to that. The
     probabilities' correlation is what MiniMax-M1 (arXiv 2506.13585, section 3.2) found to be 0.9 without an FP32 head.
     """
-    first = [s for s in samples if s.update == 0]
+    first = [s for s in samples if s.update == 0 and all(made in (-1, version) for made in s.policy_versions)]
     own = _flat(first, "loss_weights") != 0
     if not own.any():
         return Metrics()
