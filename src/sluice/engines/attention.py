@@ -32,11 +32,13 @@ class Products:
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         if window not in self.masks:
             self.masks[window] = [self._mask(span, window, queries.dtype) for span in self.spans]
+        if len(self.spans) == 1:
+            return self._attended(queries, keys, values, self.spans[0], self.masks[window][0])
         seen = [
             self._attended(queries[span.start : span.stop], keys, values, span, mask)
             for span, mask in zip(self.spans, self.masks[window], strict=True)
         ]
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
+        return torch.cat(seen)
 
     def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, mask: Tensor) -> Tensor:
         """Query heads that share a key head are the rows of one product."""

@@ -55,7 +55,7 @@ def turn_and_write(
 ) -> Tensor:
     """Queries, keys and values of one token for each sequence: norm and turn the first two and put the last two into the cache.
 
-    qkv [n, heads + 2 · kv heads, d] with the elements of a head in pairs, norm [heads + kv heads, d], turns [n, d / 2] complex,
+    qkv [n, heads + 2 · kv heads, d] with the elements of a head in pairs, norm [heads + kv heads, d], turns [n, 1, d / 2] complex,
     positions [n], keys [slots, kv heads, d, capacity] and values [slots, kv heads, capacity, d] of a cache that lies token by
     token. Returns the queries, [n, heads, d].
     """

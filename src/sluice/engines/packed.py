@@ -170,14 +170,14 @@ class PackedDecoder:
         n = len(tokens)
         if cache.capacity > len(self.angles):
             self.angles = self._angles(cache.capacity)
-        angles = self.angles[positions]
+        angles = self.angles[positions][:, None]
         rows = torch.arange(n, device=tokens.device)
         attention = self._attention(positions, cache.capacity, spans)
         x: Tensor = self.body.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
             qkv = self._projected(layer, x)
             if self.fused is None:
-                queries, keys, values = self._turned(layer, qkv, angles[:, None])
+                queries, keys, values = self._turned(layer, qkv, angles)
                 cache.write(index, rows, positions, keys, values)
             else:
                 here = cache.keys[index], cache.values[index]
@@ -205,8 +205,8 @@ class PackedDecoder:
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, self.eps)
-        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-        qk = torch.view_as_real(pairs * angles).flatten(-2).to(qkv.dtype)
+        pairs = torch.view_as_complex(qk.float().view(*qk.shape[:2], -1, 2))
+        qk = torch.view_as_real(pairs * angles).view(qk.shape).to(qkv.dtype)
         queries, keys = qk.split([self.heads, self.kv_heads], 1)
         return queries, keys, values
 
