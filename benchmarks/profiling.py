@@ -27,11 +27,10 @@ from measuring import DTYPES, add_cases, parser, reported, rounded
 from shapes import SHAPES, save
 from sluice.config import TrainConfig
 from sluice.configfile import load
-from sluice.engines.embedded import EmbeddedEngine
 from sluice.launch import train
 from sluice.tracking.tracker import FileTracker
 from step import write_prompts
-from step_sluice import force_lengths, settings
+from step_sluice import ENGINES, force_lengths, settings
 
 
 class Watched:
@@ -137,11 +136,13 @@ def measure(size: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def as_before() -> Generator[None]:
     """What is watched from outside inside is not afterwards."""
-    log, generate = FileTracker.log, EmbeddedEngine.generate
+    log, generates = FileTracker.log, [engine.generate for engine in ENGINES]
     try:
         yield
     finally:
-        FileTracker.log, EmbeddedEngine.generate = log, generate  # type: ignore[method-assign]
+        FileTracker.log = log  # type: ignore[method-assign]
+        for engine, generate in zip(ENGINES, generates, strict=True):
+            engine.generate = generate  # type: ignore[method-assign]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,26 +22,34 @@ from measuring import versions
 from sluice.config import TrainConfig
 from sluice.configfile import load
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.engines.process import EngineProcess
+from sluice.interfaces import Engine
 from sluice.launch import train
 from sluice.tracking.tracker import FileTracker
 from sluice.types import Completion, Sampling
 from step_work import lengths_of, options
 
+ENGINES = [EmbeddedEngine, EngineProcess]
 SPLIT = ["rollout", "train", "publish", "checks", "record"]
 
 
 def force_lengths(args: argparse.Namespace) -> None:
-    generate, lengths, step = EmbeddedEngine.generate, [], 0
+    lengths: list[int] = []
+    step = 0
 
-    async def watched(self: EmbeddedEngine, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        nonlocal step
-        if not lengths:
-            lengths.extend(lengths_of(step, args))
-            step += 1
-        forced = replace(sampling, max_new_tokens=lengths.pop(), stop_token_ids=frozenset())
-        return await generate(self, prompt_ids, forced)
+    def forced(generate: Callable[..., Awaitable[Completion]]) -> Callable[..., Awaitable[Completion]]:
+        async def watched(self: Engine, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+            nonlocal step
+            if not lengths:
+                lengths.extend(lengths_of(step, args))
+                step += 1
+            changes = {"max_new_tokens": lengths.pop(), "stop_token_ids": frozenset()}
+            return await generate(self, prompt_ids, replace(sampling, **changes))
 
-    EmbeddedEngine.generate = watched  # type: ignore[method-assign]
+        return watched
+
+    for engine in ENGINES:
+        engine.generate = forced(engine.generate)  # type: ignore[method-assign]
 
 
 def watch_metrics(clock: StepClock) -> None:
