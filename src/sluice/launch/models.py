@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
-from sluice.config import LocalTrainer, RunSection, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat
 from sluice.errors import ConfigError
@@ -152,16 +152,16 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def set_up_process(run: RunSection) -> None:
-    """Its threads, and that it keeps the memory that tensors leave behind.
+def set_up_process(num_threads: int | None) -> None:
+    """Its threads, if that many were asked for, and that it keeps the memory that tensors leave behind.
 
     By default the C library gives large blocks back at once, and each new tensor pays for fresh pages, which shows in rollouts of a
     small model. What is above 32 MiB, the most that it lets one choose, still goes back.
     """
-    if run.num_threads is not None:
+    if num_threads is not None:
         import torch
 
-        torch.set_num_threads(run.num_threads)
+        torch.set_num_threads(num_threads)
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)

@@ -38,7 +38,7 @@ def replay(folder: str, first: int, last: int, algorithm: str | None, settings: 
     config = config_of(rundir)
     _check_steps(rundir, first, last)
     other = _other(rundir, config, algorithm, settings)
-    set_up_process(config.run)
+    set_up_process(config.run.num_threads)
 
     async def whole() -> list[Replayed]:
         replay = _restored(rundir, config, other, first)

@@ -61,7 +61,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
-        set_up_process(config.run)
+        set_up_process(config.run.num_threads)
         parts = engine_and_trainer(config, checked, chat)
         rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
@@ -87,7 +87,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     config = resolved.config
     rows = check_sft(config)
     chat = Chat(load_tokenizer(config.model.path))
-    set_up_process(config.run)
+    set_up_process(config.run.num_threads)
     samples = [
         response_sample(i, row.where, chat.encode(row.messages), chat.encode_response(row.response))
         for i, row in enumerate(rows)
