@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/python examples/recheck/demo.py
 
 test: setup browser
-	$(BIN)/python -m pytest -m 'not proof'
+	$(BIN)/python -m pytest -m 'not proof' -n auto --maxprocesses 4 --dist worksteal
 
 # Heavier proofs, minutes each.
 proof: setup browser

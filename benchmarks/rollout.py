@@ -1,7 +1,8 @@
 """Tokens per second of the embedded engine beside `transformers`: its `generate`, and its continuous batching.
 
 All sides have the same random weights, the same prompts and the same number of new tokens for each, sample at
-temperature 1 from the whole vocabulary, and are timed in turn in one process. Only tokens that were asked for count.
+temperature 1 from the whole vocabulary, and are timed in turn in one process, which is set up as `sluice train` sets up its own (the
+C library keeps freed memory, for all sides). Only tokens that were asked for count.
 The engine's log-probs are in its time, and so is that it drops its caches, as it does after every update; the others
 compute no log-probs.
 
@@ -38,6 +39,7 @@ from bounds import DecodeProducts, SquareProduct
 from measuring import DTYPES, add_cases, in_turn, parser, ratios, reported, seconds, shown, spread
 from shapes import SHAPES, Work, matrix_parameters, model_of, rl_like, uniform
 from sluice.engines.embedded import EmbeddedEngine
+from sluice.launch.models import set_up_process
 from sluice.trainers.model import PolicyModel
 from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
@@ -235,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     plan = [(size, kind, work_of(size, kind, args), args.peers) for size, kind in args.cases]
     plan += [(size, "uniform", uniform(args.slots or SLOTS, args.few_tokens), []) for size in args.against_bound]
+    set_up_process(None)
     with reported("rollout", args, argv) as said:
         for size, kind, work, peers in plan:
             for dtype in args.dtypes:

@@ -34,7 +34,7 @@ from sluice.configfile import load
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.interfaces import Layout
 from sluice.launch.checked import check
-from sluice.launch.models import engine_and_trainer
+from sluice.launch.models import engine_and_trainer, set_up_process
 from sluice.types import Sample
 from sluice.update import prepare, update
 
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--settings", nargs="*", default=[], help="others of sluice train, such as trainer.tokens_per_micro_batch=4096"
     )
     args = options.parse_args(argv)
+    set_up_process(None)
     with reported("trainer", args, argv) as said:
         for size, kind in args.cases:
             for dtype in args.dtypes:

@@ -35,6 +35,7 @@ from children import Child, ChildFailed, end
 from measuring import DTYPES, ROOT, add_cases, in_turn, parser, ratios, reported, seconds, shown, skip, spread
 from rollout import WARM_UP, Engine, work_of
 from shapes import SHAPES, WINDOW, Work, model_of, save
+from sluice.launch.models import set_up_process
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 300
@@ -192,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     options.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm/bin/python", help="python that has vLLM")
     args = options.parse_args(argv)
+    set_up_process(None)
     with reported("vllm_rollout", args, argv) as said:
         if not args.vllm.exists():
             skip(said, f"vLLM, since there is no {args.vllm}: `make vllm` makes it")

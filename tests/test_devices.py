@@ -115,6 +115,85 @@ def test_engine_and_trainer_agree_before_and_after_new_weights(
     assert fmean(prob_differences(model, samples_of(engine))) < MEAN_PROB_DIFFERENCE[dtype]
 
 
+GPUS = DEVICES[1:]
+
+
+@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 128), (20, 1, 80), (6, 2, 96), (3, 3, 24)])
+def test_fused_attention_is_that_of_the_formula(
+    device: str, heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    """In float64, over slots that are used to different lengths; what lies beyond is no number."""
+    from sluice.engines import fused
+
+    positions = torch.tensor([0, 3, 63, 64, 199, 127, 128], device=device)
+    keys, values = (by_token(len(positions), kv_heads, 200, size, device) for _ in range(2))
+    beyond = torch.arange(200, device=device) > positions[:, None]
+    for cache in (keys, values):
+        cache.transpose(1, 2)[beyond] = math.nan
+    queries = torch.randn(len(positions), heads, size, device=device).bfloat16()
+    found = fused.attend(positions, 0.3, queries, keys_as_they_lie(keys), values, window)
+    hidden = beyond if window is None else beyond | (torch.arange(200, device=device) <= positions[:, None] - window)
+    k, v = (x.nan_to_num().double().repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
+    scores = torch.einsum("nhd,nhcd->nhc", queries.double(), k) * 0.3
+    weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    expected = torch.einsum("nhc,nhcd->nhd", weights, v).flatten(1)
+    assert (found.double() - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("is_normed", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 128), (20, 1, 80), (6, 2, 96), (3, 3, 24)])
+def test_fused_rotation_is_that_of_the_formula(
+    device: str, heads: int, kv_heads: int, size: int, is_normed: bool
+) -> None:
+    """And nothing but the token's own place in the cache is written."""
+    from sluice.engines import fused
+
+    n, rotated = 7, heads + kv_heads
+    positions = torch.tensor([0, 3, 63, 64, 19, 12, 8], device=device)
+    qkv = torch.randn(n, rotated + kv_heads, size, device=device).bfloat16()
+    norm = torch.randn(rotated, size, device=device).bfloat16() if is_normed else None
+    turns = torch.polar(torch.ones(n, 1, size // 2, device=device), torch.randn(n, 1, size // 2, device=device))
+    keys, values = (by_token(n + 2, kv_heads, 80, size, device).zero_() for _ in range(2))
+    queries = fused.turn_and_write(qkv, norm, turns, positions, keys_as_they_lie(keys), values, 1e-6)
+    exact = qkv[:, :rotated].double()
+    if norm is not None:
+        exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)).contiguous())
+    expected = torch.view_as_real(pairs * turns).flatten(-2)
+    rows = torch.arange(n, device=device)
+    for found, wanted in (
+        (queries, expected[:, :heads]),
+        (keys[rows, :, positions], expected[:, heads:]),
+        (values[rows, :, positions], qkv[:, rotated:].double()),
+    ):
+        assert (found.double() - wanted).norm() / wanted.norm() < 0.01
+    for cache in (keys, values):
+        assert int((cache != 0).sum()) <= n * kv_heads * size
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_fused_silu_is_that_of_the_formula(device: str) -> None:
+    from sluice.engines import fused
+
+    gate_up = torch.randn(5, 2 * 3000, device=device).bfloat16()
+    gate, up = gate_up.double().chunk(2, 1)
+    expected = gate * torch.sigmoid(gate) * up
+    assert (fused.silu_product(gate_up).double() - expected).norm() / expected.norm() < 0.01
+
+
+def by_token(slots: int, kv_heads: int, capacity: int, size: int, device: str) -> Tensor:
+    """[slots, kv heads, capacity, size], as a cache that lies token by token."""
+    return torch.randn(slots, capacity, kv_heads, size, device=device).bfloat16().transpose(1, 2)
+
+
+def keys_as_they_lie(keys: Tensor) -> Tensor:
+    """The cache has the last two dimensions of keys the other way round."""
+    return keys.transpose(2, 3)
+
+
 def loss_of(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
     columns = batch.old_logprobs, batch.advantages, batch.loss_weights, batch.sequence_ids
     return policy_loss(CISPO, logprobs, *columns, coefficients=batch.coefficients)

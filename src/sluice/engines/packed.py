@@ -8,6 +8,7 @@ where it lies. The copy of the weights is made anew whenever weights are publish
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -227,11 +228,17 @@ class PackedDecoder:
 
 
 def fused_kernels() -> Any:
-    """The module of them, or None without Triton, which torch for CUDA brings along on Linux."""
+    """The module of them, or None where they cannot be built: torch for CUDA brings Triton along on Linux, which wants a C compiler
+    and Python's headers."""
     if find_spec("triton") is None:
         return None
     from sluice.engines import fused
 
+    try:
+        fused.silu_product(torch.zeros(1, 2, device="cuda"))
+    except Exception as error:
+        warnings.warn(f"decoding is slower than it could be: Triton cannot build kernels here ({error})", stacklevel=2)
+        return None
     return fused
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from sluice.engines.threads import StepThreads
 
-FEWEST_ROWS = 3
-"""One or two rows are vectors, for which nothing is put in order."""
+FEWEST_ROWS = 4
+"""Of fewer rows each is multiplied as a vector, for which nothing is put in order."""
 _ROWS = 64
 """MKL asks for how many rows a weight is ordered. The order is the same for all, which `tests/engines/test_products.py` sees."""
 

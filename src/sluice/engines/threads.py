@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -13,6 +13,7 @@ the hundred small operations of a step would each do it."""
 CACHED = 2**17
 """Weights (of one product) that stay in a core's cache from step to step. To read one of those beyond takes as long as 16
 multiplications."""
+_AS_IT_IS = nullcontext()
 
 
 class StepThreads:
@@ -39,12 +40,12 @@ class StepThreads:
         """A product of so many rows by so many weights."""
         return self.work(rows * weights + 16 * max(0, weights - CACHED))
 
-    @contextmanager
-    def work(self, multiplications: float) -> Generator[None]:
+    def work(self, multiplications: float) -> AbstractContextManager[None]:
         """All threads inside, if that much work is worth them."""
-        if self._all == 1 or multiplications < WORTH:
-            yield
-            return
+        return _AS_IT_IS if self._all == 1 or multiplications < WORTH else self._all_threads()
+
+    @contextmanager
+    def _all_threads(self) -> Generator[None]:
         torch.set_num_threads(self._all)
         try:
             yield
