@@ -273,7 +273,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_faults_across_fields_are_passed_as_they_are() -> None:
     assert refusal("", "rollout.max_staleness=2").startswith(
-        "rollout.max_staleness=2 cannot work with engine.name=embedded"
+        "rollout.max_staleness=2 cannot work with engine.process=trainer"
     )
     assert refusal("data:\n  reference: null\n").startswith("rewards.0 (math) compares with the reference")
 

@@ -33,7 +33,7 @@ class RunSection(Section):
     seed: NonNegativeInt = 0
     """Seeds the prompt order and every sample; the same config gives the same numbers on the same machine."""
     num_threads: PositiveInt | None = None
-    """CPU threads for torch; left out, torch decides."""
+    """CPU threads for torch; left out, torch decides, or with engine.process=own those cores that the engine leaves."""
     disk_wait_s: PositiveFloat = 600.0
     """Longest wait for room on a full disk before the run ends."""
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from sluice.engines import process as engine_process
-from sluice.engines.serving import Update
+from sluice.engines.serving import Begin, Fingerprint, Generate, Update
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
@@ -93,63 +95,83 @@ def test_staleness_is_bounded_and_each_token_has_its_version(ready: Path, stalen
     assert max(line["rollout/staleness/max"] for line in metrics_of(run)) <= staleness
 
 
-def test_log_probs_are_those_of_each_tokens_own_weights(ready: Path):
-    """Tokens of a group that was sampled by one version have the log-probs that the trainer found with those weights."""
+def test_log_probs_are_those_of_the_weights_that_each_token_names(ready: Path):
+    """By the checkpoint of that version, for every sample that one version made, however old it was when it was trained."""
     run = finished(
-        "train", "config.yaml", *APART, "rollout.max_staleness=1", "run.num_steps=6", "trainer.learning_rate=0.05"
+        "train",
+        "config.yaml",
+        *APART,
+        "engine.on_new_weights=finish",
+        "rollout.max_staleness=2",
+        "run.num_steps=5",
+        "trainer.learning_rate=0.02",
+        "checkpoint.every_steps=1",
     )
-    for step in range(1, 7):
+    seen: Counter[int] = Counter()
+    for step in range(1, 6):
         for row in ledger_of(run, step):
-            if row["trained"] and ages(row, step) == {0}:
-                differences = [
-                    abs(a - b) for a, b, w in zip(row["logprobs"], row["current_logprobs"], row["loss_weights"]) if w
-                ]
-                assert max(differences) < 1e-4
+            (version,) = {version for version in row["policy_versions"] if version >= 0}
+            folder = run / f"checkpoints/step-{version:06d}" if version else Path("model")
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                logp = model(torch.tensor([row["token_ids"]])).logits[0].log_softmax(-1)
+            for t, weight in enumerate(row["loss_weights"]):
+                if weight:
+                    assert abs(float(logp[t - 1, row["token_ids"][t]]) - row["logprobs"][t]) < 1e-4
+            seen[step - 1 - version] += 1
+    assert len(seen) > 1, "nothing was sampled ahead"
 
 
-@contextmanager
-def killing(num: int) -> Iterator[list[int]]:
-    """kill -9 of the engine's process, `num` times at random instants."""
-    done: list[int] = []
-    over = threading.Event()
+INSTANTS = {
+    "starting": Begin,
+    "decoding": Generate,
+    "taking over weights": Update,
+    "asked for a fingerprint": Fingerprint,
+}
 
-    def work() -> None:
-        drawn = random.Random(num)
-        while len(done) < num and not over.wait(drawn.uniform(0.2, 1.0)):
-            for pid in children():
-                if pid not in done and Path(f"/proc/{pid}").exists():
-                    os.kill(pid, signal.SIGKILL)
-                    done.append(pid)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
+def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
+    """kill -9 of the engine's process when it is sent such a message, every other time; while it decodes, a moment later."""
+    send, sent = engine_process.write, count(1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        for pid in children():
+            killed.append(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def watched(writer: Any, message: Any) -> None:
+        send(writer, message)
+        if isinstance(message, kind) and next(sent) % 2 == (kind is Begin):
+            threading.Timer(0.03, kill).start() if kind is Generate else kill()
+
+    monkeypatch.setattr(engine_process, "write", watched)
+    return killed
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_killed_engine_costs_no_sample(ready: Path, staleness: int):
-    """Nothing is lost, nothing is trained twice; and without staleness the run is the one without kills, to the last bit."""
-    options = (
-        *APART,
-        "engine.max_restarts=20",
-        "rollout.engine_retries=20",
-        "run.num_steps=12",
-        f"rollout.max_staleness={staleness}",
-    )
-    with killing(3) as killed:
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: int, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is lost, nothing is trained twice; and without staleness it is the run without kills."""
+    steps = ("run.num_steps=6", "rollout.max_new_tokens=40", "trainer.learning_rate=1e-4")
+    options = (*APART, *steps, "engine.max_restarts=20", f"rollout.max_staleness={staleness}")
+    with monkeypatch.context() as patch:
+        killed = kill_when(patch, INSTANTS[instant])
         run = finished("train", "config.yaml", *options)
-    assert len(killed) == 3
-    rows = [row for row in rows_of(run, 12) if row["trained"]]
-    counted = Counter((row["group"], row["index"]) for row in rows)
-    assert set(counted) == {(group, index) for group in range(48) for index in range(4)}
-    assert set(counted.values()) == {1}
-    if not staleness:
-        whole = finished("train", "config.yaml", "run.num_steps=12", name="whole")
-        assert rows_of(run, 12) == rows_of(whole, 12)
+    assert killed
+    died = [event for event in events_of(run) if event["kind"] == "engine_died"]
+    assert len(died) == len(killed)
+    rows = [row for row in rows_of(run, 6) if row["trained"]]
+    assert Counter((row["group"], row["index"]) for row in rows) == Counter(
+        {(group, index): 1 for group in range(24) for index in range(4)}
+    )
+    if staleness:
+        return
+    whole = rows_of(finished("train", "config.yaml", *steps, name="whole"), 6)
+    assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in whole]
+    if instant != "decoding":  # what is decoded side by side decides the last bit
+        assert rows == whole
     assert not children()
 
 

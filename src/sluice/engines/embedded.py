@@ -11,7 +11,7 @@ import asyncio
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from itertools import islice
 
 import torch
@@ -142,7 +142,7 @@ class EmbeddedEngine:
 
     async def _drive(self) -> None:
         try:
-            await self._settle()
+            await settled(self._waiting)
             while self._waiting or self._active:
                 with self._threads.step():
                     self._step()
@@ -157,16 +157,6 @@ class EmbeddedEngine:
             self._fail(f"decoding failed: {first_line(cause)} ({in_flight} completions were in flight)", cause)
         finally:
             self._driver = None
-
-    async def _settle(self) -> None:
-        """Wait until every task that can ask has asked, so that the first batch does not depend on scheduling."""
-        quiet = 0
-        for _ in range(100):
-            seen = len(self._waiting)
-            await asyncio.sleep(0)
-            quiet = quiet + 1 if len(self._waiting) == seen else 0
-            if quiet == 5:
-                return
 
     def _fail(self, what: str, cause: Exception | None = None) -> None:
         """Fail all requests; what the step left half done is dropped with them."""
@@ -347,6 +337,18 @@ class EmbeddedEngine:
                 )
         for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
             self._active.free(slot)
+
+
+async def settled(waiting: Sized) -> None:
+    """Wait until every task that can ask has asked, so that what is decoded side by side, and with it the last bit of the log-probs,
+    does not depend on scheduling."""
+    quiet = 0
+    for _ in range(100):
+        seen = len(waiting)
+        await asyncio.sleep(0)
+        quiet = quiet + 1 if len(waiting) == seen else 0
+        if quiet == 5:
+            return
 
 
 def _on_its_way(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -11,24 +11,27 @@ import pickle
 import signal
 import socket
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sluice.engines.embedded import EmbeddedEngine
-from sluice.errors import EngineError, PromptTooLongError, SluiceError
+from sluice.errors import EngineError, SluiceError
+from sluice.interfaces import LanguageModel
 from sluice.processes import belong_to
 from sluice.types import Completion, Sampling
 from sluice.weights.in_process import InProcessWeights
 from sluice.weights.shared_memory import SharedWeights
+
+Load = Callable[[LanguageModel], None]
+"""Puts the published weights into a model."""
 
 
 @dataclass(frozen=True)
 class Begin:
     """The first message."""
 
-    engine: Callable[[], EmbeddedEngine]
+    engine: Callable[[Load], EmbeddedEngine]
     weights_fd: int
     version: int
     """Of the weights that are there."""
@@ -73,55 +76,55 @@ def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd)
     try:
         asyncio.run(_serve(pipe))
-    except (EOFError, ConnectionError):  # the parent closed its end, or died
-        pass
     except BaseException:
         traceback.print_exc()
-    finally:
-        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 async def _serve(pipe: socket.socket) -> None:
+    """What goes wrong unforeseen in any task ends the process, and the parent starts another."""
     reader, writer = await asyncio.open_connection(sock=pipe)
-    server = _Server(writer)
-    while True:
-        await server.take(await read(reader))
+    async with asyncio.TaskGroup() as tasks:
+        server = _Server(writer, tasks)
+        while True:
+            try:
+                message = await read(reader)
+            except EOFError:  # the parent closed its end, or died
+                os.killpg(0, signal.SIGKILL)
+            await server.take(message)
 
 
 class _Server:
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: asyncio.StreamWriter, tasks: asyncio.TaskGroup) -> None:
+        self.writer, self.tasks = writer, tasks
         self.engine: EmbeddedEngine
         self.weights: SharedWeights
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-        self.updating: asyncio.Task[None]
+        self.requests: dict[int, asyncio.Task[None]] = {}
 
     async def take(self, message: Any) -> None:
         match message:
             case Begin():
-                await self._begin(message)
+                await self._answered(self._begin(message))
             case Generate(requests):
                 for number, prompt_ids, sampling in requests:
-                    self.tasks[number] = asyncio.create_task(self._generate(number, prompt_ids, sampling))
+                    self.requests[number] = self.tasks.create_task(self._generate(number, prompt_ids, sampling))
             case Cancel(number):
-                if task := self.tasks.get(number):
+                if task := self.requests.get(number):
                     task.cancel()
             case Update(version, finish):
-                self.updating = asyncio.create_task(self._answered(self._update(version, finish)))
+                self.tasks.create_task(self._answered(self._update(version, finish)))
             case Fingerprint():
                 await self._answered(self.engine.fingerprint())
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
 
     async def _begin(self, message: Begin) -> None:
-        try:
-            self.engine = message.engine()
-            self.weights = SharedWeights(self.engine.model.named_weights(), message.weights_fd)
-            await self._update(message.version, finish=False)
-        except SluiceError as error:
-            self._say(Answer(None, error=error))
-        else:
-            self._say(Answer(None))
+        def load(model: LanguageModel) -> None:
+            self.weights = SharedWeights(model.named_weights(), message.weights_fd)
+            self.weights.read(model.named_weights())
+
+        self.engine = message.engine(load)
+        self.engine.version = message.version
 
     async def _update(self, version: int, finish: bool) -> None:
         if finish:
@@ -129,24 +132,28 @@ class _Server:
         self.weights.read(self.engine.model.named_weights())
         await self.engine.update_weights(InProcessWeights(self.engine.model), version)
 
-    async def _answered(self, work: Any) -> None:
+    async def _answered(self, work: Awaitable[str | None]) -> None:
         try:
             self._say(Answer(None, await work))
         except SluiceError as error:
-            self._say(Answer(None, error=error))
+            self._say(Answer(None, error=_plain(error)))
 
     async def _generate(self, number: int, prompt_ids: list[int], sampling: Sampling) -> None:
         try:
             answer = Answer(number, await self.engine.generate(prompt_ids, sampling))
-        except (EngineError, PromptTooLongError) as error:
-            answer = Answer(number, error=type(error)(str(error)))  # without its cause, which need not pickle
+        except EngineError as error:
+            answer = Answer(number, error=_plain(error))
         finally:
-            self.tasks.pop(number, None)
+            del self.requests[number]
         self._say(answer)
 
     def _say(self, answer: Answer) -> None:
-        with suppress(ConnectionError):
-            write(self.writer, answer)
+        write(self.writer, answer)
+
+
+def _plain(error: SluiceError) -> SluiceError:
+    """Without its cause, which need not pickle."""
+    return type(error)(str(error))
 
 
 async def read(reader: asyncio.StreamReader) -> Any:

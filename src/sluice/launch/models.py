@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -55,8 +56,8 @@ def engine_and_trainer(
     apart = EngineProcess(
         model,
         partial(engine_apart, config),
-        finish=config.engine.on_new_weights == "finish",
-        update_limit_s=config.rollout.timeout_s,
+        synchronous=config.rollout.max_staleness == 0,
+        finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
         max_restarts=config.engine.max_restarts,
     )
     return apart, trainer, packing, eos_ids
@@ -77,13 +78,15 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
     )
 
 
-def engine_apart(config: TrainConfig) -> Embedded:
-    """For a process of its own, which is told the weights."""
+def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
+    """In a process of its own, with weights that are loaded from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
     set_up_process(engine_threads(config.engine))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
-    return embedded_engine(config.engine, load_policy(config.model_copy(update={"model": architecture}), chat), chat)
+    model = load_policy(config.model_copy(update={"model": architecture}), chat)
+    load(model)
+    return embedded_engine(config.engine, model, chat)
 
 
 def packing_of(config: TrainConfig) -> Packing:

@@ -150,8 +150,6 @@ def _assembled(
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
     engine, trainer, packing, eos_ids = parts
-    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
-        engine.log = rundir.path / "engine.log"
     rollout = config.rollout
     model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
@@ -160,6 +158,8 @@ def _assembled(
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
+    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
+        engine.log, engine.tell = rundir.path / "engine.log", tracker.event
     return Run(
         engine=engine,
         trainer=trainer,

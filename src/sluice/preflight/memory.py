@@ -66,7 +66,10 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
         return item
     free, where = found
     if where == RAM:
-        total += PROCESS_BYTES
+        has_two = (
+            isinstance(config, TrainConfig) and config.engine.name == "embedded" and config.engine.process == "own"
+        )
+        total += (1 + has_two) * PROCESS_BYTES
     item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
     if fixed > free:
         item.fail(
@@ -117,7 +120,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
             cache = min(cache, free / 2)
         copies = decoder_bytes(policy, width, device)
         if config.engine.process == "own":  # its own model, and what the trainer publishes through
-            copies += 2 * policy.num_parameters * width
+            copies += (2 if device == "cpu" else 1) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))

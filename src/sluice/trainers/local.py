@@ -64,7 +64,7 @@ class LocalTrainer:
                 values = self._output(output, micro_batch.to(self.model.device))
             for sample, row in zip(part, micro_batch.spread(values, 0.0), strict=True):
                 setattr(sample, output, row)
-            await asyncio.sleep(0)  # whoever samples beside it is heard
+            await _let_others_work()
 
     def _output(self, output: TrainerOutput, batch: MicroBatch) -> Tensor:
         if output == "values":
@@ -85,7 +85,7 @@ class LocalTrainer:
         try:
             for micro_batch in minibatch.micro_batches:
                 metrics += self._micro_batch_backward(minibatch, micro_batch, loss)
-                await asyncio.sleep(0)
+                await _let_others_work()
         except NonFiniteError:
             self.optimizer.drop_gradients()
             if self.critic:
@@ -228,3 +228,12 @@ def copied(state: Any) -> Any:
         return [copy(item) for item in value] if isinstance(value, list | tuple) else value
 
     return copy(state)
+
+
+_TURNS = 10
+"""Of the event loop, in which what an engine beside it has answered becomes the next request."""
+
+
+async def _let_others_work() -> None:
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
