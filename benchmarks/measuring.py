@@ -7,6 +7,7 @@ pair: what slows the machine down for a while slows all sides of a round.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -73,6 +74,7 @@ def in_turn(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            gc.collect()  # what one side leaves behind is not collected in another's time
             found[name].append(side())
     return found
 
