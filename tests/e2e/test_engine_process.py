@@ -35,10 +35,11 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def children() -> list[int]:
     """Engine processes of this one."""
     found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):
-            pids = map(int, (task / "children").read_text().split())
-            found += [pid for pid in pids if b"sluice.engines.serving" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"sluice.engines.serving" in (stat.parent / "cmdline").read_bytes():
+                found.append(int(stat.parent.name))
     return found
 
 
@@ -106,6 +107,7 @@ def test_log_probs_are_those_of_the_weights_that_each_token_names(ready: Path):
         "run.num_steps=5",
         "trainer.learning_rate=0.02",
         "checkpoint.every_steps=1",
+        "checkpoint.keep_last=null",
     )
     seen: Counter[int] = Counter()
     for step in range(1, 6):
@@ -194,12 +196,12 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     ready: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """Z6. Planted: it is never told of new weights, and says that it has them."""
-    ask = engine_process.EngineProcess._ask
+    ask = engine_process._Connection.ask
 
-    async def forgetful(self: Any, message: Any, limit_s: float | None = None) -> Any:
+    async def forgetful(self: Any, message: Any, limit_s: float) -> Any:
         return None if isinstance(message, Update) and message.version == 2 else await ask(self, message, limit_s)
 
-    monkeypatch.setattr(engine_process.EngineProcess, "_ask", forgetful)
+    monkeypatch.setattr(engine_process._Connection, "ask", forgetful)
     assert sluice("train", "config.yaml", *APART, "run.name=test", "run.num_threads=1") == 1
     assert "weights_match" in capsys.readouterr().err
     assert [event["kind"] for event in events_of(Path("runs/test"))].count("check") >= 1
