@@ -182,7 +182,7 @@ def test_memory_does_not_grow_with_the_steps(run: RunDir, monkeypatch: pytest.Mo
     assert counts(pool.total) == (60_000, 120_000)
     assert len(held) == 12
     one_step = read(run, 1, ["token_ids", "tokens", "ratios"]).nbytes
-    assert held[-1] - held[1] < one_step / 4
+    assert held[-1] - held[1] < one_step  # eleven, if they were held
 
 
 # Errors

@@ -109,7 +109,7 @@ SETTINGS = {
     "algorithm.name=cispoo": "not 'cispoo'; did you mean 'cispo'?",
     "algorithm.clip_low=0.1": "algorithm.clip_low=0.1 has no effect: only clip: surrogate or mask: trust_region uses it",
     "rollout.group_size=1": "leaves nothing to compare: every advantage would be 0; raise rollout.group_size",
-    "rollout.max_staleness=1": "cannot work with engine.name=embedded: it generates with the trainer's own weights",
+    "rollout.max_staleness=1": "cannot work with engine.process=trainer: the engine generates with the trainer's own weights",
     "engine.max_model_len=1000": "is longer than the 256 positions of the model; lower it, or leave it out",
     "rollout.max_new_tokens=256": "leaves no room for a prompt in the window of 256 tokens",
     "trainer.updates_per_batch=17": "is more than the 16 samples of a step (4 groups × 4)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_what_rewards_print_goes_to_the_log(tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-ONLY_IN_A_WORKER = "import sys\nif sys.argv[0] == '-c':\n    {}\ndef reward(prompt, trajectory): return 1.0\n"
+ONLY_IN_A_WORKER = "import os\nif os.getpid() != {}:\n    {}\ndef reward(prompt, trajectory): return 1.0\n"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_process_that_cannot_start_is_reported(
 ):
     """At `start`, and without it as an error of the sample; never a hang."""
     name = f"fragile{len(deed) % 10}"
-    (tmp_path / f"{name}.py").write_text(ONLY_IN_A_WORKER.format(deed))
+    (tmp_path / f"{name}.py").write_text(ONLY_IN_A_WORKER.format(os.getpid(), deed))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(pool, "START_LIMIT_S", 1.0)
     spec = RewardSpec("part", f"{name}:reward")
