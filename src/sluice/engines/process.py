@@ -127,7 +127,10 @@ class EngineProcess:
     def status(self) -> str:
         """What it does at the moment, for people."""
         connection = self._connection
-        where = f"process {connection.process.pid}" if connection else "no process"
+        if connection is None:
+            where = "a process that is starting" if self._connecting.locked() else "no process"
+        else:
+            where = f"process {connection.process.pid}"
         return f"{where}: {len(self._requests)} completions are asked for; weights of version {self.version}"
 
     # -- the process --
@@ -167,6 +170,8 @@ class EngineProcess:
                 await connection.ask(Begin(self._engine, self._shared.fd, self.version), START_LIMIT_S)
             except BaseException as error:
                 connection.end(f"it did not start: {error}")
+                if isinstance(error, SluiceError) and not isinstance(error, _Died):
+                    raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
                 raise
             connection.version = self.version
             self._connection = connection
@@ -179,9 +184,14 @@ class EngineProcess:
         if self._closed:
             return
         self._restarts_left -= 1
-        left = f"{max(0, self._restarts_left)} restarts left (engine.max_restarts)"
+        left = (
+            "it is not started again"
+            if self._restarts_left < 0
+            else f"it is started again, {self._restarts_left} more left"
+        )
         self.tell(
-            "engine_died", f"the engine: {cause}{self._see}; {len(self._requests)} completions were asked for, {left}"
+            "engine_died",
+            f"the engine: {cause}{self._see}; {len(self._requests)} completions were asked for; {left} (engine.max_restarts)",
         )
         if self._restarts_left < 0:
             self._refuse(str(self._died_too_often()))
@@ -189,8 +199,8 @@ class EngineProcess:
             self._post_soon(set(self._requests))
 
     def _died_too_often(self) -> EngineError:
-        times = self._max_restarts + 1
-        return EngineError(f"the engine's process died {times} times (limit: engine.max_restarts){self._see}")
+        times = "once" if self._max_restarts == 0 else f"{self._max_restarts + 1} times"
+        return EngineError(f"the engine's process died {times} (limit: engine.max_restarts){self._see}")
 
     @property
     def _see(self) -> str:

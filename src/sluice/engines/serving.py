@@ -136,6 +136,7 @@ class _Server:
         try:
             self._say(Answer(None, await work))
         except SluiceError as error:
+            traceback.print_exc()
             self._say(Answer(None, error=_plain(error)))
 
     async def _generate(self, number: int, prompt_ids: list[int], sampling: Sampling) -> None:
