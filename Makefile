@@ -19,7 +19,7 @@ test: setup browser
 
 # Heavier proofs, minutes each.
 proof: setup browser
-	$(BIN)/python -m pytest -m proof --timeout 1800
+	$(BIN)/python -m pytest -m proof --timeout 1800 -n auto --maxprocesses 4 --dist worksteal
 
 # Against published implementations, in an environment of their own: they want other versions of what sluice wants.
 parity: .venv-parity/.ready
