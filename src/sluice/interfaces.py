@@ -14,10 +14,29 @@ if TYPE_CHECKING:
 
 
 class Weights(Protocol):
-    """A handle to the trainer's weights, not a copy of them."""
+    """A handle to the trainer's weights, not a copy of them; an engine asks for them in the way that suits it."""
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The live model, where the trainer has it as a whole in this process; else None."""
+        ...
+
+    async def copy_to(self, shared: SharedMemory) -> None:
+        """Into memory of this machine that the engine sees too."""
+        ...
+
+    async def save(self, folder: str) -> None:
+        """Into a folder that `transformers` loads, weights and `config.json`."""
+        ...
+
+
+class SharedMemory(Protocol):
+    """Room for named tensors that other processes of this machine see."""
+
+    fd: int
+    """Its file descriptor: a process that inherits it sees the same numbers."""
+
+    def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
 
 class LanguageModel(Protocol):

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sluice.engines import process as engine_process
+from sluice import connection
+from sluice.connection import Connection
 from sluice.engines.serving import Begin, Fingerprint, Generate, Update
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
@@ -134,7 +135,7 @@ INSTANTS = {
 
 def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
     """kill -9 of the engine's process when it is sent such a message, every other time; while it decodes, a moment later."""
-    send, sent = engine_process.write, count(1)
+    send, sent = connection.write, count(1)
     killed: list[int] = []
 
     def kill() -> None:
@@ -148,7 +149,7 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
         if isinstance(message, kind) and next(sent) % 2 == (kind is Begin):
             threading.Timer(0.03, kill).start() if kind is Generate else kill()
 
-    monkeypatch.setattr(engine_process, "write", watched)
+    monkeypatch.setattr(connection, "write", watched)
     return killed
 
 
@@ -196,12 +197,12 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     ready: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """Z6. Planted: it is never told of new weights, and says that it has them."""
-    ask = engine_process._Connection.ask
+    ask = Connection.ask
 
     async def forgetful(self: Any, message: Any, limit_s: float) -> Any:
         return None if isinstance(message, Update) and message.version == 2 else await ask(self, message, limit_s)
 
-    monkeypatch.setattr(engine_process._Connection, "ask", forgetful)
+    monkeypatch.setattr(Connection, "ask", forgetful)
     assert sluice("train", "config.yaml", *APART, "run.name=test", "run.num_threads=1") == 1
     assert "weights_match" in capsys.readouterr().err
     assert [event["kind"] for event in events_of(Path("runs/test"))].count("check") >= 1

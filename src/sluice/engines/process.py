@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import sys
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from torch import Tensor
+
+from sluice.connection import Answer, Connection, Died
 from sluice.engines.embedded import EmbeddedEngine, settled
-from sluice.engines.serving import Answer, Begin, Cancel, Fingerprint, Generate, Load, Update, read, write
+from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Load, Update
 from sluice.errors import EngineError, SluiceError, boundary
-from sluice.interfaces import LanguageModel, Weights
+from sluice.interfaces import Weights
 from sluice.processes import Process
 from sluice.types import Completion, Sampling
 from sluice.weights.shared_memory import SharedWeights
@@ -34,10 +35,6 @@ PUBLISH_LIMIT_S = 300.0
 T = TypeVar("T")
 
 
-class _Died(EngineError):
-    """The process did, before it answered."""
-
-
 @dataclass(frozen=True)
 class _Request:
     prompt_ids: list[int]
@@ -48,21 +45,21 @@ class _Request:
 class EngineProcess:
     def __init__(
         self,
-        model: LanguageModel,
+        weights: Iterable[tuple[str, Tensor]],
         engine: Callable[[Load], EmbeddedEngine],
         *,
         synchronous: bool,
         finish_limit_s: float | None,
         max_restarts: int,
     ) -> None:
-        """`engine` makes the engine in the other process, where it must be importable; its model has the weights of `model`, by name
-        and shape, and `Load` puts the numbers into them.
+        """`weights` say what is published: tensors of these names, shapes and dtypes, of which the numbers do not matter yet.
+        `engine` makes the engine in the other process, where it must be importable; its model has such weights, and `Load` puts the
+        numbers into them.
 
         `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
         long at most; None: they go on with the new ones.
         """
-        self.model = model
         self.version = 0
         self.log: Path | None = None
         """File for what the process prints; it is told before there is one."""
@@ -73,8 +70,8 @@ class EngineProcess:
         self._finish_limit_s = finish_limit_s
         self._max_restarts = self._restarts_left = max_restarts
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._shared = SharedWeights(model.named_weights())
-        self._connection: _Connection | None = None
+        self._shared = SharedWeights(weights)
+        self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
@@ -98,15 +95,13 @@ class EngineProcess:
                 self._connection.send(Cancel(number))
 
     async def update_weights(self, weights: Weights, version: int) -> None:
-        """Raises EngineError for another model's weights, and when the process has died more often than it may."""
-        if weights.model is not self.model:
-            raise EngineError("the engine's process was made for another model than the one whose weights it is given")
+        """Raises EngineError when the process has died more often than it may."""
         async with self._connecting:  # one that begins reads them
-            self._shared.write(self.model.named_weights())
+            await weights.copy_to(self._shared)
             self.version = version
         await self._persistently(self._publish)
 
-    async def _publish(self, connection: _Connection) -> None:
+    async def _publish(self, connection: Connection) -> None:
         if connection.version != self.version:
             update = Update(self.version, finish=self._finish_limit_s is not None)
             await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
@@ -135,14 +130,14 @@ class EngineProcess:
 
     # -- the process --
 
-    async def _persistently(self, ask: Callable[[_Connection], Awaitable[T]]) -> T:
+    async def _persistently(self, ask: Callable[[Connection], Awaitable[T]]) -> T:
         """Of the next process too when one dies."""
         for _ in range(self._restarts_left + 1):
-            with suppress(_Died):
+            with suppress(Died):
                 return await ask(await self._connected())
         raise self._died_too_often()
 
-    async def _connected(self) -> _Connection:
+    async def _connected(self) -> Connection:
         """Starts one if there is none. Raises EngineError when that cannot be done, or was done too often."""
         async with self._connecting:
             if self._connection:
@@ -165,19 +160,19 @@ class EngineProcess:
             except BaseException:
                 process.kill()
                 raise
-            connection = _Connection(process, reader, writer, self._take, self._ended)
+            connection = Connection(process, reader, writer, self._take, self._ended)
             try:
                 await connection.ask(Begin(self._engine, self._shared.fd, self.version), START_LIMIT_S)
             except BaseException as error:
                 connection.end(f"it did not start: {error}")
-                if isinstance(error, SluiceError) and not isinstance(error, _Died):
+                if isinstance(error, SluiceError) and not isinstance(error, Died):
                     raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
                 raise
             connection.version = self.version
             self._connection = connection
             return connection
 
-    def _ended(self, connection: _Connection, cause: str) -> None:
+    def _ended(self, connection: Connection, cause: str) -> None:
         """What it had not answered is asked again."""
         if self._connection is connection:
             self._connection = None
@@ -224,7 +219,7 @@ class EngineProcess:
                 (number, self._requests[number].prompt_ids, self._requests[number].sampling) for number in numbers
             ]
             connection.send(Generate(requests))
-        except _Died:
+        except Died:
             pass  # `_ended` has seen to it
         except SluiceError as error:
             self._refuse(str(error))
@@ -248,69 +243,3 @@ class EngineProcess:
         for request in self._requests.values():
             if not request.answer.done():
                 request.answer.set_exception(EngineError(what))
-
-
-class _Connection:
-    """One process from its start to its end, and what it was asked besides completions."""
-
-    def __init__(
-        self,
-        process: Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        take: Callable[[int, Answer], None],
-        ended: Callable[[_Connection, str], None],
-    ) -> None:
-        """`take` gets the answers to requests by their numbers, `ended` is told once, with the cause."""
-        self.process = process
-        self.version = -1
-        """Of the weights that it has."""
-        self._writer, self._take, self._tell_end = writer, take, ended
-        self._asked: deque[asyncio.Future[Any]] = deque()
-        self._is_over = False
-        self._listener = asyncio.create_task(self._listen(reader))
-
-    def send(self, message: Any) -> None:
-        if not self._is_over:
-            write(self._writer, message)
-
-    async def ask(self, message: Any, limit_s: float) -> Any:
-        """Raises _Died when it ends before it answers, and ends it when it does not answer in time."""
-        if self._is_over:
-            raise _Died("the engine's process has ended")
-        answer = asyncio.get_running_loop().create_future()
-        self._asked.append(answer)
-        self.send(message)
-        try:
-            async with asyncio.timeout(limit_s):
-                return await answer
-        except TimeoutError:
-            what = f"it gave no answer to {type(message).__name__} within {limit_s:g} s and was killed"
-            self.end(what)
-            raise _Died(what) from None
-
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        with suppress(EOFError, pickle.UnpicklingError):
-            while True:
-                answer: Answer = await read(reader)
-                if answer.number is not None:
-                    self._take(answer.number, answer)
-                elif not (asked := self._asked.popleft()).done():
-                    asked.set_exception(answer.error) if answer.error else asked.set_result(answer.value)
-        self._writer.transport.abort()  # before its socket is closed
-        cause, _ = await asyncio.to_thread(self.process.cause_of_death)
-        self.end(cause)
-
-    def end(self, cause: str) -> None:
-        """Kill it, if it has not ended; fail all that it was asked."""
-        if self._is_over:
-            return
-        self._is_over = True
-        if self._listener is not asyncio.current_task():
-            self._listener.cancel()
-        self._writer.transport.abort()
-        self.process.kill()
-        for answer in self._asked:
-            if not answer.done():
-                answer.set_exception(_Died(cause))
-        self._tell_end(self, cause)

@@ -1,13 +1,12 @@
 """What runs inside an engine's process: an embedded engine with a model of its own, which takes requests from a socket.
 
-The parent's side is `sluice.engines.process`. Both pickle, since both run the same code of the same user.
+The parent's side is `sluice.engines.process`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import signal
 import socket
 import traceback
@@ -15,11 +14,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sluice.connection import Answer, failed, read, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
 from sluice.interfaces import LanguageModel
 from sluice.processes import belong_to
-from sluice.types import Completion, Sampling
+from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
 from sluice.weights.shared_memory import SharedWeights
 
@@ -61,15 +61,6 @@ class Update:
 @dataclass(frozen=True)
 class Fingerprint:
     """Asks for it."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To a request, by its number; to everything else, in the order in which it was asked, without one."""
-
-    number: int | None
-    value: Completion | str | None = None
-    error: SluiceError | None = None
 
 
 def serve(fd: int, parent: int) -> None:
@@ -137,35 +128,16 @@ class _Server:
             self._say(Answer(None, await work))
         except SluiceError as error:
             traceback.print_exc()
-            self._say(Answer(None, error=_plain(error)))
+            self._say(failed(None, error))
 
     async def _generate(self, number: int, prompt_ids: list[int], sampling: Sampling) -> None:
         try:
             answer = Answer(number, await self.engine.generate(prompt_ids, sampling))
         except EngineError as error:
-            answer = Answer(number, error=_plain(error))
+            answer = failed(number, error)
         finally:
             del self.requests[number]
         self._say(answer)
 
     def _say(self, answer: Answer) -> None:
         write(self.writer, answer)
-
-
-def _plain(error: SluiceError) -> SluiceError:
-    """Without its cause, which need not pickle."""
-    return type(error)(str(error))
-
-
-async def read(reader: asyncio.StreamReader) -> Any:
-    """The next message. Raises EOFError when there is none."""
-    try:
-        size = int.from_bytes(await reader.readexactly(8))
-        return pickle.loads(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        raise EOFError from None
-
-
-def write(writer: asyncio.StreamWriter, message: Any) -> None:
-    body = pickle.dumps(message)
-    writer.write(len(body).to_bytes(8) + body)

@@ -54,7 +54,7 @@ def engine_and_trainer(
     from sluice.engines.process import EngineProcess
 
     apart = EngineProcess(
-        model,
+        model.named_weights(),
         partial(engine_apart, config),
         synchronous=config.rollout.max_staleness == 0,
         finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,

@@ -1,0 +1,115 @@
+"""What goes to and fro over the socket of a `Process`: pickled messages one way, answers the other.
+
+Both ends pickle, since both run the same code of the same user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sluice.errors import SluiceError
+from sluice.processes import Process
+
+
+class Died(SluiceError):
+    """The process did, before it answered."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To a request, by its number; to everything else, in the order in which it was asked, without one."""
+
+    number: int | None
+    value: Any = None
+    error: SluiceError | None = None
+
+
+def failed(number: int | None, error: SluiceError) -> Answer:
+    """Without the error's cause, which need not pickle."""
+    return Answer(number, error=type(error)(str(error)))
+
+
+async def read(reader: asyncio.StreamReader) -> Any:
+    """The next message. Raises EOFError when there is none."""
+    try:
+        size = int.from_bytes(await reader.readexactly(8))
+        return pickle.loads(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise EOFError from None
+
+
+def write(writer: asyncio.StreamWriter, message: Any) -> None:
+    body = pickle.dumps(message)
+    writer.write(len(body).to_bytes(8) + body)
+
+
+class Connection:
+    """One process from its start to its end, and what it was asked besides completions."""
+
+    def __init__(
+        self,
+        process: Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        take: Callable[[int, Answer], None],
+        ended: Callable[[Connection, str], None],
+    ) -> None:
+        """`take` gets the answers to requests by their numbers, `ended` is told once, with the cause."""
+        self.process = process
+        self.version = -1
+        """Of the weights that it has."""
+        self._writer, self._take, self._tell_end = writer, take, ended
+        self._asked: deque[asyncio.Future[Any]] = deque()
+        self._is_over = False
+        self._listener = asyncio.create_task(self._listen(reader))
+
+    def send(self, message: Any) -> None:
+        if not self._is_over:
+            write(self._writer, message)
+
+    async def ask(self, message: Any, limit_s: float) -> Any:
+        """Raises Died when it ends before it answers, and ends it when it does not answer in time."""
+        if self._is_over:
+            raise Died("the process has ended")
+        answer = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        self.send(message)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await answer
+        except TimeoutError:
+            what = f"it gave no answer to {type(message).__name__} within {limit_s:g} s and was killed"
+            self.end(what)
+            raise Died(what) from None
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                answer: Answer = await read(reader)
+                if answer.number is not None:
+                    self._take(answer.number, answer)
+                elif not (asked := self._asked.popleft()).done():
+                    asked.set_exception(answer.error) if answer.error else asked.set_result(answer.value)
+        self._writer.transport.abort()  # before its socket is closed
+        cause, _ = await asyncio.to_thread(self.process.cause_of_death)
+        self.end(cause)
+
+    def end(self, cause: str) -> None:
+        """Kill it, if it has not ended; fail all that it was asked."""
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._listener is not asyncio.current_task():
+            self._listener.cancel()
+        self._writer.transport.abort()
+        self.process.kill()
+        for answer in self._asked:
+            if not answer.done():
+                answer.set_exception(Died(cause))
+        self._tell_end(self, cause)
