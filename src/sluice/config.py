@@ -17,6 +17,7 @@ from sluice.configtraining import (
     AlgorithmSection,
     CriticSection,
     DryTrainer,
+    FsdpTrainer,
     LocalTrainer,
     ReferenceSection,
     SftTrainer,
@@ -202,7 +203,7 @@ class TrainConfig(Section):
     """What a response is worth: the weighted sum of these."""
     reward_workers: PositiveInt = 1
     """Processes that compute rewards."""
-    trainer: Annotated[LocalTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
+    trainer: Annotated[LocalTrainer | FsdpTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
     checks: ChecksSection = ChecksSection()
@@ -225,7 +226,7 @@ class TrainConfig(Section):
             raise ValueError(
                 "algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine"
             )
-        if self.engine.name == "scripted" and self.trainer.name == "local" and self.algorithm.old_logprobs == "engine":
+        if self.engine.name == "scripted" and self.trainer.name != "dry" and self.algorithm.old_logprobs == "engine":
             raise ValueError(
                 "engine.name=scripted says log-prob 0 for every token, so ratios against it mean nothing; set "
                 "algorithm.old_logprobs=recomputed, or trainer.name=dry"
@@ -234,8 +235,12 @@ class TrainConfig(Section):
             raise ValueError(
                 "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
             )
-        if isinstance(self.trainer, LocalTrainer):
+        if not isinstance(self.trainer, DryTrainer):
             self.trainer.check_schedule("trainer")
+        if isinstance(self.trainer, FsdpTrainer):
+            self.trainer.check_ranks(
+                self.engine.process if isinstance(self.engine, EmbeddedEngine) else self.engine.name
+            )
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
             raise ValueError(

@@ -6,12 +6,20 @@ import ctypes
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
-from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import (
+    DryTrainer,
+    EmbeddedEngine,
+    FsdpTrainer,
+    LocalTrainer,
+    ScriptedEngine,
+    SftConfig,
+    TrainConfig,
+)
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
@@ -21,46 +29,68 @@ if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.interfaces import Engine, Trainer
+    from sluice.trainers.fsdp import Degrees, Place, ShardedModel
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.trainers.ranks import RankedTrainer
 
 
-def engine_and_trainer(
-    config: TrainConfig, checked: Checked, chat: Chat
-) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
+@dataclass(frozen=True)
+class Parts:
+    """Of a run, what has to do with its model."""
+
+    engine: Engine
+    trainer: Trainer
+    packing: Packing
+    eos_ids: frozenset[int]
+    vocab_size: int | None
+    """Of the model; None without one."""
+    max_length: int | None
+    """Positions of the model."""
+
+
+def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat) -> Parts:
     packing = packing_of(config)
-    if isinstance(config.trainer, LocalTrainer):
-        trainer = policy_trainer(config, checked.algorithm, chat, packing)
-        model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
-    else:
-        from sluice.trainers.dry import DryTrainer
+    if isinstance(config.trainer, DryTrainer):
+        from sluice.trainers.dry import DryTrainer as Dry
 
-        trainer, model, eos_ids = DryTrainer(), None, chat.eos_ids
+        trainer, model = Dry(), None
+    elif isinstance(config.trainer, FsdpTrainer):
+        trainer, model = ranked_trainer(config, checked.algorithm, chat, packing)
+    else:
+        trainer = policy_trainer(config, checked.algorithm, chat, packing)
+        model = trainer.model
+    engine = _engine(config, checked, chat, model)
+    if model is None:
+        return Parts(engine, trainer, packing, chat.eos_ids, None, None)
+    return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)
+
+
+def _engine(config: TrainConfig, checked: Checked, chat: Chat, model: PolicyModel | None) -> Engine:
+    """`model` is the trainer's, or its outline: names and shapes."""
     if isinstance(config.engine, ScriptedEngine):
         from sluice.engines.scripted import ScriptedEngine as Scripted
 
         assert checked.script is not None
-        scripted = Scripted(
+        return Scripted(
             checked.script, max_model_len=config.engine.max_model_len, max_delay_s=config.engine.max_delay_s
         )
-        return scripted, trainer, packing, eos_ids
 
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
     if config.engine.process == "trainer":
-        return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
+        return embedded_engine(config.engine, model, chat)
 
     from sluice.engines.process import EngineProcess
 
-    apart = EngineProcess(
+    return EngineProcess(
         model.named_weights(),
         partial(engine_apart, config),
         synchronous=config.rollout.max_staleness == 0,
         finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
         max_restarts=config.engine.max_restarts,
     )
-    return apart, trainer, packing, eos_ids
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -93,35 +123,163 @@ def packing_of(config: TrainConfig) -> Packing:
     from sluice.data.batch import Packing
 
     trainer = config.trainer
-    if isinstance(trainer, LocalTrainer):
-        return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout)
-    return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
+    if isinstance(trainer, DryTrainer):
+        return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
+    ranks = degrees_of(trainer).data if isinstance(trainer, FsdpTrainer) else 1
+    return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout, ranks)
 
 
 def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
     """With the reference and the critic that the algorithm needs."""
-    from sluice.trainers.critic import Critic
-    from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.optim import Optimizer
 
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
-    updates = config.run.num_steps * settings.updates_per_batch
     model = trained(load_policy(config, chat), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
+
+    optimizer = optimizer_of(settings, model, policy_updates(config))
+    return _learner(config, algorithm, chat, packing, model, reference, own, optimizer, Optimizer)
+
+
+def _learner(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    chat: Chat,
+    packing: Packing,
+    model: PolicyModel,
+    reference: PolicyModel | None,
+    critic_model: PolicyModel | None,
+    optimizer: Optimizer,
+    make_optimizer: Callable[..., Optimizer],
+) -> Local:
+    """The trainer of one process over models that are there."""
+    from sluice.trainers.critic import Critic
+    from sluice.trainers.local import LocalTrainer as Local
+
+    settings = config.critic
+    num_updates = config.run.num_steps * config.trainer.updates_per_batch
+    critic = (
+        Critic(model, critic_model, optimizer_settings(settings), num_updates, settings.value_clip, make_optimizer)
+        if algorithm.needs_values
+        else None
+    )
     return Local(
         model,
         chat.tokenizer,
-        optimizer_of(settings, model, updates - critic.pretrain_steps * settings.updates_per_batch),
+        optimizer,
         packing,
         reference=reference,
-        critic=Critic(model, own, optimizer_settings(critic), updates, critic.value_clip)
-        if algorithm.needs_values
-        else None,
+        critic=critic,
         couples_tokens=algorithm.couples_tokens,
         entropy_gradient=algorithm.entropy_coef > 0,
     )
+
+
+def policy_updates(config: TrainConfig) -> int:
+    """Of a run; while only the critic learns there are none."""
+    return (config.run.num_steps - config.critic.pretrain_steps) * config.trainer.updates_per_batch
+
+
+def degrees_of(settings: FsdpTrainer) -> Degrees:
+    from sluice.trainers.fsdp import Degrees
+
+    return Degrees(settings.num_ranks, settings.tensor_parallel, settings.context_parallel)
+
+
+def ranked_trainer(
+    config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing
+) -> tuple[RankedTrainer, PolicyModel]:
+    """The trainer of several processes, and its model's outline. Raises ConfigError for a model that cannot be divided so."""
+    from sluice.trainers.fsdp import check_divisible
+    from sluice.trainers.model import load_outline
+    from sluice.trainers.ranks import RankedTrainer
+
+    settings = config.trainer
+    assert isinstance(settings, FsdpTrainer)
+    if settings.cpu_offload and not on_gpu(config):
+        raise ConfigError("trainer.cpu_offload has no effect without a GPU, where all is in RAM; leave it out")
+    outline = load_outline(config.model.path, dtype=config.model.dtype)
+    check_vocabulary(f"model.path={config.model.path}", len(chat.tokenizer), outline.config.vocab_size)
+    check_divisible(outline, degrees_of(settings))
+    trainer = RankedTrainer(
+        partial(rank_trainer, config, algorithm, packing),
+        degrees_of(settings),
+        packing,
+        list(outline.named_weights()),
+        chat.tokenizer,
+        answer_limit_s=settings.answer_limit_s,
+    )
+    return trainer, outline
+
+
+def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, place: Place) -> Local:
+    """In a rank's process: rank 0 loads each model, and every rank keeps its shard of it."""
+    from sluice.trainers.fsdp import ShardedOptimizer
+
+    settings, critic = config.trainer, config.critic
+    assert isinstance(settings, FsdpTrainer)
+    set_up_process(rank_threads(config))
+    chat = Chat(load_tokenizer(config.model.path))
+    model = _sharded(config, chat, place, learns=True)
+    reference = None
+    if algorithm.needs_reference:
+        reference = _sharded(config, chat, place, "reference.path", config.reference.path, model)
+    own = None
+    if algorithm.needs_values and critic.model == "own":
+        own = _sharded(config, chat, place, "critic.path", critic.path, model, learns=True, with_head=False)
+    optimizer = ShardedOptimizer(
+        model.model, optimizer_settings(settings), policy_updates(config), place=place, model=model
+    )
+    make_optimizer = partial(ShardedOptimizer, place=place)
+    return _learner(config, algorithm, chat, packing, model, reference, own, optimizer, make_optimizer)
+
+
+def _sharded(
+    config: TrainConfig,
+    chat: Chat,
+    place: Place,
+    key: str = "model.path",
+    path: str | None = None,
+    policy: PolicyModel | None = None,
+    *,
+    learns: bool = False,
+    with_head: bool = True,
+) -> ShardedModel:
+    """A model that learns has FP32 shards, whatever it computes with. A second model is checked against the `policy`."""
+    from sluice.trainers.fsdp import ShardedModel
+    from sluice.trainers.model import DTYPES, load_outline
+
+    settings = config.trainer
+    assert isinstance(settings, FsdpTrainer)
+    key = key if path else "model.path"
+    outline = load_outline(path or config.model.path, key=key, dtype="float32" if learns else config.model.dtype)
+    if policy:
+        own, theirs = (outline.config.vocab_size, outline.max_length), (policy.config.vocab_size, policy.max_length)
+        check_second(config, key, path, chat, own, theirs)
+    source = None
+    if place.rank == 0:
+        in_ram = config.model.model_copy(update={"device": "cpu", "dtype": "float32" if learns else config.model.dtype})
+        whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path).model
+        source = {
+            **dict(whole.named_parameters(remove_duplicate=False)),
+            **dict(whole.named_buffers(remove_duplicate=False)),
+        }
+    model = ShardedModel(
+        outline,
+        source,
+        place,
+        DTYPES[config.model.dtype],
+        with_head=with_head,
+        cpu_offload=settings.cpu_offload,
+    )
+    if learns:
+        trained(model, settings)
+    else:
+        model.model.requires_grad_(False)
+    return model
 
 
 def load_policy(
@@ -194,6 +352,20 @@ def trainer_threads(config: TrainConfig) -> int | None:
     if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
         return config.run.num_threads
     return max(1, num_cores() - engine_threads(engine))
+
+
+def rank_threads(config: TrainConfig) -> int:
+    """Of each rank of the trainer."""
+    settings, engine = config.trainer, config.engine
+    assert isinstance(settings, FsdpTrainer)
+    used = engine_threads(engine) if engine.name == "embedded" else 0
+    return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
+
+
+def on_gpu(config: TrainConfig) -> bool:
+    import torch
+
+    return config.model.device != "cpu" and torch.cuda.is_available()
 
 
 def num_cores() -> int:

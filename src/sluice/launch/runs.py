@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import EmbeddedEngine, RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import EmbeddedEngine, FsdpTrainer, RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -21,7 +21,15 @@ from sluice.describe import describe
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
-from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_up_process, trained, trainer_threads
+from sluice.launch.models import (
+    Parts,
+    engine_and_trainer,
+    load_policy,
+    optimizer_of,
+    set_up_process,
+    trained,
+    trainer_threads,
+)
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -146,12 +154,12 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
+    config: TrainConfig, checked: Checked, chat: Chat, parts: Parts, rundir: RunDir, saved: Saved | None
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
-    engine, trainer, packing, eos_ids = parts
+    engine: Any = parts.engine
+    trainer: Any = parts.trainer
     rollout = config.rollout
-    model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
     if saved:
         prompts.check_identity(saved.position["prompts"])
@@ -160,6 +168,8 @@ def _assembled(
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
     if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
         engine.log, engine.tell = rundir.path / "engine.log", tracker.event
+    if isinstance(config.trainer, FsdpTrainer):
+        trainer.log_folder = rundir.path
     return Run(
         engine=engine,
         trainer=trainer,
@@ -171,8 +181,8 @@ def _assembled(
         ),
         prompts=prompts,
         algorithm=checked.algorithm,
-        packing=packing,
-        sampling=_sampling(rollout, eos_ids),
+        packing=parts.packing,
+        sampling=_sampling(rollout, parts.eos_ids),
         tracker=tracker,
         rundir=rundir,
         checks=_checker(config),
@@ -188,8 +198,8 @@ def _assembled(
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
         engine_retries=rollout.engine_retries,
-        vocab_size=model.config.vocab_size if model else None,
-        max_length=model.max_length if model else None,
+        vocab_size=parts.vocab_size,
+        max_length=parts.max_length,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
     )
@@ -250,8 +260,9 @@ async def _whole(run: Run, warn_after_s: float | None) -> None:
         finally:
             with run.waits("the run", "last checkpoint"):
                 await _finish_checkpoint(run)
-            with run.waits("the run", "engine and reward processes ending"):
+            with run.waits("the run", "engine, trainer and reward processes ending"):
                 await run.engine.close()
+                await run.trainer.close()
                 run.rubric.close()
 
 
@@ -291,6 +302,7 @@ def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
         "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
         "buffer": run.buffer.status,
         "engine": run.engine.status,
+        "trainer": run.trainer.status,
         "reward processes": run.rubric.status,
     }
     return Watchdog(run.waits, run.tracker, run.rundir, warn_after_s, sections)

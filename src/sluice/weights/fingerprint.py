@@ -17,10 +17,10 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     Each tensor's bits are summed as whole numbers, modulo 2**64: a pass over the memory and no more. Values that only
     changed places within a tensor go unseen.
     """
-    named = sorted(weights, key=lambda pair: pair[0])
-    sums = torch.stack([_sum_of_bits(tensor) for _, tensor in named]).tolist() if named else []
-    text = "".join(f"{name} {tuple(t.shape)} {t.dtype} {total}\n" for (name, t), total in zip(named, sums, strict=True))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    seen = [(f"{name} {tuple(t.shape)} {t.dtype}", _sum_of_bits(t)) for name, t in weights]
+    sums = torch.stack([total for _, total in seen]).tolist() if seen else []
+    lines = sorted(f"{what} {total}\n" for (what, _), total in zip(seen, sums, strict=True))
+    return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
