@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.algorithms import Algorithm
-from sluice.config import AnyReward, FileData, SftConfig, TrainConfig
+from sluice.config import AnyReward, FileData, FsdpTrainer, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
@@ -96,6 +96,19 @@ def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
         raise ConfigError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
             "tokens (engine.max_model_len, or else the model's positions); lower it"
+        )
+
+
+def check_heads(config: TrainConfig, heads: int, kv_heads: int) -> None:
+    """Whether the ranks of a trainer can divide a model's heads as the config says. Raises ConfigError."""
+    trainer = config.trainer
+    if not isinstance(trainer, FsdpTrainer):
+        return
+    ways = trainer.tensor_parallel * trainer.context_parallel
+    if heads % ways or kv_heads % ways:
+        raise ConfigError(
+            f"trainer.tensor_parallel={trainer.tensor_parallel} × trainer.context_parallel={trainer.context_parallel} must "
+            f"divide the model's {heads} heads and {kv_heads} key-value heads, of which each rank attends with its share; lower them"
         )
 
 

@@ -23,7 +23,7 @@ from sluice.config import (
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_heads, check_second, check_vocabulary
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -193,7 +193,7 @@ def ranked_trainer(
     config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing
 ) -> tuple[RankedTrainer, PolicyModel]:
     """The trainer of several processes, and its model's outline. Raises ConfigError for a model that cannot be divided so."""
-    from sluice.trainers.fsdp import check_divisible
+    from sluice.trainers.fsdp import check_layers
     from sluice.trainers.model import load_outline
     from sluice.trainers.ranks import RankedTrainer
 
@@ -203,7 +203,8 @@ def ranked_trainer(
         raise ConfigError("trainer.cpu_offload has no effect without a GPU, where all is in RAM; leave it out")
     outline = load_outline(config.model.path, dtype=config.model.dtype)
     check_vocabulary(f"model.path={config.model.path}", len(chat.tokenizer), outline.config.vocab_size)
-    check_divisible(outline, degrees_of(settings))
+    check_heads(config, *outline.num_heads)
+    check_layers(outline, degrees_of(settings))
     trainer = RankedTrainer(
         partial(rank_trainer, config, algorithm, packing),
         degrees_of(settings),

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
-from sluice.configtraining import BatchedOptimizer
+from sluice.configtraining import BatchedOptimizer, FsdpTrainer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
@@ -69,7 +69,8 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
         has_two = (
             isinstance(config, TrainConfig) and config.engine.name == "embedded" and config.engine.process == "own"
         )
-        total += (1 + has_two) * PROCESS_BYTES
+        ranks = config.trainer.num_ranks if isinstance(config.trainer, FsdpTrainer) else 0
+        total += (1 + has_two + ranks) * PROCESS_BYTES
     item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
     if fixed > free:
         item.fail(
@@ -92,22 +93,22 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     policy, width, rollout = models["policy"], _width(config.model), config.rollout
     samples = rollout.groups_per_step * rollout.group_size
     longest = min(window, longest_prompt + rollout.max_new_tokens)
-    assert config.trainer.name == "local"
+    assert config.trainer.name != "dry"
     update = -(-samples // config.trainer.updates_per_batch)
     batch = _batch(longest, update, config.trainer)
     device = "cpu" if _in_ram(config.model) else "cuda"
-    parts = [
-        *learner("policy", policy, width),
-        Part("activations", activation_bytes(policy, width, batch)),
-        Part("logits", logits_bytes(policy, width, batch, device)),
-    ]
+    parts = _ranks_parts(config, models, batch, device) if isinstance(config.trainer, FsdpTrainer) else []
+    if not parts:
+        parts += learner("policy", policy, width)
+        parts.append(Part("activations", activation_bytes(policy, width, batch)))
+        parts.append(Part("logits", logits_bytes(policy, width, batch, device)))
+        if "reference" in models:
+            parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
+        if "critic" in models:
+            parts += learner("critic", models["critic"], width)
+            parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
-    if "reference" in models:
-        parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
-    if "critic" in models:
-        parts += learner("critic", models["critic"], width)
-        parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
         slots = min(config.engine.num_slots, groups * rollout.group_size)
@@ -124,6 +125,28 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
+    return parts
+
+
+def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str) -> list[Part]:
+    """Of all ranks in RAM, or of one on its GPU. Shards are in FP32; each rank has a micro-batch, and the whole head while it is used."""
+    trainer, width = config.trainer, _width(config.model)
+    assert isinstance(trainer, FsdpTrainer)
+    ranks = trainer.num_ranks if device == "cpu" else 1
+    share = ranks / trainer.num_ranks
+    divided = trainer.tensor_parallel * trainer.context_parallel
+    parts: list[Part] = []
+    for name in ("policy", "critic"):
+        if model := models.get(name):
+            of = "" if name == "policy" else f"{name}'s "
+            parts += [Part(p.name, share * p.bytes, p.fixed) for p in learner(name, model, FP32)]
+            parts.append(Part(f"{of}activations", ranks / divided * activation_bytes(model, width, batch)))
+    policy = models["policy"]
+    parts.append(Part("logits", ranks * logits_bytes(policy, width, batch, device)))
+    head = policy.vocab_size * policy.config.hidden_size
+    parts.append(Part("the head as a whole, and its gradient", ranks * head * (width + FP32)))
+    if "reference" in models:
+        parts.append(Part("reference", share * models["reference"].num_parameters * width, fixed=True))
     return parts
 
 
@@ -153,9 +176,10 @@ def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
 
 
 def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
-    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights."""
+    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights, which shards are in any case."""
     width = _width(config.model)
-    per_parameter = width + (FP32 if width < FP32 else 0) + 2 * FP32
+    masters = width < FP32 or isinstance(config.trainer, FsdpTrainer)
+    per_parameter = width + masters * FP32 + 2 * FP32
     return per_parameter * sum(models[name].num_parameters for name in ("policy", "critic") if name in models)
 
 

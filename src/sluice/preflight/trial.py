@@ -159,6 +159,8 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
         "checkpoint": {"every_steps": None},
         "checks": {"outcome_budget": "warn"},  # a random model may well have no score
     }
+    if config.trainer.name == "fsdp":  # of a model too small to be divided
+        changes["trainer"] |= {"num_ranks": 1, "tensor_parallel": 1, "context_parallel": 1}
     if config.checks.outcome_budget == "off":
         del changes["checks"]
     if config.engine.name == "embedded":

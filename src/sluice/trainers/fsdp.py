@@ -131,10 +131,10 @@ class ShardedModel(PolicyModel):
         cpu_offload: bool = False,
     ) -> None:
         """Whole weights and buffers by name are in the `source` of rank 0, and None elsewhere. Shards have the outline's dtype, and what
-        is computed with has `dtype`. Raises ConfigError for what cannot be divided as `place` says."""
+        is computed with has `dtype`. The heads can be divided as `place` says. Raises ConfigError for layers that cannot."""
         super().__init__(outline.model)
         self.place, self.device, self.dtype = place, place.device, dtype
-        check_divisible(outline, place.degrees)
+        check_layers(outline, place.degrees)
         self.layers = _layers_of(self.body)
         self.num_heads = (self.num_heads[0] // place.degrees.tensor, self.num_heads[1] // place.degrees.tensor)
         self._shard(source, with_head, cpu_offload)
@@ -313,16 +313,9 @@ class ShardedOptimizer(Optimizer):
             self.adamw.state[master]["step"].fill_(float(update))
 
 
-def check_divisible(outline: PolicyModel, degrees: Degrees) -> None:
-    """Raises ConfigError for a model whose layers or heads cannot be divided so."""
+def check_layers(outline: PolicyModel, degrees: Degrees) -> None:
+    """Raises ConfigError for a model whose layers cannot be told apart, or not be divided so."""
     layers = _layers_of(outline.body)
-    ways = degrees.tensor * degrees.context
-    if any(count % ways for count in outline.num_heads):
-        heads, kv_heads = outline.num_heads
-        raise ConfigError(
-            f"trainer.tensor_parallel={degrees.tensor} × trainer.context_parallel={degrees.context} must divide the model's "
-            f"{heads} heads and {kv_heads} key-value heads, of which each rank attends with its share"
-        )
     if degrees.tensor > 1:
         refuse_undividable(outline.config, layers, degrees.tensor)
 
