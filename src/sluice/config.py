@@ -241,6 +241,8 @@ class TrainConfig(Section):
             self.trainer.check_ranks(
                 self.engine.process if isinstance(self.engine, EmbeddedEngine) else self.engine.name
             )
+        if isinstance(self.trainer, LocalTrainer):
+            self.trainer.check_adapters()
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
             raise ValueError(
@@ -321,6 +323,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> SftConfig:
         self.trainer.check_schedule("trainer")
+        self.trainer.check_adapters()
         return self
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
-from sluice.configtraining import BatchedOptimizer, FsdpTrainer
+from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer, FsdpTrainer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
@@ -97,16 +97,10 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     update = -(-samples // config.trainer.updates_per_batch)
     batch = _batch(longest, update, config.trainer)
     device = "cpu" if _in_ram(config.model) else "cuda"
-    parts = _ranks_parts(config, models, batch, device) if isinstance(config.trainer, FsdpTrainer) else []
-    if not parts:
-        parts += learner("policy", policy, width)
-        parts.append(Part("activations", activation_bytes(policy, width, batch)))
-        parts.append(Part("logits", logits_bytes(policy, width, batch, device)))
-        if "reference" in models:
-            parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
-        if "critic" in models:
-            parts += learner("critic", models["critic"], width)
-            parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
+    if isinstance(config.trainer, FsdpTrainer):
+        parts = _ranks_parts(config, models, batch, device)
+    else:
+        parts = _own_parts(config, models, batch, device, num_trained(policy, config.trainer))
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
     if config.engine.name == "embedded":
@@ -128,6 +122,24 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     return parts
 
 
+def _own_parts(
+    config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str, count: int
+) -> list[Part]:
+    """Of a trainer in one process; `count` of the policy's parameters learn."""
+    policy, width = models["policy"], _width(config.model)
+    parts = [
+        *learner("policy", policy, width, count),
+        Part("activations", activation_bytes(policy, width, batch)),
+        Part("logits", logits_bytes(policy, width, batch, device)),
+    ]
+    if "reference" in models:
+        parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
+    if critic := models.get("critic"):
+        parts += learner("critic", critic, width, critic.num_parameters)
+        parts.append(Part("critic's activations", activation_bytes(critic, width, batch)))
+    return parts
+
+
 def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str) -> list[Part]:
     """Of all ranks in RAM, or of one on its GPU. Shards are in FP32; each rank has a micro-batch, and the whole head while it is used."""
     trainer, width = config.trainer, _width(config.model)
@@ -139,7 +151,7 @@ def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Bat
     for name in ("policy", "critic"):
         if model := models.get(name):
             of = "" if name == "policy" else f"{name}'s "
-            parts += [Part(p.name, share * p.bytes, p.fixed) for p in learner(name, model, FP32)]
+            parts += [Part(p.name, share * p.bytes, p.fixed) for p in learner(name, model, FP32, model.num_parameters)]
             parts.append(Part(f"{of}activations", ranks / divided * activation_bytes(model, width, batch)))
     policy = models["policy"]
     parts.append(Part("logits", ranks * logits_bytes(policy, width, batch, device)))
@@ -154,7 +166,7 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     width, trainer = _width(config.model), config.trainer
     batch = _batch(longest_row, trainer.samples_per_update, trainer)
     parts = [
-        *learner("policy", model, width),
+        *learner("policy", model, width, num_trained(model, trainer)),
         Part("activations", activation_bytes(model, width, batch)),
         Part("logits", logits_bytes(model, width, batch, "cpu" if _in_ram(config.model) else "cuda")),
     ]
@@ -163,12 +175,22 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     return parts
 
 
-def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
-    """A model that learns: with BF16 weights it has FP32 masters, and gradients in both."""
-    count, half = model.num_parameters, width < FP32
+def num_trained(model: ModelFolder, trainer: AdapterFields) -> int:
+    """Parameters: those of the model, or of adapters for all of its linear layers."""
+    if trainer.lora_rank is None:
+        return model.num_parameters
+    config = model.config
+    hidden, queries, keys, inner = config.hidden_size, model.query_size, model.key_size, model.inner_size
+    ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    return config.num_hidden_layers * trainer.lora_rank * ends
+
+
+def learner(owner: str, model: ModelFolder, width: int, count: int) -> list[Part]:
+    """A model of which `count` parameters learn: with BF16 weights these have FP32 masters, and gradients in both."""
+    half = width < FP32
     of = "" if owner == "policy" else f"{owner}'s "
     return [
-        Part(f"{of}weights", count * width, fixed=True),
+        Part(f"{of}weights", model.num_parameters * width, fixed=True),
         *([Part(f"{of}FP32 masters", count * FP32, fixed=True)] if half else []),
         Part(f"{of}gradients", count * (FP32 + (width if half else 0)), fixed=True),
         Part(f"{of}AdamW moments", 2 * count * FP32, fixed=True),
@@ -178,9 +200,13 @@ def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
 def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
     """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights, which shards are in any case."""
     width = _width(config.model)
+    learners = {name: models[name] for name in ("policy", "critic") if name in models}
+    weights = sum(model.num_parameters for model in learners.values())
+    trained = weights
+    if not isinstance(config.trainer, DryTrainer | FsdpTrainer):
+        trained += num_trained(models["policy"], config.trainer) - models["policy"].num_parameters
     masters = width < FP32 or isinstance(config.trainer, FsdpTrainer)
-    per_parameter = width + masters * FP32 + 2 * FP32
-    return per_parameter * sum(models[name].num_parameters for name in ("policy", "critic") if name in models)
+    return width * weights + (masters * FP32 + 2 * FP32) * trained
 
 
 def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:

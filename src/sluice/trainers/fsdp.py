@@ -206,6 +206,12 @@ class ShardedModel(PolicyModel):
             if names is None or name in names:
                 yield name, whole(param.detach(), self.dtype)
 
+    @torch.no_grad()
+    def take_weights(self, other: PolicyModel) -> None:
+        """Shard by shard, of a model that is sharded in the same way."""
+        for old, new in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            local(old).copy_(local(new))
+
 
 class ShardedOptimizer(Optimizer):
     """Steps this rank's shards, plain tensors that share their memory with the sharded weights, and clips by the norm over all ranks."""

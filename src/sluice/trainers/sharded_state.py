@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from sluice.errors import NonFiniteError
 from sluice.trainers.fsdp import Place, ShardedModel, ShardedOptimizer, local, whole
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
@@ -75,10 +74,7 @@ def write_snapshot(snapshot: Snapshot, folder: str, model: PolicyModel, place: P
             process_group=place.files,
         )
     if snapshot.weights is not None:
-        for name, tensor in snapshot.weights.items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
-        model.model.save_pretrained(folder, state_dict=snapshot.weights)
+        model.write(folder, snapshot.weights)
 
 
 def read_into(trainer: LocalTrainer, folder: str, place: Place, reference_moved: bool) -> None:
