@@ -60,7 +60,11 @@ HOMES = {
 # The table of algorithms is read by `--help` and the config, and so is the first file of its folder; chunks by `sluice check`.
 NO_TORCH = {"algorithms", "algorithms.spec", "algorithms.explain", "trainers.chunks"}
 # `launch` sets the number of threads; the protocol of a language model speaks of tensors and loads none.
-ELSEWHERE = {("launch.models", "torch"): "in a function", ("interfaces", "torch"): "under TYPE_CHECKING"}
+ELSEWHERE = {
+    ("launch.models", "torch"): "in a function",
+    ("launch.ranks", "torch"): "in a function",
+    ("interfaces", "torch"): "under TYPE_CHECKING",
+}
 
 
 def place(module: str) -> tuple[int, str] | None:

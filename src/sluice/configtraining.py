@@ -210,6 +210,11 @@ class FsdpTrainer(BatchedOptimizer):
     answer_limit_s: FinitePositive = 3600.0
     """Longest wait for a rank; one that takes longer over an update is killed, and the run ends."""
 
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or sets of ranks, that have micro-batches of their own."""
+        return self.num_ranks // (self.tensor_parallel * self.context_parallel)
+
     def check_ranks(self, engine: str) -> None:
         """Raises ValueError for what cannot work together. `engine` is where it generates, or its name."""
         if self.num_ranks % (self.tensor_parallel * self.context_parallel):

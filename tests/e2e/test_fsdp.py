@@ -69,6 +69,7 @@ def test_two_ranks_make_the_run_of_one_process(ready: Path):
     assert not ranks_running()
 
 
+@pytest.mark.proof
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(
     ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -96,6 +97,18 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(
     assert not ranks_running()
     assert sluice("train", "--resume", "runs/test") == 0
     assert_same_runs(Path("runs/test"), whole, 4)
+
+
+@pytest.mark.proof
+def test_check_and_replay_of_a_run_with_ranks(ready: Path, capsys: pytest.CaptureFixture[str]):
+    assert sluice("check", "config.yaml", *RANKS) == 0
+    finished("train", "config.yaml", *RANKS)
+    capsys.readouterr()
+    assert sluice("replay", "runs/test", "--step", "1:3") == 0
+    assert capsys.readouterr().out.count("identical") == 3
+    assert sluice("replay", "runs/test", "--step", "3", "--algorithm", "gspo") == 1
+    assert "can be replayed as they were" in capsys.readouterr().err
+    assert not ranks_running()
 
 
 @pytest.mark.parametrize(

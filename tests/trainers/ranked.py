@@ -130,7 +130,13 @@ async def ranks(
     degrees = Degrees(num, tensor, context)
     shapes = list(outline(setup.architecture, setup.dtype).named_weights())
     trainer = RankedTrainer(
-        partial(rank_trainer, setup), degrees, setup.packing(degrees), shapes, NoTokenizer(), answer_limit_s=120.0
+        partial(rank_trainer, setup),
+        degrees,
+        setup.packing(degrees),
+        shapes,
+        NoTokenizer(),
+        on_gpu=False,
+        answer_limit_s=120.0,
     )
     trainer.log_folder = folder
     try:

@@ -205,6 +205,7 @@ async def continued(
     return ends
 
 
+@pytest.mark.proof
 def test_a_checkpoint_goes_on_to_the_last_bit(tmp_path: Path):
     before, after = asyncio.run(continued(Setup(optimizer=ADAMW), (2, 2), tmp_path))
     assert before == after

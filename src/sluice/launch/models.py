@@ -23,17 +23,15 @@ from sluice.config import (
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_heads, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.interfaces import Engine, Trainer
-    from sluice.trainers.fsdp import Degrees, Place, ShardedModel
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
-    from sluice.trainers.ranks import RankedTrainer
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat) -> Par
 
         trainer, model = Dry(), None
     elif isinstance(config.trainer, FsdpTrainer):
+        from sluice.launch.ranks import ranked_trainer
+
         trainer, model = ranked_trainer(config, checked.algorithm, chat, packing)
     else:
         trainer = policy_trainer(config, checked.algorithm, chat, packing)
@@ -125,7 +125,7 @@ def packing_of(config: TrainConfig) -> Packing:
     trainer = config.trainer
     if isinstance(trainer, DryTrainer):
         return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
-    ranks = degrees_of(trainer).data if isinstance(trainer, FsdpTrainer) else 1
+    ranks = trainer.num_data_ranks if isinstance(trainer, FsdpTrainer) else 1
     return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout, ranks)
 
 
@@ -141,10 +141,10 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
 
     optimizer = optimizer_of(settings, model, policy_updates(config))
-    return _learner(config, algorithm, chat, packing, model, reference, own, optimizer, Optimizer)
+    return learner(config, algorithm, chat, packing, model, reference, own, optimizer, Optimizer)
 
 
-def _learner(
+def learner(
     config: TrainConfig,
     algorithm: Algorithm,
     chat: Chat,
@@ -181,106 +181,6 @@ def _learner(
 def policy_updates(config: TrainConfig) -> int:
     """Of a run; while only the critic learns there are none."""
     return (config.run.num_steps - config.critic.pretrain_steps) * config.trainer.updates_per_batch
-
-
-def degrees_of(settings: FsdpTrainer) -> Degrees:
-    from sluice.trainers.fsdp import Degrees
-
-    return Degrees(settings.num_ranks, settings.tensor_parallel, settings.context_parallel)
-
-
-def ranked_trainer(
-    config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing
-) -> tuple[RankedTrainer, PolicyModel]:
-    """The trainer of several processes, and its model's outline. Raises ConfigError for a model that cannot be divided so."""
-    from sluice.trainers.fsdp import check_layers
-    from sluice.trainers.model import load_outline
-    from sluice.trainers.ranks import RankedTrainer
-
-    settings = config.trainer
-    assert isinstance(settings, FsdpTrainer)
-    if settings.cpu_offload and not on_gpu(config):
-        raise ConfigError("trainer.cpu_offload has no effect without a GPU, where all is in RAM; leave it out")
-    outline = load_outline(config.model.path, dtype=config.model.dtype)
-    check_vocabulary(f"model.path={config.model.path}", len(chat.tokenizer), outline.config.vocab_size)
-    check_heads(config, *outline.num_heads)
-    check_layers(outline, degrees_of(settings))
-    trainer = RankedTrainer(
-        partial(rank_trainer, config, algorithm, packing),
-        degrees_of(settings),
-        packing,
-        list(outline.named_weights()),
-        chat.tokenizer,
-        answer_limit_s=settings.answer_limit_s,
-    )
-    return trainer, outline
-
-
-def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, place: Place) -> Local:
-    """In a rank's process: rank 0 loads each model, and every rank keeps its shard of it."""
-    from sluice.trainers.fsdp import ShardedOptimizer
-
-    settings, critic = config.trainer, config.critic
-    assert isinstance(settings, FsdpTrainer)
-    set_up_process(rank_threads(config))
-    chat = Chat(load_tokenizer(config.model.path))
-    model = _sharded(config, chat, place, learns=True)
-    reference = None
-    if algorithm.needs_reference:
-        reference = _sharded(config, chat, place, "reference.path", config.reference.path, model)
-    own = None
-    if algorithm.needs_values and critic.model == "own":
-        own = _sharded(config, chat, place, "critic.path", critic.path, model, learns=True, with_head=False)
-    optimizer = ShardedOptimizer(
-        model.model, optimizer_settings(settings), policy_updates(config), place=place, model=model
-    )
-    make_optimizer = partial(ShardedOptimizer, place=place)
-    return _learner(config, algorithm, chat, packing, model, reference, own, optimizer, make_optimizer)
-
-
-def _sharded(
-    config: TrainConfig,
-    chat: Chat,
-    place: Place,
-    key: str = "model.path",
-    path: str | None = None,
-    policy: PolicyModel | None = None,
-    *,
-    learns: bool = False,
-    with_head: bool = True,
-) -> ShardedModel:
-    """A model that learns has FP32 shards, whatever it computes with. A second model is checked against the `policy`."""
-    from sluice.trainers.fsdp import ShardedModel
-    from sluice.trainers.model import DTYPES, load_outline
-
-    settings = config.trainer
-    assert isinstance(settings, FsdpTrainer)
-    key = key if path else "model.path"
-    outline = load_outline(path or config.model.path, key=key, dtype="float32" if learns else config.model.dtype)
-    if policy:
-        own, theirs = (outline.config.vocab_size, outline.max_length), (policy.config.vocab_size, policy.max_length)
-        check_second(config, key, path, chat, own, theirs)
-    source = None
-    if place.rank == 0:
-        in_ram = config.model.model_copy(update={"device": "cpu", "dtype": "float32" if learns else config.model.dtype})
-        whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path).model
-        source = {
-            **dict(whole.named_parameters(remove_duplicate=False)),
-            **dict(whole.named_buffers(remove_duplicate=False)),
-        }
-    model = ShardedModel(
-        outline,
-        source,
-        place,
-        DTYPES[config.model.dtype],
-        with_head=with_head,
-        cpu_offload=settings.cpu_offload,
-    )
-    if learns:
-        trained(model, settings)
-    else:
-        model.model.requires_grad_(False)
-    return model
 
 
 def load_policy(
@@ -366,20 +266,6 @@ def trainer_threads(config: TrainConfig) -> int | None:
     if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
         return config.run.num_threads
     return max(1, num_cores() - engine_threads(engine))
-
-
-def rank_threads(config: TrainConfig) -> int:
-    """Of each rank of the trainer."""
-    settings, engine = config.trainer, config.engine
-    assert isinstance(settings, FsdpTrainer)
-    used = engine_threads(engine) if engine.name == "embedded" else 0
-    return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
-
-
-def on_gpu(config: TrainConfig) -> bool:
-    import torch
-
-    return config.model.device != "cpu" and torch.cuda.is_available()
 
 
 def num_cores() -> int:

@@ -17,10 +17,10 @@ from sluice.launch.models import (
     optimizer_settings,
     packing_of,
     policy_trainer,
-    ranked_trainer,
     set_up_process,
     trainer_threads,
 )
+from sluice.launch.ranks import ranked_trainer
 from sluice.launch.resuming import config_of, differences
 from sluice.rewards.rubric import Rubric
 from sluice.tracking import ledger

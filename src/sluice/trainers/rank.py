@@ -48,6 +48,7 @@ class Begin:
     trainer: Callable[[Place], LocalTrainer]
     rank: int
     degrees: Degrees
+    on_gpu: bool
     address: tuple[str, int]
     limit_s: float
     """Longest wait for the other ranks."""
@@ -213,7 +214,7 @@ class _Server:
 def _begun(message: Begin, store: Any) -> _Rank:
     degrees, limit = message.degrees, timedelta(seconds=message.limit_s)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if message.on_gpu:
         device = torch.device("cuda", message.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     store = store or TCPStore(*message.address, is_master=False, timeout=limit)

@@ -62,18 +62,19 @@ class RankedTrainer:
         weights: Sequence[tuple[str, Tensor]],
         tokenizer: Any,
         *,
+        on_gpu: bool,
         answer_limit_s: float,
         start: Callable[..., Process] = Process,
     ) -> None:
         """`trainer` makes a rank's trainer in its process, where it must be importable. `weights` say what is published: names, shapes
-        and dtypes. A rank that gives no answer for `answer_limit_s` is killed. `start` starts a process of a module here or elsewhere;
-        elsewhere it does not see this machine's memory.
+        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed. `start` starts a
+        process of a module here or elsewhere; elsewhere it does not see this machine's memory.
         """
         self.degrees, self.packing = degrees, packing
         self.log_folder: Path | None = None
         """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
         self._trainer, self._shapes, self._tokenizer = trainer, list(weights), tokenizer
-        self._answer_limit_s = answer_limit_s
+        self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._start = start
         self._connections: list[Connection] = []
         self._connecting = asyncio.Lock()
@@ -246,7 +247,7 @@ class RankedTrainer:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
         (address,) = await self._first_failure([first])
         begins = [
-            Begin(self._trainer, rank, self.degrees, address, self._answer_limit_s, self._restore)
+            Begin(self._trainer, rank, self.degrees, self._on_gpu, address, self._answer_limit_s, self._restore)
             for rank in range(self.degrees.num_ranks)
         ]
         await self._first_failure(
