@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import TypeVar
@@ -147,13 +147,27 @@ def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sampl
     cut = _row_parts if packing.layout == "rows" else _packed_parts
     parts = cut(samples, packing.tokens_per_micro_batch)
     num = -(-len(parts) // packing.num_ranks) * packing.num_ranks
-    if len(parts) < num:  # smaller ones, so that there is one more for each rank that lacks one
-        even = -(-sum(map(_size, parts)) // num)
-        smaller = cut(samples, min(packing.tokens_per_micro_batch, even))
-        parts = smaller if len(smaller) <= num else parts
+    if packing.num_ranks > 1:
+        parts = _as_even(samples, cut, packing.tokens_per_micro_batch, parts, num)
     while len(parts) % packing.num_ranks and len(parts) < len(samples):
         largest = max((i for i, part in enumerate(parts) if len(part) > 1), key=lambda i: _size(parts[i]))
         parts[largest : largest + 1] = _halves(parts[largest])
+    return parts
+
+
+def _as_even(
+    samples: Sequence[Sample],
+    cut: Callable[[Sequence[Sample], int], list[list[Sample]]],
+    budget: int,
+    parts: list[list[Sample]],
+    num: int,
+) -> list[list[Sample]]:
+    """With the smallest budget, of some, that makes no more than `num` parts: the last part then is about as large as the others."""
+    even = -(-sum(map(_size, parts)) // num)
+    for eighth in range(8):
+        smaller = even + (budget - even) * eighth // 8
+        if smaller < budget and len(tried := cut(samples, smaller)) <= num:
+            return tried
     return parts
 
 
