@@ -46,7 +46,7 @@ class InProcessWeights:
         shared.write(self.model.named_weights())
 
     async def save(self, folder: str) -> None:
-        await asyncio.to_thread(self.model.model.save_pretrained, folder)
+        await asyncio.to_thread(self.model.export(), folder)
 
     async def broadcast(self, address: Address, version: int) -> None:
         async with self.updates.none():
