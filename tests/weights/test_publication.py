@@ -69,7 +69,7 @@ def test_what_arrives_is_what_was_published(
     monkeypatch.setattr(broadcast, "BUCKET_BYTES", 5000)  # no multiple of any tensor
     trainer = tiny_model(architecture)
     publications = [WAYS[way](trainer)]
-    publications += [Broadcast(trainer.named_weights(), limit_s=LIMIT_S, engine="other")] if way == "broadcast" else []
+    publications += [Broadcast(trainer.named_weights(), limit_s=LIMIT_S)] if way == "broadcast" else []
     updates = Updates()
 
     async def run() -> None:

@@ -153,7 +153,8 @@ class EngineProcess:
             where = "a process that is starting" if self._connecting.locked() else "no process"
         else:
             where = f"process {connection.process.pid}"
-        return f"{where}: {len(self._requests)} completions are asked for; weights of version {self.version}"
+        weights = f"weights of version {self.version}" if self.version >= 0 else "no weights yet"
+        return f"{where}: {len(self._requests)} completions are asked for; {weights}"
 
     # -- the process --
 

@@ -38,10 +38,9 @@ class Address:
 
     host: str
     port: int
-    """Of the store."""
-    engine: str
+    """Of the store, which each engine has for itself."""
     process: int
-    """Which process of this engine's; the group of another one is another."""
+    """Which of the engine's, one after the other; the group of another one is another."""
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     """Names, shapes and dtypes of what is sent, in this order."""
     limit_s: float
@@ -52,7 +51,7 @@ class Address:
         whole = dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.limit_s)
         )
-        return dist.PrefixStore(f"{self.engine}/{self.process}", whole)
+        return dist.PrefixStore(f"{self.process}", whole)
 
 
 class Broadcast:
@@ -61,9 +60,7 @@ class Broadcast:
 
     fds = ()
 
-    def __init__(
-        self, weights: Iterable[tuple[str, Tensor]], *, limit_s: float, host: str = "127.0.0.1", engine: str = "engine"
-    ) -> None:
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], *, limit_s: float, host: str = "127.0.0.1") -> None:
         """`weights` say what is published: names, shapes and dtypes. `host` is this one's address as trainer and engines see it."""
         self._tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in weights)
         self._num_bytes = sum(t.nbytes for t in _like(self._tensors))
@@ -72,7 +69,7 @@ class Broadcast:
         self._store: Any = dist.TCPStore(
             host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self._host, self._engine, self._limit_s = host, engine, limit_s
+        self._host, self._limit_s = host, limit_s
         self._processes = count()
         self._weights: Weights | None = None
 
@@ -84,7 +81,7 @@ class Broadcast:
         return self._num_bytes
 
     def link(self) -> _BroadcastLink:
-        address = Address(self._host, self._port, self._engine, next(self._processes), self._tensors, self._limit_s)
+        address = Address(self._host, self._port, next(self._processes), self._tensors, self._limit_s)
         return _BroadcastLink(BroadcastInlet(address), self)
 
     async def deliver(self, address: Address, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
@@ -95,13 +92,11 @@ class Broadcast:
             await asyncio.wait([sending, taking], return_when=asyncio.FIRST_EXCEPTION)
             if not (sending.done() and taking.done()):
                 for end in ("trainer", "engine"):  # neither need wait for the other
-                    self._store.set(f"{address.engine}/{address.process}/{version}/{end}", GONE)
+                    self._store.set(f"{address.process}/{version}/{end}", GONE)
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
             errors = [task.exception() for task in (taking, sending) if task.done()]
             for error in sorted(filter(None, errors), key=lambda error: not isinstance(error, WeightsMoved)):
-                with boundary(
-                    EngineError, f"the weights of version {version} could not be broadcast to {address.engine}"
-                ):
+                with boundary(EngineError, f"the weights of version {version} could not be broadcast"):
                     raise error
         finally:
             for task in (sending, taking):
@@ -145,18 +140,19 @@ class Sender:
     """The trainer's end of all groups."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, _Group] = {}
-        """Of the process that each engine has at present."""
+        self._groups: dict[tuple[str, int], _Group] = {}
+        """Of the process that each engine has at present, by the address of its store."""
 
     def send(self, address: Address, version: int, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
         """Blocks until the engine has them all. Raises EngineError when it is gone."""
-        group = self._groups.pop(address.engine, None)
+        engine = address.host, address.port
+        group = self._groups.pop(engine, None)
         if group is None or group.address != address:
             group = _Group(address, SENDER)
         group.meet(version, "trainer", "engine")
         group.join(device)
         group.send(weights)
-        self._groups[address.engine] = group  # one that failed is not used again
+        self._groups[engine] = group  # one that failed is not used again
 
 
 class _Group:
