@@ -70,6 +70,15 @@ def test_two_ranks_make_the_run_of_one_process(ready: Path):
 
 
 @pytest.mark.proof
+@pytest.mark.parametrize("publication", ["broadcast", "disk"])
+def test_weights_reach_the_engine_from_rank_0_in_every_way(ready: Path, publication: str):
+    """Beside an engine that samples ahead; the fingerprints are compared in the run."""
+    run = finished("train", "config.yaml", *RANKS, f"engine.publication={publication}", "rollout.max_staleness=1")
+    assert len(metrics_of(run)) == 3
+    assert not [event for event in events_of(run) if event["kind"] == "check"]
+
+
+@pytest.mark.proof
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(
     ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

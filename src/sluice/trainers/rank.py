@@ -32,6 +32,7 @@ from sluice.trainers.fsdp import Degrees, Place, ShardedModel, ShardedOptimizer
 from sluice.trainers.local import LocalTrainer, Seen
 from sluice.trainers.logprobs import Loss
 from sluice.trainers.sharded_state import Snapshot, export_weights, read_into, take_snapshot, write_snapshot
+from sluice.weights.broadcast import Address, Sender
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.shared_memory import SharedWeights
 
@@ -96,6 +97,14 @@ class Gather:
     """Rank 0 answers with the weights of these names."""
 
     names: Collection[str]
+
+
+@dataclass(frozen=True)
+class BroadcastTo:
+    """Rank 0 sends the weights to an engine that waits."""
+
+    address: Address
+    version: int
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,8 @@ class _Server:
                 return self.rank.copy_to(pid, fd)
             case Gather(names):
                 return self.rank.gathered(names)
+            case BroadcastTo(address, version):
+                self.rank.broadcast(address, version)
             case Fingerprint():
                 return _result_of(self.rank.trainer.fingerprint())
             case Save(folder):
@@ -237,6 +248,7 @@ class _Rank:
         self.trainer, self.place = trainer, place
         self.refused: list[NonFiniteError] = []
         trainer.refuse = self.refused.append  # the other ranks wait in their collectives, so it goes on
+        self.sender = Sender()
         self.snapshot: Snapshot | None = None
         self.shared: dict[tuple[int, int], SharedWeights] = {}
 
@@ -299,6 +311,15 @@ class _Rank:
                 yield pair
 
         return fingerprint(written())
+
+    def broadcast(self, address: Address, version: int) -> None:
+        weights = self.trainer.model.named_weights()
+        try:
+            if self.place.rank == 0:
+                self.sender.send(address, version, weights, self.place.device)
+        finally:
+            for _ in weights:  # all ranks take part, whatever went wrong at the engine
+                pass
 
     def gathered(self, names: Collection[str]) -> list[tuple[str, Tensor]] | None:
         model = self.trainer.model

@@ -28,6 +28,7 @@ from sluice.trainers.local import LocalTrainer, about
 from sluice.trainers.logprobs import Loss
 from sluice.trainers.rank import (
     Begin,
+    BroadcastTo,
     CopyTo,
     DropSnapshot,
     Fingerprint,
@@ -42,6 +43,8 @@ from sluice.trainers.rank import (
     WriteSnapshot,
 )
 from sluice.types import Sample
+from sluice.weights.broadcast import Address
+from sluice.weights.publication import WeightsMoved
 
 START_LIMIT_S = 600.0
 """For imports, for loading the model, and for reading a checkpoint."""
@@ -84,6 +87,8 @@ class RankedTrainer:
         self._restore: tuple[str, dict[str, Any]] | None = None
         self._numbers = count()
         self._writing: dict[int, asyncio.Future[None]] = {}
+        self.num_updates = 0
+        """Since it was made."""
         self._fingerprint: str | None = None
         """Of the weights as they are, if it is known."""
         self._closed = False
@@ -118,13 +123,14 @@ class RankedTrainer:
 
     async def optim_step(self) -> Metrics:
         self._fingerprint = None
+        self.num_updates += 1
         return (await self._ask_all(OptimStep()))[0]
 
     async def update_reference(self) -> None:
         await self._ask_all(UpdateReference())
 
     def weights(self) -> RankedWeights:
-        return RankedWeights(self)
+        return RankedWeights(self, self.num_updates)
 
     async def fingerprint(self) -> str:
         known = self._fingerprint or (await self._ask_all(Fingerprint()))[0]
@@ -137,6 +143,12 @@ class RankedTrainer:
             return
         for names in _buckets(self._shapes):
             shared.write((await self._ask_all(Gather(names)))[0])
+
+    async def broadcast_weights(self, address: Address, version: int, num_updates: int) -> None:
+        """Those after so many updates; the ranks make later ones only when they are sent."""
+        if num_updates != self.num_updates:
+            raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
+        await self._ask_all(BroadcastTo(address, version))
 
     async def save_weights(self, folder: str) -> None:
         await self._ask_all(Save(folder))
@@ -287,6 +299,8 @@ class RankedWeights:
     """A handle to weights of which each rank has a shard."""
 
     trainer: RankedTrainer
+    num_updates: int
+    """That there were when it was made."""
 
     @property
     def model(self) -> None:
@@ -295,6 +309,10 @@ class RankedWeights:
     async def copy_to(self, shared: SharedMemory) -> None:
         """Put together tensor by tensor at rank 0, which writes them there."""
         await self.trainer.copy_weights(shared)
+
+    async def broadcast(self, address: Address, version: int) -> None:
+        """From rank 0."""
+        await self.trainer.broadcast_weights(address, version, self.num_updates)
 
     async def save(self, folder: str) -> None:
         """By rank 0."""
