@@ -115,7 +115,7 @@ def test_check_and_replay_of_a_run_with_ranks(ready: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert sluice("replay", "runs/test", "--step", "1:3") == 0
     assert capsys.readouterr().out.count("identical") == 3
-    assert sluice("replay", "runs/test", "--step", "3", "--algorithm", "gspo") == 1
+    assert sluice("replay", "runs/test", "--step", "3", "--algorithm", "gspo") != 0
     assert "can be replayed as they were" in capsys.readouterr().err
     assert not ranks_running()
 
