@@ -131,7 +131,8 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
         metrics["rollout/repetition"] = repetition(groups)
     with run.timer("record"):
         await recorded(run, groups, samples)
-    metrics += run.timer.drain()
+    for measured in (run.timer.drain, *run.meters):
+        metrics += measured()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)

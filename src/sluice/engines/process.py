@@ -1,7 +1,7 @@
 """An embedded engine in a process of its own, with its own copy of the weights: it goes on generating while the trainer trains.
 
-One that dies is started again with the weights that were published last, and told again what it had not answered; since what a
-request draws depends on its seed only, no sample is lost.
+One that dies fails what it was asked (EngineLostError); when it is asked for its fingerprint, or given weights, it is started again, with
+the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
 """
 
 from __future__ import annotations
@@ -9,30 +9,25 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
-
-from torch import Tensor
 
 from sluice.connection import Answer, Connection, Died
 from sluice.engines.embedded import EmbeddedEngine, settled
 from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Load, Update
-from sluice.errors import EngineError, SluiceError, boundary
+from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Process
 from sluice.types import Completion, Sampling
-from sluice.weights.shared_memory import SharedWeights
+from sluice.weights.shared_memory import PublishedWeights
 
 START_LIMIT_S = 300.0
 """For its imports, and for making the model."""
 PUBLISH_LIMIT_S = 300.0
 """For taking over weights, and for their fingerprint."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,34 +40,34 @@ class _Request:
 class EngineProcess:
     def __init__(
         self,
-        weights: Iterable[tuple[str, Tensor]],
+        published: PublishedWeights,
         engine: Callable[[Load], EmbeddedEngine],
         *,
         synchronous: bool,
         finish_limit_s: float | None,
-        max_restarts: int,
+        hang_timeout_s: float,
+        start: Callable[..., Process] = Process,
     ) -> None:
-        """`weights` say what is published: tensors of these names, shapes and dtypes, of which the numbers do not matter yet.
-        `engine` makes the engine in the other process, where it must be importable; its model has such weights, and `Load` puts the
-        numbers into them.
+        """`engine` makes the engine in the other process, where it must be importable; its model has weights like those that are
+        `published`, and `Load` puts the numbers into them.
 
         `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
-        long at most; None: they go on with the new ones.
+        long at most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
-        self.version = 0
         self.log: Path | None = None
         """File for what the process prints; it is told before there is one."""
-        self.tell: Callable[[str, str], None] = lambda kind, text: None
-        """Takes kind and text of an event."""
+        self._published = published
         self._engine = engine
         self._synchronous = synchronous
         self._finish_limit_s = finish_limit_s
-        self._max_restarts = self._restarts_left = max_restarts
+        self._hang_timeout_s = hang_timeout_s
+        self._start = start
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._shared = SharedWeights(weights)
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
+        self._untold = ""
+        """How the last process ended, as long as nobody was told."""
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
         """All that are not answered, in the order in which they came."""
@@ -81,12 +76,16 @@ class EngineProcess:
         self._closed = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """As the embedded engine does. Raises EngineError too when the process has died more often than it may."""
+        """As the embedded engine does. Raises EngineLostError too, when the process dies or there is none."""
         if self._closed:
             raise EngineError("the engine is closed")
+        if self._connection is None:
+            raise self._lost(self._untold or "its process was not started")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._requests[number] = _Request(list(prompt_ids), sampling, answer)
-        self._post_soon({number})
+        self._unsent.add(number)
+        if self._posting is None:
+            self._posting = asyncio.create_task(self._post())
         try:
             return await answer
         finally:
@@ -95,20 +94,17 @@ class EngineProcess:
                 self._connection.send(Cancel(number))
 
     async def update_weights(self, weights: Weights, version: int) -> None:
-        """Raises EngineError when the process has died more often than it may."""
-        async with self._connecting:  # one that begins reads them
-            await weights.copy_to(self._shared)
-            self.version = version
-        await self._persistently(self._publish)
-
-    async def _publish(self, connection: Connection) -> None:
-        if connection.version != self.version:
-            update = Update(self.version, finish=self._finish_limit_s is not None)
-            await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
-            connection.version = self.version
+        """Starts a process if there is none. Raises EngineLostError when it dies, EngineError when it cannot be started."""
+        await self._published.publish(weights, version)
+        connection = await self._connected()
+        with self._telling():
+            await self._bring_up_to_date(connection)
 
     async def fingerprint(self) -> str | None:
-        return await self._persistently(lambda connection: connection.ask(Fingerprint(), PUBLISH_LIMIT_S))
+        """Starts and raises as `update_weights`."""
+        connection = await self._connected()
+        with self._telling():
+            return await connection.ask(Fingerprint(), PUBLISH_LIMIT_S)
 
     async def close(self) -> None:
         self._closed = True
@@ -116,117 +112,107 @@ class EngineProcess:
             self._posting.cancel()
         if self._connection:
             self._connection.end("the engine was closed")
-        self._refuse("the engine was closed")
-        self._shared.close()
+        self._fail(EngineError, "the engine was closed")
 
     def status(self) -> str:
         """What it does at the moment, for people."""
         connection = self._connection
         if connection is None:
-            where = "a process that is starting" if self._connecting.locked() else "no process"
-        else:
-            where = f"process {connection.process.pid}"
-        return f"{where}: {len(self._requests)} completions are asked for; weights of version {self.version}"
+            return "a process that is starting" if self._connecting.locked() else "no process"
+        return (
+            f"process {connection.process.pid}: {len(self._requests)} completions are asked for; weights of version "
+            f"{connection.version}"
+        )
 
     # -- the process --
 
-    async def _persistently(self, ask: Callable[[Connection], Awaitable[T]]) -> T:
-        """Of the next process too when one dies."""
-        for _ in range(self._restarts_left + 1):
-            with suppress(Died):
-                return await ask(await self._connected())
-        raise self._died_too_often()
-
     async def _connected(self) -> Connection:
-        """Starts one if there is none. Raises EngineError when that cannot be done, or was done too often."""
         async with self._connecting:
             if self._connection:
                 return self._connection
             if self._closed:
                 raise EngineError("the engine is closed")
-            if self._restarts_left < 0:
-                raise self._died_too_often()
-            with boundary(EngineError, "the engine's process could not be started"):
-                process = Process(
-                    "sluice.engines.serving",
-                    path=self._path,
-                    folder=self._folder,
-                    log=self.log,
-                    variables={},
-                    pass_fds=[self._shared.fd],
-                )
-            try:
-                reader, writer = await asyncio.open_connection(sock=process.socket)
-            except BaseException:
-                process.kill()
-                raise
-            connection = Connection(process, reader, writer, self._take, self._ended)
-            try:
-                await connection.ask(Begin(self._engine, self._shared.fd, self.version), START_LIMIT_S)
-            except BaseException as error:
-                connection.end(f"it did not start: {error}")
-                if isinstance(error, SluiceError) and not isinstance(error, Died):
-                    raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
-                raise
-            connection.version = self.version
-            self._connection = connection
-            return connection
+            if self._untold:
+                raise self._lost(self._untold)
+            with self._telling():
+                self._connection = await self._begun()
+            return self._connection
+
+    async def _begun(self) -> Connection:
+        """A new process, whose engine has the weights that were published last. Raises Died, or EngineError."""
+        memory = self._published.memory
+        with boundary(EngineError, "the engine's process could not be started"):
+            process = self._start(
+                "sluice.engines.serving",
+                path=self._path,
+                folder=self._folder,
+                log=self.log,
+                variables={},
+                pass_fds=[memory.fd],
+            )
+        try:
+            reader, writer = await asyncio.open_connection(sock=process.socket)
+        except BaseException:
+            process.kill()
+            raise
+        connection = Connection(process, reader, writer, self._take, self._ended)
+        try:
+            connection.version = await self._published.version()
+            await connection.ask(Begin(self._engine, memory.fd, connection.version), START_LIMIT_S)
+            await self._bring_up_to_date(connection)
+        except BaseException as error:
+            connection.end(f"it did not start: {error}")
+            if isinstance(error, SluiceError) and not isinstance(error, Died):
+                raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
+            raise
+        connection.watch(self._hang_timeout_s)
+        return connection
+
+    async def _bring_up_to_date(self, connection: Connection) -> None:
+        """Once, and again if others were published while it took them over."""
+        while connection.version != (version := await self._published.version()):
+            update = Update(version, finish=self._finish_limit_s is not None)
+            await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
+            connection.version = version
 
     def _ended(self, connection: Connection, cause: str) -> None:
-        """What it had not answered is asked again."""
         if self._connection is connection:
             self._connection = None
-        if self._closed:
-            return
-        self._restarts_left -= 1
-        left = (
-            "it is not started again"
-            if self._restarts_left < 0
-            else f"it is started again, {self._restarts_left} more left"
-        )
-        self.tell(
-            "engine_died",
-            f"the engine: {cause}{self._see}; {len(self._requests)} completions were asked for; {left} (engine.max_restarts)",
-        )
-        if self._restarts_left < 0:
-            self._refuse(str(self._died_too_often()))
-        elif self._requests:
-            self._post_soon(set(self._requests))
+        if not self._closed:
+            self._untold = cause
+            self._fail(EngineLostError, f"{cause}{self._see}")
 
-    def _died_too_often(self) -> EngineError:
-        times = "once" if self._max_restarts == 0 else f"{self._max_restarts + 1} times"
-        return EngineError(f"the engine's process died {times} (limit: engine.max_restarts){self._see}")
+    @contextmanager
+    def _telling(self) -> Generator[None]:
+        try:
+            yield
+        except Died as error:
+            raise self._lost(str(error)) from None
+
+    def _lost(self, cause: str) -> EngineLostError:
+        self._untold = ""
+        return EngineLostError(f"{cause}{self._see}")
 
     @property
     def _see(self) -> str:
-        return f"; see {self.log}" if self.log else ""
+        return f"; see {self.log}" if self.log and self.log.exists() and self.log.stat().st_size else ""
 
     # -- requests --
 
-    def _post_soon(self, numbers: set[int]) -> None:
-        self._unsent |= numbers
-        if self._posting is None:
-            self._posting = asyncio.create_task(self._post())
-
     async def _post(self) -> None:
+        """Those that are asked for together, in one message."""
         try:
             if self._synchronous:
                 await settled(self._unsent)
-            connection = await self._connected()
             numbers = sorted(self._unsent & self._requests.keys())
             self._unsent.clear()
             requests = [
                 (number, self._requests[number].prompt_ids, self._requests[number].sampling) for number in numbers
             ]
-            connection.send(Generate(requests))
-        except Died:
-            pass  # `_ended` has seen to it
-        except SluiceError as error:
-            self._refuse(str(error))
+            if self._connection:  # else they have been failed
+                self._connection.send(Generate(requests))
         finally:
             self._posting = None
-            if self._unsent and not self._closed and self._restarts_left >= 0:
-                self._post_soon(set())
 
     def _take(self, number: int, answer: Answer) -> None:
         request = self._requests.get(number)
@@ -238,8 +224,9 @@ class EngineProcess:
             assert isinstance(answer.value, Completion)
             request.answer.set_result(answer.value)
 
-    def _refuse(self, what: str) -> None:
+    def _fail(self, kind: type[EngineError], what: str) -> None:
         self._unsent.clear()
         for request in self._requests.values():
             if not request.answer.done():
-                request.answer.set_exception(EngineError(what))
+                request.answer.set_exception(kind(what))
+                self._untold = ""

@@ -20,6 +20,7 @@ from sluice.launch.checked import Checked, check_fits, check_second, check_vocab
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
+    from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
@@ -51,16 +52,29 @@ def engine_and_trainer(
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
-    from sluice.engines.process import EngineProcess
+    return engines_apart(config, model), trainer, packing, eos_ids
 
-    apart = EngineProcess(
-        model.named_weights(),
-        partial(engine_apart, config),
-        synchronous=config.rollout.max_staleness == 0,
-        finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
-        max_restarts=config.engine.max_restarts,
-    )
-    return apart, trainer, packing, eos_ids
+
+def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
+    """Embedded engines, each in a process of its own."""
+    from sluice.engines.process import EngineProcess
+    from sluice.engines.router import Router
+    from sluice.weights.shared_memory import PublishedWeights
+
+    settings, rollout = config.engine, config.rollout
+    assert isinstance(settings, EmbeddedEngine)
+    synchronous, published = rollout.max_staleness == 0, PublishedWeights(model.named_weights())
+    engines = [
+        EngineProcess(
+            published,
+            partial(engine_apart, config),
+            synchronous=synchronous,
+            finish_limit_s=rollout.timeout_s if settings.on_new_weights == "finish" else None,
+            hang_timeout_s=settings.hang_timeout_s,
+        )
+        for _ in range(settings.replicas)
+    ]
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -184,8 +198,8 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 
 
 def engine_threads(settings: EmbeddedEngine) -> int:
-    """Of an engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2)
+    """Of each engine's own process."""
+    return settings.num_threads or max(1, num_cores() // 2 // settings.replicas)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
@@ -193,7 +207,7 @@ def trainer_threads(config: TrainConfig) -> int | None:
     engine = config.engine
     if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
         return config.run.num_threads
-    return max(1, num_cores() - engine_threads(engine))
+    return max(1, num_cores() - engine.replicas * engine_threads(engine))
 
 
 def num_cores() -> int:

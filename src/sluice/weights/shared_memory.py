@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
+import weakref
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from sluice.interfaces import Weights
 
 _ALIGNMENT = 64
 
@@ -26,6 +30,7 @@ class SharedWeights:
         self.fd = os.memfd_create("sluice weights") if fd is None else fd
         if fd is None:
             os.ftruncate(self.fd, self.num_bytes)
+            weakref.finalize(self, os.close, self.fd)
         memory = torch.frombuffer(mmap.mmap(self.fd, self.num_bytes), dtype=torch.uint8)
         self._tensors = {
             name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -42,6 +47,24 @@ class SharedWeights:
         for name, weight in weights:
             weight.copy_(self._tensors[name])
 
-    def close(self) -> None:
-        """The memory stays as long as a tensor of it does."""
-        os.close(self.fd)
+
+class PublishedWeights:
+    """The weights that were published last, in one memory for all engines of this machine that take them from there."""
+
+    def __init__(self, like: Iterable[tuple[str, Tensor]]) -> None:
+        """`like` says what is published: tensors of these names, shapes and dtypes, whose numbers do not matter yet."""
+        self.memory = SharedWeights(like)
+        self._version = -1
+        self._writing = asyncio.Lock()
+
+    async def publish(self, weights: Weights, version: int) -> None:
+        """Copied once, whichever engine comes first."""
+        async with self._writing:
+            if self._version != version:
+                self._version = version
+                await weights.copy_to(self.memory)
+
+    async def version(self) -> int:
+        """Of what is there as a whole. Who has read it and asks again knows whether others were written meanwhile."""
+        async with self._writing:
+            return self._version
