@@ -244,11 +244,13 @@ class Router:
         """Into rotation, those that have the weights that were published last. Of others, the next publication sees to it."""
         for replica in self._having("stale"):
             if not self._is_publishing and self._agreed in (None, replica.fingerprint):
-                replica.state, replica.version = "up", self._version
-                self.tell(
-                    "engine_returned", f"{replica.name} answers again, with the weights of version {self._version}"
-                )
+                self._take_in(replica)
         await self._tell_waiting()
+
+    def _take_in(self, replica: Replica) -> None:
+        if replica.state != "up":
+            self.tell("engine_returned", f"{replica.name} answers again, with the weights of version {self._version}")
+        replica.state, replica.version = "up", self._version
 
     async def _tell_waiting(self) -> None:
         async with self._changed:
