@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -15,7 +14,7 @@ from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfi
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary, num_cores
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -208,10 +207,6 @@ def trainer_threads(config: TrainConfig) -> int | None:
     if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
         return config.run.num_threads
     return max(1, num_cores() - engine.replicas * engine_threads(engine))
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def set_up_process(num_threads: int | None) -> None:
