@@ -1,6 +1,6 @@
 """An embedded engine in a process of its own, with its own copy of the weights: it goes on generating while the trainer trains.
 
-One that dies fails what it was asked (EngineLostError); when it is asked for its fingerprint, or given weights, it is started again, with
+One that dies fails what it was asked (EngineLostError); when it is given weights, or asked for their fingerprint, it is started again, with
 the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
 """
 
@@ -10,24 +10,26 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from sluice.connection import Answer, Connection, Died
 from sluice.engines.embedded import EmbeddedEngine, settled
-from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Load, Update
+from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Unfinished, Update
 from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Process
 from sluice.types import Completion, Sampling
-from sluice.weights.shared_memory import PublishedWeights
+from sluice.weights.publication import Link, Publication
 
 START_LIMIT_S = 300.0
 """For its imports, and for making the model."""
 PUBLISH_LIMIT_S = 300.0
 """For taking over weights, and for their fingerprint."""
+ASK_LIMIT_S = 60.0
+"""For what it can say at once."""
 
 
 @dataclass(frozen=True)
@@ -40,32 +42,33 @@ class _Request:
 class EngineProcess:
     def __init__(
         self,
-        published: PublishedWeights,
-        engine: Callable[[Load], EmbeddedEngine],
+        publication: Publication,
+        engine: Callable[[], EmbeddedEngine],
         *,
         synchronous: bool,
         finish_limit_s: float | None,
         hang_timeout_s: float,
-        start: Callable[..., Process] = Process,
     ) -> None:
-        """`engine` makes the engine in the other process, where it must be importable; its model has weights like those that are
-        `published`, and `Load` puts the numbers into them.
+        """`publication` is how weights get to it. `engine` makes the engine in the other process, where it must be importable, with a
+        model whose weights do not matter yet.
 
         `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
         long at most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
-        self.log: Path | None = None
-        """File for what the process prints; it is told before there is one."""
-        self._published = published
+        self._log: Path | None = None
         self._engine = engine
         self._synchronous = synchronous
         self._finish_limit_s = finish_limit_s
         self._hang_timeout_s = hang_timeout_s
-        self._start = start
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
+        self._publication = publication
+        self._link: Link
+        """With the process that is connected."""
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        """Answers come in the order of what was asked."""
         self._untold = ""
         """How the last process ended, as long as nobody was told."""
         self._numbers = count()
@@ -80,7 +83,7 @@ class EngineProcess:
         if self._closed:
             raise EngineError("the engine is closed")
         if self._connection is None:
-            raise self._lost(self._untold or "its process was not started")
+            raise self._lost(self._untold or "it has no process")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._requests[number] = _Request(list(prompt_ids), sampling, answer)
         self._unsent.add(number)
@@ -93,18 +96,31 @@ class EngineProcess:
             if answer.cancelled() and self._connection:
                 self._connection.send(Cancel(number))
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """Starts a process if there is none. Raises EngineLostError when it dies, EngineError when it cannot be started."""
-        await self._published.publish(weights, version)
+        num_bytes = await self._publication.publish(weights, version)
         connection = await self._connected()
         with self._telling():
-            await self._bring_up_to_date(connection)
+            await self._deliver(connection)
+        return num_bytes
 
     async def fingerprint(self) -> str | None:
-        """Starts and raises as `update_weights`."""
+        """Starts and raises as `update_weights`; and WeightsMoved when it can have no weights before the next ones."""
         connection = await self._connected()
         with self._telling():
-            return await connection.ask(Fingerprint(), PUBLISH_LIMIT_S)
+            await self._deliver(connection)
+            async with self._asking:
+                return await connection.ask(Fingerprint(), PUBLISH_LIMIT_S)
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """As the embedded engine does; nothing while no process is connected."""
+        connection = self._connection
+        if connection is None or not self._requests:
+            return {}
+        with suppress(Died):
+            async with self._asking:
+                return await connection.ask(Unfinished(), ASK_LIMIT_S)
+        return {}
 
     async def close(self) -> None:
         self._closed = True
@@ -113,42 +129,44 @@ class EngineProcess:
         if self._connection:
             self._connection.end("the engine was closed")
         self._fail(EngineError, "the engine was closed")
+        self._publication.close()
+
+    def belongs_to(self, folder: Path, name: str) -> None:
+        """A run: what the process prints goes to the file NAME.log in its folder."""
+        self._log = folder / f"{name}.log"
+        self._publication.belongs_to(folder)
 
     def status(self) -> str:
         """What it does at the moment, for people."""
         connection = self._connection
         if connection is None:
             return "a process that is starting" if self._connecting.locked() else "no process"
-        return (
-            f"process {connection.process.pid}: {len(self._requests)} completions are asked for; weights of version "
-            f"{connection.version}"
-        )
+        asked = f"{len(self._requests)} completions are asked for"
+        return f"process {connection.process.pid}: {asked}; weights of version {connection.version}"
 
     # -- the process --
 
     async def _connected(self) -> Connection:
         async with self._connecting:
-            if self._connection:
-                return self._connection
-            if self._closed:
-                raise EngineError("the engine is closed")
-            if self._untold:
-                raise self._lost(self._untold)
-            with self._telling():
-                self._connection = await self._begun()
+            if self._connection is None:
+                if self._closed:
+                    raise EngineError("the engine is closed")
+                if self._untold:
+                    raise self._lost(self._untold)
+                with self._telling():
+                    self._connection = await self._started()
             return self._connection
 
-    async def _begun(self) -> Connection:
-        """A new process, whose engine has the weights that were published last. Raises Died, or EngineError."""
-        memory = self._published.memory
+    async def _started(self) -> Connection:
+        """A new process, with an engine that has no weights yet. Raises Died, or EngineError."""
         with boundary(EngineError, "the engine's process could not be started"):
-            process = self._start(
+            process = Process(
                 "sluice.engines.serving",
                 path=self._path,
                 folder=self._folder,
-                log=self.log,
+                log=self._log,
                 variables={},
-                pass_fds=[memory.fd],
+                pass_fds=self._publication.fds,
             )
         try:
             reader, writer = await asyncio.open_connection(sock=process.socket)
@@ -156,10 +174,9 @@ class EngineProcess:
             process.kill()
             raise
         connection = Connection(process, reader, writer, self._take, self._ended)
+        self._link = self._publication.link()
         try:
-            connection.version = await self._published.version()
-            await connection.ask(Begin(self._engine, memory.fd, connection.version), START_LIMIT_S)
-            await self._bring_up_to_date(connection)
+            await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:
             connection.end(f"it did not start: {error}")
             if isinstance(error, SluiceError) and not isinstance(error, Died):
@@ -168,12 +185,18 @@ class EngineProcess:
         connection.watch(self._hang_timeout_s)
         return connection
 
-    async def _bring_up_to_date(self, connection: Connection) -> None:
-        """Once, and again if others were published while it took them over."""
-        while connection.version != (version := await self._published.version()):
-            update = Update(version, finish=self._finish_limit_s is not None)
+    async def _deliver(self, connection: Connection) -> None:
+        """The weights that were published last; and again, if others were while it took them over."""
+
+        async def take_over() -> None:
+            assert self._publication.version is not None
+            update = Update(self._publication.version, finish=self._finish_limit_s is not None)
             await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
-            connection.version = version
+            connection.version = update.version
+
+        while (version := self._publication.version) not in (None, connection.version):
+            async with self._asking:
+                await self._link.deliver(version, take_over)
 
     def _ended(self, connection: Connection, cause: str) -> None:
         if self._connection is connection:
@@ -195,7 +218,7 @@ class EngineProcess:
 
     @property
     def _see(self) -> str:
-        return f"; see {self.log}" if self.log and self.log.exists() and self.log.stat().st_size else ""
+        return f"; see {self._log}" if self._log and self._log.exists() and self._log.stat().st_size else ""
 
     # -- requests --
 

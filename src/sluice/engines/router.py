@@ -11,12 +11,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sluice.errors import EngineError, EngineGoneError, EngineLostError, first_error
 from sluice.interfaces import Engine, Weights
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.types import Completion, Sampling
+from sluice.weights.publication import WeightsMoved
 
 LONGEST_PAUSE_S = 30.0
 """Between two tries to have a lost engine back."""
@@ -38,6 +40,8 @@ class Replica:
     fingerprint: str | None = None
     """What it said after that."""
     is_updating: bool = False
+    is_promised: bool = False
+    """It has no weights, and gets the next ones: the trainer is at them already."""
     num_open: int = 0
     """Requests that it has not answered."""
     num_requests: int = 0
@@ -47,6 +51,11 @@ class Replica:
     why: str = ""
     """What was wrong with it last."""
     returning: asyncio.Task[None] | None = None
+
+    @property
+    def may_return(self) -> bool:
+        """Without more samples."""
+        return self.state == "away" or self.is_promised
 
 
 class Router:
@@ -71,6 +80,8 @@ class Router:
         self._agreed: str | None = None
         """The fingerprint that all gave at the last publication; None if they did not agree, or have none."""
         self._is_publishing = False
+        self._num_bytes = 0
+        """That the last publication moved."""
         self._changed = asyncio.Condition()
         self._num_resent = self._num_ejected = 0
         self._closed = False
@@ -92,14 +103,14 @@ class Router:
             finally:
                 replica.num_open -= 1
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """Returns when all that are in rotation have the weights; no other comes into rotation before it has them, too.
 
         All at once: a publication takes as long as with one engine. While one waits for completions to end with the weights that they
         began with, new requests go to others. Waits for lost ones only if synchronous, so that they all get the next requests, or if
         there are no others. Raises EngineGoneError when none is left, EngineError when one cannot take the weights.
         """
-        self._version, self._agreed, self._is_publishing = version, None, True
+        self._version, self._agreed, self._is_publishing, self._num_bytes = version, None, True, 0
         try:
             while True:
                 if behind := [r for r in self._having("up", "stale") if r.version != version]:
@@ -116,6 +127,12 @@ class Router:
         said = {replica.fingerprint for replica in up}
         self._agreed = said.pop() if len(said) == 1 else None
         await self._admit()
+        return self._num_bytes
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """Of all of them."""
+        parts = await asyncio.gather(*(replica.engine.unfinished() for replica in self._having("up")))
+        return {seed: completion for part in parts for seed, completion in part.items()}
 
     async def fingerprint(self) -> str | None:
         """What all that are in rotation gave when they had taken over the weights; with their names where they differ."""
@@ -131,6 +148,12 @@ class Router:
                 replica.returning.cancel()
         await _all([replica.engine.close() for replica in self._replicas])
         await self._tell_waiting()
+
+    def belongs_to(self, folder: Path, tell: Callable[[str, str], None]) -> None:
+        """A run: its folder, and what takes kind and text of an event."""
+        self.tell = tell
+        for k, engine in enumerate(self.engines):
+            engine.belongs_to(folder, f"engine-{k}" if len(self.engines) > 1 else "engine")
 
     def status(self) -> str:
         """What they do at the moment, for people."""
@@ -157,7 +180,7 @@ class Router:
             while not (up := self._having("up")):
                 if self._closed:
                     raise EngineError("the engine was closed")
-                if not self._having("away") and not self._is_publishing:
+                if not self._is_publishing and not any(r.may_return for r in self._replicas):
                     raise self._none_left()
                 await self._changed.wait()
         return self._by_group(session[0]) if self._synchronous else self._by_load(session, up)
@@ -188,7 +211,7 @@ class Router:
     async def _publish(self, replica: Replica, weights: Weights, version: int) -> None:
         replica.is_updating, num_lost = True, replica.num_lost
         try:
-            await replica.engine.update_weights(weights, version)
+            self._num_bytes += await replica.engine.update_weights(weights, version)
             replica.fingerprint = await replica.engine.fingerprint()
         except EngineLostError as error:
             self._eject(replica, num_lost, str(error))
@@ -209,7 +232,7 @@ class Router:
 
     def _count_loss(self, replica: Replica, why: str) -> None:
         replica.num_lost += 1
-        replica.why, replica.version = why, None
+        replica.why, replica.version, replica.is_promised = why, None, False
         left = self._max_restarts - replica.num_lost + 1
         replica.state = "away" if left > 0 else "gone"
         then = f"it is started again, {left - 1} more left" if left > 0 else "it is not started again"
@@ -229,6 +252,8 @@ class Router:
                 fingerprint = await replica.engine.fingerprint()
             except EngineLostError as error:
                 self._count_loss(replica, str(error))
+            except WeightsMoved:
+                replica.state, replica.is_promised = "stale", True
             except Exception as error:
                 replica.state, replica.why = "gone", str(error)
                 self.tell("engine_died", f"{replica.name}: {error}; it is given up")
@@ -243,14 +268,14 @@ class Router:
     async def _admit(self) -> None:
         """Into rotation, those that have the weights that were published last. Of others, the next publication sees to it."""
         for replica in self._having("stale"):
-            if not self._is_publishing and self._agreed in (None, replica.fingerprint):
+            if not (self._is_publishing or replica.is_promised) and self._agreed in (None, replica.fingerprint):
                 self._take_in(replica)
         await self._tell_waiting()
 
     def _take_in(self, replica: Replica) -> None:
         if replica.state != "up":
             self.tell("engine_returned", f"{replica.name} answers again, with the weights of version {self._version}")
-        replica.state, replica.version = "up", self._version
+        replica.state, replica.version, replica.is_promised = "up", self._version, False
 
     async def _tell_waiting(self) -> None:
         async with self._changed:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.weights.publication import Publication
 
 
 def engine_and_trainer(
@@ -58,22 +59,41 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
     """Embedded engines, each in a process of its own."""
     from sluice.engines.process import EngineProcess
     from sluice.engines.router import Router
-    from sluice.weights.shared_memory import PublishedWeights
 
     settings, rollout = config.engine, config.rollout
     assert isinstance(settings, EmbeddedEngine)
-    synchronous, published = rollout.max_staleness == 0, PublishedWeights(model.named_weights())
+    synchronous = rollout.max_staleness == 0
+    finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
+    publication = publication_of(settings, model, finish_limit_s or 0.0)
     engines = [
         EngineProcess(
-            published,
+            publication,
             partial(engine_apart, config),
             synchronous=synchronous,
-            finish_limit_s=rollout.timeout_s if settings.on_new_weights == "finish" else None,
+            finish_limit_s=finish_limit_s,
             hang_timeout_s=settings.hang_timeout_s,
         )
         for _ in range(settings.replicas)
     ]
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
+
+
+def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun."""
+    match settings.publication:
+        case "shared_memory":
+            from sluice.weights.shared_memory import SharedMemory
+
+            return SharedMemory(model.named_weights())
+        case "broadcast":
+            from sluice.engines.process import PUBLISH_LIMIT_S
+            from sluice.weights.broadcast import Broadcast
+
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s)
+        case "disk":
+            from sluice.weights.disk import Disk
+
+            return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -91,14 +111,13 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
     )
 
 
-def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
-    """In a process of its own, with weights that are loaded from elsewhere."""
+def engine_apart(config: TrainConfig) -> Embedded:
+    """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
     set_up_process(engine_threads(config.engine))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
-    load(model)
     return embedded_engine(config.engine, model, chat)
 
 

@@ -169,9 +169,7 @@ def _assembled(
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
     several = isinstance(engine, Router) and len(engine.engines) > 1
     if isinstance(engine, Router):
-        engine.tell = tracker.event
-        for k, process in enumerate(engine.engines):
-            process.log = rundir.path / (f"engine-{k}.log" if several else "engine.log")
+        engine.belongs_to(rundir.path, tracker.event)
     return Run(
         engine=engine,
         trainer=trainer,
@@ -312,12 +310,20 @@ def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
 @contextmanager
 def _stopping_on_sigterm(run: Run) -> Generator[None]:
     """The first SIGTERM lets an update that has begun end, and no other begin; the second one ends the process."""
+    from sluice.checkpoint import note_unfinished
+
+    async def leave() -> None:
+        try:
+            await note_unfinished(run)  # before the workers end, and what they asked for with them
+        finally:
+            await run.buffer.stop()
+
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
     def stop(*_: object) -> None:  # not a handler of the loop's own: user code may block the loop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(run.buffer.stop())))
+        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(leave())))
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
         yield

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from sluice.errors import EngineError, EngineGoneError, PromptTooLongError, boundary
+from sluice.rollout.calls import joined, rest_of
 from sluice.run import Run
 from sluice.types import Completion, Message, Sampling, Turn
 from sluice.waits import Wait
@@ -47,14 +48,25 @@ class SamplingPolicy:
         seed = seed_of(f"{self._run.seed}/{ticket}/{index}/{self._num_calls}")
         sampling = replace(self._run.sampling, seed=seed, session=self._session)
         self._num_calls += 1  # not the number of turns: calls may run side by side
+        calls = self._run.buffer.calls
+        begun, is_all = calls.begin(ticket, prompt_ids, sampling)
+        if is_all:
+            return begun
         self._wait.at("engine", f"turn {self._num_calls}")
         self._num_open += 1
         try:
-            return await self._tried(prompt_ids, sampling)
+            completion = await self._completed(prompt_ids, sampling, begun)
         finally:
             self._num_open -= 1
             if not self._num_open:
                 self._wait.at("environment")
+        calls.finish(sampling.seed, completion)
+        return completion
+
+    async def _completed(self, prompt_ids: list[int], sampling: Sampling, begun: Completion | None) -> Completion:
+        if begun is None:
+            return await self._tried(prompt_ids, sampling)
+        return joined(begun, await self._tried(prompt_ids + begun.token_ids, rest_of(sampling, begun)))
 
     async def _tried(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
         """The same seed every time: what is sampled does not depend on how often it was tried."""

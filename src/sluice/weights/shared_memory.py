@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os
-import weakref
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sluice.interfaces import Weights
+from sluice.interfaces import LanguageModel, Weights
+from sluice.weights.publication import Place
 
 _ALIGNMENT = 64
 
@@ -30,7 +31,6 @@ class SharedWeights:
         self.fd = os.memfd_create("sluice weights") if fd is None else fd
         if fd is None:
             os.ftruncate(self.fd, self.num_bytes)
-            weakref.finalize(self, os.close, self.fd)
         memory = torch.frombuffer(mmap.mmap(self.fd, self.num_bytes), dtype=torch.uint8)
         self._tensors = {
             name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -47,24 +47,56 @@ class SharedWeights:
         for name, weight in weights:
             weight.copy_(self._tensors[name])
 
+    def close(self) -> None:
+        """The memory stays as long as a tensor of it does."""
+        os.close(self.fd)
 
-class PublishedWeights:
-    """The weights that were published last, in one memory for all engines of this machine that take them from there."""
 
-    def __init__(self, like: Iterable[tuple[str, Tensor]]) -> None:
-        """`like` says what is published: tensors of these names, shapes and dtypes, whose numbers do not matter yet."""
-        self.memory = SharedWeights(like)
-        self._version = -1
-        self._writing = asyncio.Lock()
+class SharedMemory:
+    """Publication to engines of this machine, which all read one copy."""
 
-    async def publish(self, weights: Weights, version: int) -> None:
-        """Copied once, whichever engine comes first."""
-        async with self._writing:
-            if self._version != version:
-                self._version = version
-                await weights.copy_to(self.memory)
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`weights` say what is published: names, shapes and dtypes; the numbers do not matter yet."""
+        self._shared = SharedWeights(weights)
+        self.fds: tuple[int, ...] = (self._shared.fd,)
+        self._place = Place()
+        self.version: int | None = None
 
-    async def version(self) -> int:
-        """Of what is there as a whole. Who has read it and asks again knows whether others were written meanwhile."""
-        async with self._writing:
-            return self._version
+    def belongs_to(self, run: Path) -> None:
+        """Nothing is left there."""
+
+    async def publish(self, weights: Weights, version: int) -> int:
+        async with self._place.written():
+            if version == self.version:
+                return 0
+            await weights.copy_to(self._shared)
+            self.version = version
+            return self._shared.num_bytes
+
+    def link(self) -> _SharedLink:
+        return _SharedLink(SharedInlet(self._shared.fd), self._place)
+
+    def close(self) -> None:
+        if self.fds:
+            self._shared.close()
+        self.fds = ()
+
+
+@dataclass(frozen=True)
+class _SharedLink:
+    inlet: SharedInlet
+    place: Place
+
+    async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
+        async with self.place.read():
+            await take_over()
+
+
+class SharedInlet:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._shared: SharedWeights | None = None
+
+    def read(self, model: LanguageModel, version: int) -> None:
+        self._shared = self._shared or SharedWeights(model.named_weights(), self.fd)
+        self._shared.read(model.named_weights())
