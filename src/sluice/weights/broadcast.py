@@ -196,7 +196,7 @@ class _Group:
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for bucket in buckets(_bytes_of(weights), BUCKET_BYTES):
+        for bucket in buckets(_bytes_of((name, weight.contiguous()) for name, weight in weights), BUCKET_BYTES):
             end = 0
             for part in bucket:
                 start, end = end, end + len(part)
@@ -234,10 +234,10 @@ def buckets(parts: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def _bytes_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """The memory of each tensor, which is read and written in place. Raises ValueError for one that does not lie in one piece."""
+    """The memory of each tensor, in place. Raises ValueError for one that does not lie in one piece."""
     for name, weight in weights:
         if not weight.is_contiguous():
-            raise ValueError(f"{name} does not lie in one piece of memory, and so cannot be broadcast")
+            raise ValueError(f"{name} does not lie in one piece of memory, and so cannot be received")
         yield weight.detach().view(-1).view(torch.uint8)
 
 
