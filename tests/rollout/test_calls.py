@@ -100,7 +100,9 @@ class SlowEngine(ScriptedEngine):
         whole = await super().generate(prompt_ids, sampling)
         second = [ids for ids, _ in self.asked if len(ids) > len(self.asked[0][0])]
         if len(second) > SIZE - 2 and len(prompt_ids) > len(self.asked[0][0]):
-            self.open[sampling.seed] = replace(whole, **{k: getattr(whole, k)[:2] for k in COLUMNS}, finish_reason="abort")
+            self.open[sampling.seed] = replace(
+                whole, **{k: getattr(whole, k)[:2] for k in COLUMNS}, finish_reason="abort"
+            )
             await self.released.wait()
         return whole
 
@@ -141,11 +143,11 @@ def test_a_run_that_goes_on_asks_for_the_rest_only(workshop: Workshop, monkeypat
         ticket = await run.buffer.admit()
         playing = asyncio.create_task(rollout_group(run, ticket, run.prompts[ticket]))
         async with asyncio.timeout(10):
-            while len(engine.open) < 2:
+            while len(engine.open) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         await checkpoint.note_unfinished(run)
         playing.cancel()
-        run.prompts.identity = lambda: {}  # type: ignore[attr-defined]
+        run.prompts.identity = dict  # type: ignore[attr-defined]
         return checkpoint.position_of(run, None)
 
     position = asyncio.run(interrupted())

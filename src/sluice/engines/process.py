@@ -45,6 +45,7 @@ class EngineProcess:
         publication: Publication,
         engine: Callable[[], EmbeddedEngine],
         *,
+        name: str,
         synchronous: bool,
         finish_limit_s: float | None,
         hang_timeout_s: float,
@@ -52,10 +53,11 @@ class EngineProcess:
         """`publication` is how weights get to it. `engine` makes the engine in the other process, where it must be importable, with a
         model whose weights do not matter yet.
 
-        `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
-        `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
-        long at most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
+        `name` is that of its log. `synchronous`: nothing is asked while weights change, and requests that are asked for together are
+        begun together. `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication
+        waits so long at most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
+        self._name = name
         self._log: Path | None = None
         self._engine = engine
         self._synchronous = synchronous
@@ -131,9 +133,9 @@ class EngineProcess:
         self._fail(EngineError, "the engine was closed")
         self._publication.close()
 
-    def belongs_to(self, folder: Path, name: str) -> None:
-        """A run: what the process prints goes to the file NAME.log in its folder."""
-        self._log = folder / f"{name}.log"
+    def belongs_to(self, folder: Path) -> None:
+        """A run with this folder; what the process prints goes to a file there."""
+        self._log = folder / f"{self._name}.log"
         self._publication.belongs_to(folder)
 
     def status(self) -> str:
@@ -174,7 +176,7 @@ class EngineProcess:
             process.kill()
             raise
         connection = Connection(process, reader, writer, self._take, self._ended)
-        self._link = self._publication.link()
+        self._link = self._publication.link(self._name)
         try:
             await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:

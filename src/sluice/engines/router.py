@@ -152,8 +152,8 @@ class Router:
     def belongs_to(self, folder: Path, tell: Callable[[str, str], None]) -> None:
         """A run: its folder, and what takes kind and text of an event."""
         self.tell = tell
-        for k, engine in enumerate(self.engines):
-            engine.belongs_to(folder, f"engine-{k}" if len(self.engines) > 1 else "engine")
+        for engine in self.engines:
+            engine.belongs_to(folder)
 
     def status(self) -> str:
         """What they do at the moment, for people."""

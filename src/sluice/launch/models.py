@@ -69,11 +69,12 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
         EngineProcess(
             publication,
             partial(engine_apart, config),
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
             synchronous=synchronous,
             finish_limit_s=finish_limit_s,
             hang_timeout_s=settings.hang_timeout_s,
         )
-        for _ in range(settings.replicas)
+        for k in range(settings.replicas)
     ]
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 

@@ -56,14 +56,12 @@ class Address:
 
 
 class Broadcast:
-    """Publication to one engine, without a copy of the weights: an engine's process that was started while the trainer updates has
-    to wait for the next ones."""
+    """Publication without a copy of the weights, to one engine after the other: a process that was started while the trainer updates
+    has to wait for the next ones."""
 
     fds = ()
 
-    def __init__(
-        self, weights: Iterable[tuple[str, Tensor]], *, limit_s: float, host: str = "127.0.0.1", engine: str = "engine"
-    ) -> None:
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], *, limit_s: float, host: str = "127.0.0.1") -> None:
         """`weights` say what is published: names, shapes and dtypes. `host` is this one's address as trainer and engines see it."""
         self._tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in weights)
         self._num_bytes = sum(t.nbytes for t in _like(self._tensors))
@@ -72,7 +70,7 @@ class Broadcast:
         self._store: Any = dist.TCPStore(
             host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self._host, self._engine, self._limit_s = host, engine, limit_s
+        self._host, self._limit_s = host, limit_s
         self._processes = count()
         self._weights: Weights | None = None
         self.version: int | None = None
@@ -84,8 +82,8 @@ class Broadcast:
         self._weights, self.version = weights, version
         return self._num_bytes
 
-    def link(self) -> _BroadcastLink:
-        address = Address(self._host, self._port, self._engine, next(self._processes), self._tensors, self._limit_s)
+    def link(self, engine: str) -> _BroadcastLink:
+        address = Address(self._host, self._port, engine, next(self._processes), self._tensors, self._limit_s)
         return _BroadcastLink(BroadcastInlet(address), self)
 
     async def deliver(self, address: Address, version: int, take_over: Callable[[], Awaitable[object]]) -> None:

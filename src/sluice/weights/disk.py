@@ -53,7 +53,7 @@ class Disk:
     def _of(self, version: int) -> Path:
         return self.folder / f"version-{version:06d}"
 
-    def link(self) -> _DiskLink:
+    def link(self, engine: str) -> _DiskLink:
         return _DiskLink(DiskInlet(str(self.folder)), self._place)
 
     def close(self) -> None:

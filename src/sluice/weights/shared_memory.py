@@ -73,7 +73,7 @@ class SharedMemory:
             self.version = version
             return self._shared.num_bytes
 
-    def link(self) -> _SharedLink:
+    def link(self, engine: str) -> _SharedLink:
         return _SharedLink(SharedInlet(self._shared.fd), self._place)
 
     def close(self) -> None:
