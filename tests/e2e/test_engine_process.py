@@ -185,7 +185,7 @@ def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.Captur
             sluice("train", "config.yaml", *APART, "engine.max_restarts=1", "run.name=test", "run.num_threads=1") == 1
         )
     said = capsys.readouterr().err
-    assert "engine's process died 2 times (limit: engine.max_restarts)" in said
+    assert "the engine died 2 times (limit: engine.max_restarts)" in said
     assert "engine.log" in said
 
 
