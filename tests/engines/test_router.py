@@ -244,6 +244,32 @@ def test_who_is_asked_after_a_publication_has_its_weights(
     finish(run())
 
 
+@pytest.mark.parametrize(("synchronous", "count", "waits"), [(True, 2, True), (False, 2, False), (False, 1, True)])
+def test_a_publication_waits_for_a_lost_engine_where_it_must(synchronous: bool, count: int, waits: bool):
+    """Without staleness the same engines get the next groups as in a run without losses; else only if there is no other."""
+    engines = [Replica(k) for k in range(count)]
+    router = router_over(engines, synchronous)
+
+    async def run() -> None:
+        await router.update_weights(WEIGHTS, 0)
+        engines[0].may_return.clear()
+        engines[0].lost.set()
+        publishing = asyncio.create_task(router.update_weights(WEIGHTS, 1))
+        await moment()
+        assert publishing.done() != waits
+        engines[0].may_return.set()
+        await publishing
+        await moment()
+        completions = await asyncio.gather(*(router.generate([1], sampling(ticket)) for ticket in range(4)))
+        assert {completion.policy_versions[0] for completion in completions} == {1}
+        assert await router.fingerprint() == "weights 1"
+        if synchronous:
+            assert sessions(engines[0]) == [(0, 0), (2, 0)]
+        await router.close()
+
+    finish(run())
+
+
 def test_a_stale_engine_shows_in_the_fingerprint_with_its_name():
     """Z6. Planted: one says that it took the weights over, and has the old ones."""
 
