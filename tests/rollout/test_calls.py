@@ -93,7 +93,7 @@ class SlowEngine(ScriptedEngine):
         super().__init__(*args)
         self.asked: list[tuple[list[int], Sampling]] = []
         self.open: dict[int, Completion] = {}
-        self.released = asyncio.Event()
+        self.both_open, self.released = asyncio.Event(), asyncio.Event()
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         self.asked.append(([*prompt_ids], sampling))
@@ -103,6 +103,8 @@ class SlowEngine(ScriptedEngine):
             self.open[sampling.seed] = replace(
                 whole, **{k: getattr(whole, k)[:2] for k in COLUMNS}, finish_reason="abort"
             )
+            if len(self.open) == 2:
+                self.both_open.set()
             await self.released.wait()
         return whole
 
@@ -143,8 +145,7 @@ def test_a_run_that_goes_on_asks_for_the_rest_only(workshop: Workshop, monkeypat
         ticket = await run.buffer.admit()
         playing = asyncio.create_task(rollout_group(run, ticket, run.prompts[ticket]))
         async with asyncio.timeout(10):
-            while len(engine.open) < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+            await engine.both_open.wait()
         await checkpoint.note_unfinished(run)
         playing.cancel()
         run.prompts.identity = dict  # type: ignore[attr-defined]

@@ -143,8 +143,8 @@ class EngineProcess:
         connection = self._connection
         if connection is None:
             return "a process that is starting" if self._connecting.locked() else "no process"
-        asked = f"{len(self._requests)} completions are asked for"
-        return f"process {connection.process.pid}: {asked}; weights of version {connection.version}"
+        weights = f"weights of version {connection.version}" if connection.version >= 0 else "no weights yet"
+        return f"process {connection.process.pid}: {len(self._requests)} completions are asked for; {weights}"
 
     # -- the process --
 

@@ -118,8 +118,9 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         elif device == "cuda" and (free := _cuda_free()) is not None:
             cache = min(cache, free / 2)
         copies = engines * decoder_bytes(policy, width, device)
-        if apart:  # each its own model, and all together what the trainer publishes through
-            copies += (apart + (device == "cpu")) * policy.num_parameters * width
+        if apart:  # each its own model, and all together what it is published through
+            between = device == "cpu" and config.engine.publication != "broadcast"
+            copies += (apart + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))

@@ -56,7 +56,7 @@ class Address:
 
 
 class Broadcast:
-    """Publication without a copy of the weights, to one engine after the other: a process that was started while the trainer updates
+    """Publication to each engine for itself, without a copy of the weights: a process that was started while the trainer updates
     has to wait for the next ones."""
 
     fds = ()
@@ -144,18 +144,19 @@ class Sender:
     """The trainer's end of all groups."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, _Group] = {}
-        """Of the process that each engine has at present."""
+        self._groups: dict[tuple[str, int, str], _Group] = {}
+        """Of the process that each engine has at present, by the address of the store and its name."""
 
     def send(self, address: Address, version: int, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
         """Blocks until the engine has them all. Raises EngineError when it is gone."""
-        group = self._groups.pop(address.engine, None)
+        engine = address.host, address.port, address.engine
+        group = self._groups.pop(engine, None)
         if group is None or group.address != address:
             group = _Group(address, SENDER)
         group.meet(version, "trainer", "engine")
         group.join(device)
         group.send(weights)
-        self._groups[address.engine] = group  # one that failed is not used again
+        self._groups[engine] = group  # one that failed is not used again
 
 
 class _Group:

@@ -10,26 +10,21 @@ from typing import Any
 
 from sluice.interfaces import SharedMemory
 from sluice.weights.broadcast import Address, Sender
-from sluice.weights.publication import WeightsMoved
+from sluice.weights.publication import Place, WeightsMoved
 
 
 class Updates:
-    """Of a trainer's weights: how many there were. Each waits until the weights are sent that another thread sends."""
+    """Of a trainer's weights: how many there were. Each waits until other threads have sent the weights as they are."""
 
     def __init__(self) -> None:
         self.count = 0
         self.sender = Sender()
-        self._lock = asyncio.Lock()
+        self.weights = Place()
 
     @asynccontextmanager
     async def another(self) -> AsyncGenerator[None]:
-        async with self._lock:
+        async with self.weights.written():
             self.count += 1
-            yield
-
-    @asynccontextmanager
-    async def none(self) -> AsyncGenerator[None]:
-        async with self._lock:
             yield
 
 
@@ -49,7 +44,7 @@ class InProcessWeights:
         await asyncio.to_thread(self.model.export(), folder)
 
     async def broadcast(self, address: Address, version: int) -> None:
-        async with self.updates.none():
+        async with self.updates.weights.read():
             if self.updates.count != self.count:
                 raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
             await asyncio.to_thread(

@@ -67,22 +67,25 @@ class Place:
     """Where the trainer leaves weights for others to read: it is written while nobody reads it."""
 
     def __init__(self) -> None:
+        self._open = asyncio.Lock()
         self._num_readers = 0
-        self._changed = asyncio.Condition()
+        self._no_readers = asyncio.Event()
+        self._no_readers.set()
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[None]:
-        async with self._changed:
+        async with self._open:  # after whoever waits to write
             self._num_readers += 1
+            self._no_readers.clear()
         try:
             yield
         finally:
             self._num_readers -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            if not self._num_readers:
+                self._no_readers.set()
 
     @asynccontextmanager
     async def written(self) -> AsyncGenerator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._num_readers)
+        async with self._open:
+            await self._no_readers.wait()
             yield
