@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
@@ -178,9 +179,13 @@ class Outcome:
         return sum(age * num for age, num in self.ages.items()) / max(1, self.ages.total())
 
 
+def warm_up_steps(max_staleness: int) -> int:
+    return 2 * (max_staleness + 1)
+
+
 def simulate(setting: Setting, warm_up: int | None = None) -> Outcome:
-    """`warm_up` steps do not count; left out, max_staleness + 2."""
-    return virtual_time.run(_simulated(setting, setting.max_staleness + 2 if warm_up is None else warm_up))
+    """`warm_up` steps do not count; left out, so many that what was begun under the first weights is gone."""
+    return virtual_time.run(_simulated(setting, warm_up_steps(setting.max_staleness) if warm_up is None else warm_up))
 
 
 async def _simulated(setting: Setting, warm_up: int) -> Outcome:
@@ -436,7 +441,7 @@ class Notes:
         seconds = end.at - begin.at
         ends = [begin.at, *self.ends[self.warm_up :]]
         return Outcome(
-            step_s=[b - a for a, b in zip(ends, ends[1:], strict=False)],
+            step_s=[b - a for a, b in pairwise(ends)],
             tokens=self.tokens,
             engine_busy=(end.engine_busy_s - begin.engine_busy_s) / (len(self.engine.replicas) * seconds),
             trainer_busy=(end.trainer_busy_s - begin.trainer_busy_s) / seconds,
