@@ -274,11 +274,10 @@ class SimulatedTrainer(DryTrainer):
         failures = self.setting.trainer_failures
         while failures and self._next_failure < self.loop.time() + seconds:
             self.num_failures += 1
-            failed_at = max(self._next_failure, self.loop.time())
-            done_again = failed_at - self._checkpoint_at
+            done_again = min(self._next_failure, self.loop.time()) - self._checkpoint_at
             up_at = self._next_failure + failures.restart_s
             await asyncio.sleep(max(0.0, up_at - self.loop.time()) + done_again)
-            self._checkpoint_at += self.loop.time() - failed_at  # the work of `done_again` is there once, not twice
+            self._checkpoint_at = self.loop.time() - done_again
             self._next_failure = self._after(self.loop.time())
         await asyncio.sleep(seconds)
 
