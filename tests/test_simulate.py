@@ -233,7 +233,7 @@ def test_the_bound_of_staleness_holds_and_is_reached(sim: Any, max_staleness: in
     """By the run's own check too, which would stop it."""
     found = sim.simulate(mixed(sim, max_staleness=max_staleness))
     assert max(found.ages) == max_staleness
-    assert found.failures > 3
+    assert found.failures > 1
     assert found.lost_tokens > 0
 
 
