@@ -3,6 +3,9 @@
 The runs that are predicted have other group sizes, lengths and slots than those whose times the constants are from. All have a model of a
 million parameters with random weights, one thread for the engine and one for the trainer, and responses whose lengths depend on the
 seed of the request alone: run and simulation sample the same ones.
+
+With `--cpu-time` all is measured in the seconds that the loop's thread computes, and not in those that pass: so a machine that is busy
+with other things does for the synchronous runs with the engine in the trainer's process, in which nothing computes beside that thread.
 """
 
 from __future__ import annotations
@@ -12,20 +15,24 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+import sluice.run
+from distributions import LogNormal
 from measuring import rounded, spread
 from shapes import save
 from simulated_engine import EngineRates, EngineSetting
-from simulated_run import LogNormal, Setting, TrainerRates, simulate
+from simulated_run import Setting, simulate
+from simulated_trainer import TrainerRates
 from sluice.config import TrainConfig
 from sluice.configfile import load
 from sluice.launch import train
@@ -34,7 +41,9 @@ from sluice.types import Completion, Sampling
 from step import write_prompts
 from step_sluice import ENGINES
 
+SIZE = "1M"
 PROMPT_TOKENS = 8
+LEAST_STEP_S = 1e-6
 WARM_UP = 3
 """Steps of a run that do not count: the first ones pay for what is done once, and with staleness the pipeline fills."""
 
@@ -114,8 +123,8 @@ NOTHING = Constants(EngineRates(1.0, 0.0), TrainerRates(0.0), 0.0, 0.0, 0.0)
 
 
 @contextmanager
-def watched(case: Case, ends: list[float]) -> Generator[None]:
-    """Lengths are forced, and the ends of steps noted; what is changed for that is put back."""
+def watched(case: Case, ends: list[float], clock: Callable[[], float]) -> Generator[None]:
+    """Lengths are forced, the ends of steps noted, and phases timed by the clock; what is changed for that is put back."""
     log, generates = FileTracker.log, [engine.generate for engine in ENGINES]
 
     def forced(generate: Any) -> Any:
@@ -127,23 +136,25 @@ def watched(case: Case, ends: list[float]) -> Generator[None]:
 
     def noted(self: FileTracker, step: int, metrics: dict[str, float]) -> None:
         log(self, step, metrics)
-        ends.append(time.perf_counter())
+        ends.append(clock())
 
     try:
+        sluice.run.time = SimpleNamespace(perf_counter=clock)  # type: ignore[assignment]
         FileTracker.log = noted  # type: ignore[method-assign]
         for engine, generate in zip(ENGINES, generates, strict=True):
             engine.generate = forced(generate)  # type: ignore[method-assign]
         yield
     finally:
+        sluice.run.time = time
         FileTracker.log = log  # type: ignore[method-assign]
         for engine, generate in zip(ENGINES, generates, strict=True):
             engine.generate = generate  # type: ignore[method-assign]
 
 
-def measured(folder: Path, case: Case, steps: int) -> dict[str, float]:
+def measured(folder: Path, case: Case, steps: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Mean seconds of a step of a real run, in all (`step`) and by phase."""
     ends: list[float] = []
-    with tempfile.TemporaryDirectory() as runs, watched(case, ends), redirect_stdout(StringIO()):
+    with tempfile.TemporaryDirectory() as runs, watched(case, ends, clock), redirect_stdout(StringIO()):
         words = [
             f"model.path={folder / 'model'}",
             "model.random_weights=true",
@@ -211,7 +222,7 @@ def fit(cases: list[Case], times: list[dict[str, float]], steps: int) -> Constan
     update_s, token_s, sample_s = least_squares(trained, [t["train"] + t["checks"] for t in times])
     record_s, record_token_s = least_squares([[1.0, tokens] for _, tokens, *_ in work], [t["record"] for t in times])
     return Constants(
-        EngineRates(step_s, sequence_s, cached_token_s, request_s=request_s),
+        EngineRates(max(step_s, LEAST_STEP_S), sequence_s, cached_token_s, request_s=request_s),
         TrainerRates(token_s, update_s=update_s, sample_s=sample_s),
         publication_s=median(t["publish"] for t in times),
         record_s=record_s,
@@ -238,10 +249,10 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     lines: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(folder / "model", "1M", weights=False)
+        save(folder / "model", SIZE, weights=False)
         write_prompts(folder / "prompts.jsonl")
         for _ in range(args.rounds):
-            for case, said in one_round(folder, args.steps):
+            for case, said in (cpu_round if args.cpu_time else one_round)(folder, args.steps):
                 ratios.setdefault(str(case), []).append(said["predicted_s"] / said["measured_s"])
                 lines[str(case)] = said
                 print(
@@ -255,6 +266,12 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         "predicted_over_measured": {case: spread(found) for case, found in ratios.items()},
         "last": lines,
     }
+
+
+def cpu_round(folder: Path, steps: int) -> Generator[tuple[Case, dict[str, Any]]]:
+    constants = fit(FITTED, [measured(folder, case, steps, time.thread_time) for case in FITTED], steps)
+    for case in PREDICTED:
+        yield compared(folder, case, constants, steps, time.thread_time)
 
 
 def one_round(folder: Path, steps: int) -> Generator[tuple[Case, dict[str, Any]]]:
@@ -271,8 +288,10 @@ def one_round(folder: Path, steps: int) -> Generator[tuple[Case, dict[str, Any]]
         yield found, said | {"slowdown": rounded(factor)}
 
 
-def compared(folder: Path, case: Case, constants: Constants, steps: int) -> tuple[Case, dict[str, Any]]:
-    found = measured(folder, case, steps)
+def compared(
+    folder: Path, case: Case, constants: Constants, steps: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Case, dict[str, Any]]:
+    found = measured(folder, case, steps, clock)
     return case, {
         "measured_s": rounded(found["step"]),
         "predicted_s": rounded(predicted(constants, case, steps)),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from distributions import Distribution, LogNormal
 from simulated_engine import EngineFailures, EngineRates, EngineSetting
-from simulated_run import Agent, Distribution, LogNormal, Setting, TrainerFailures, TrainerRates, warm_up_steps
+from simulated_run import Agent, Setting, warm_up_steps
+from simulated_trainer import TrainerFailures, TrainerRates
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import sluice  # noqa: F401  before torch: sets GOMP_SPINCOUNT
 import calibration
 import driver
 from clusters import H100, LENGTHS, MODELS, Cluster, fewest_training_gpus
-from measuring import parser, positive, reported, rounded
+from measuring import parser, positive, reported, rounded, skip
 from simulated_run import Outcome, simulate
 
 SHARES = (1 / 32, 1 / 16, 1 / 10, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
@@ -35,7 +35,7 @@ SHARES = (1 / 32, 1 / 16, 1 / 10, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 
 SEARCH_STEPS = 6
 """That count, of the simulations that only look for the best split."""
 FAILURES = {f"one per {hours:,} GPU hours": float(hours) for hours in (50_000, 500, 50)}
-LONG_ENOUGH = 0.97
+ENOUGH = 0.97
 """Share of the throughput with tools without end that a number of workers must keep to be enough."""
 
 
@@ -95,7 +95,7 @@ def best_split(cluster: Cluster, simulated: Simulations, start: int | None = Non
 # The three tables
 
 
-def scaling(args: argparse.Namespace, simulated: Simulations) -> list[dict[str, Any]]:
+def scaling(args: argparse.Namespace, simulated: Simulations, said: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print(
         f"{args.model}, {args.lengths} lengths, {args.groups} × {args.group_size} responses a step, H100\n"
@@ -106,7 +106,7 @@ def scaling(args: argparse.Namespace, simulated: Simulations) -> list[dict[str, 
             MODELS[args.model], gpus, None, 0, H100, LENGTHS[args.lengths], args.groups, args.group_size, args.steps
         )
         if gpus < whole.model.replica_gpus or gpus < fewest_training_gpus(whole.model, H100):
-            print(f"  {gpus:4}  too few for {args.model}")
+            skip(said, f"{gpus} GPUs, which are too few for {args.model}")
             continue
         (in_turn,) = simulated([whole])
         rows.append(told("in turn", whole, in_turn, in_turn))
@@ -193,7 +193,7 @@ def agents(args: argparse.Namespace, simulated: Simulations, best: Mapping[int, 
         kept = {
             c.tool_workers: o.tokens_per_s / free.tokens_per_s for c, o in zip(limited, simulated(limited), strict=True)
         }
-        enough = next((number for number, share in kept.items() if share >= LONG_ENOUGH), free.most_tools_at_once)
+        enough = next((number for number, share in kept.items() if share >= ENOUGH), free.most_tools_at_once)
         rows.append(
             {
                 "what": "agents",
@@ -216,7 +216,7 @@ def agents(args: argparse.Namespace, simulated: Simulations, best: Mapping[int, 
 
 
 def best_asynchronous(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[int, Cluster]:
-    """By number of GPUs, the best layout of the table with the staleness that `--agents-staleness` names."""
+    """By number of GPUs, the best layout of the table with the lowest staleness above 0."""
     return {
         row["gpus"]: Cluster(
             MODELS[args.model],
@@ -230,7 +230,8 @@ def best_asynchronous(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]
             args.steps,
         )
         for row in rows
-        if row["training_gpus"] and row["max_staleness"] == min(a for a in args.max_staleness if a)
+        if row["training_gpus"]
+        and row["max_staleness"] == min((age for age in args.max_staleness if age), default=None)
     }
 
 
@@ -238,6 +239,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=3)
     options.add_argument(
         "--calibrate", action="store_true", help="make real steps, and print predicted beside measured"
+    )
+    options.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="calibrate by the seconds that are computed, on a machine that is busy; synchronous runs only",
     )
     options.add_argument("--driver", action="store_true", help="measure what one process can pass through")
     options.add_argument("--gpus", type=positive, nargs="+", default=[8, 64, 256, 1024])
@@ -269,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.calibrate or args.driver:
             return
         with simulations(args.jobs) as simulated:
-            said["results"] += scaling(args, simulated)
+            said["results"] += scaling(args, simulated, said)
             best = best_asynchronous(args, said["results"])
             if best and not args.only_scaling:
                 said["results"] += failures(args, simulated, best)

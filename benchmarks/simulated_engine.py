@@ -22,8 +22,8 @@ from typing import Any
 from sluice.interfaces import Weights
 from sluice.types import Completion, Sampling
 
-_ROUNDING = 1e-3
-"""Tokens by which a sequence may miss its end by the rounding of the clock."""
+_ROUNDING = 1e-6
+"""Tokens by which sequences that end together may be apart by rounding."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class EngineRates:
     """Of computing a prompt, per token; nothing is decoded meanwhile."""
     request_s: float = 0.0
     """Of taking a request up; nothing is decoded meanwhile."""
+
+    def __post_init__(self) -> None:
+        if self.step_s + self.sequence_s + self.cached_token_s <= 0:
+            raise ValueError(f"decoding takes no time in {self}")
 
     def decode_s(self, num_tokens: float, active: int, cached: float) -> float:
         """Of `num_tokens` steps with `active` sequences, which have `cached` tokens before the first one and grow by one in each."""
@@ -156,11 +160,15 @@ class _Replica:
             left = max(0.0, self.active[0][0] - self.made)
             begin = max(self._at, self._held_until)
             due = begin + self.rates.decode_s(left, len(self.active), self.cached)
-            self._timer = self.engine.loop.call_at(due, self._ended)
+            self._timer = self.engine.loop.call_at(due, self._ended, self.active[0][0])
 
-    def _ended(self) -> None:
+    def _ended(self, at_least: float) -> None:
+        """So many steps have been made, whatever rounding says."""
         self._timer = None
         self.catch_up()
+        if self.made < at_least:
+            self.cached += (at_least - self.made) * len(self.active)
+            self.made = at_least
         while self.active and self.active[0][0] <= self.made + _ROUNDING:
             _, _, request = heapq.heappop(self.active)
             self.cached -= request.prompt_tokens + request.length

@@ -7,104 +7,30 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
 import virtual_time
+from distributions import Distribution
 from simulated_engine import EngineSetting, SimulatedEngine
+from simulated_trainer import SimulatedTrainer, TrainerFailures, TrainerRates
 from sluice.algorithms import resolve
 from sluice.checks import CHECKS, Checker
-from sluice.data.batch import Minibatch, Packing
+from sluice.data.batch import Packing
 from sluice.interfaces import Policy
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
-from sluice.tracking.metrics import Metrics
 from sluice.train import train
-from sluice.trainers.dry import DryTrainer
 from sluice.types import Group, Message, Prompt, Sample, Sampling, Trajectory
 from sluice.waits import Wait
 
 CHECKED = ("staleness", "trained_once", "groups_whole", "loss_mask", "outcome_budget")
 """Checks that have something to look at without a model; what one of them finds ends the simulation."""
 NEVER_S = 1e9
-_NORMAL = NormalDist()
-
-
-@dataclass(frozen=True)
-class LogNormal:
-    """By its median and its 99th percentile; what lies above `longest` is cut off there."""
-
-    median: float
-    p99: float
-    longest: float = math.inf
-
-    @property
-    def sigma(self) -> float:
-        return math.log(self.p99 / self.median) / _NORMAL.inv_cdf(0.99)
-
-    def at(self, share: float) -> float:
-        """The value that this share of all is below."""
-        return min(self.longest, self.median * math.exp(self.sigma * _NORMAL.inv_cdf(share)))
-
-    def mean(self, power: int = 1) -> float:
-        """Of the values to this power."""
-        return sum(self.at((i + 0.5) / 4096) ** power for i in range(4096)) / 4096
-
-    def length(self, sampling: Sampling) -> int:
-        """Of the response to a request: it depends on its seed alone."""
-        return max(1, round(self.at((sampling.seed + 0.5) / 2**63)))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Always the same."""
-
-    value: float
-
-    def at(self, share: float) -> float:
-        return self.value
-
-    def mean(self, power: int = 1) -> float:
-        return self.value**power
-
-    def length(self, sampling: Sampling) -> int:
-        return int(self.value)
-
-
-Distribution = LogNormal | Fixed
-
-
-@dataclass(frozen=True)
-class TrainerRates:
-    """What training takes, in seconds of one of `ranks` that share the samples of an update."""
-
-    token_s: float
-    squared_token_s: float = 0.0
-    """Of attention: per squared token of a sample."""
-    update_s: float = 0.0
-    """Of an update, whatever it trains on."""
-    sample_s: float = 0.0
-    ranks: int = 1
-
-    def seconds(self, lengths: Sequence[float]) -> float:
-        """Of one update. A sample is never cut, so no rank has less to do than the longest sample."""
-        each = [self.sample_s + n * self.token_s + n * n * self.squared_token_s for n in lengths]
-        return self.update_s + max(math.fsum(each) / self.ranks, max(each, default=0.0))
-
-
-@dataclass(frozen=True)
-class TrainerFailures:
-    """One rank that fails takes all of them down, and what was done since the last checkpoint is done again."""
-
-    between_s: float
-    """Mean time between two failures of any rank."""
-    restart_s: float
-    checkpoint_every_steps: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +56,7 @@ class Setting:
     num_steps: int
     prompt_tokens: int = 256
     updates_per_batch: int = 1
-    reward_s: Distribution = Fixed(0.0)
+    reward_s: Distribution | None = None
     agent: Agent | None = None
     trainer_failures: TrainerFailures | None = None
     record_s: float = 0.0
@@ -190,7 +116,15 @@ def simulate(setting: Setting, warm_up: int | None = None) -> Outcome:
 
 async def _simulated(setting: Setting, warm_up: int) -> Outcome:
     engine = SimulatedEngine(setting.engine, setting.lengths.length, setting.seed)
-    trainer = SimulatedTrainer(setting)
+    trainer = SimulatedTrainer(
+        setting.trainer,
+        setting.trainer_failures,
+        shared_tokens=setting.prompt_tokens
+        * (1 - 1 / setting.group_size),  # a packed row has the prompt of a group once
+        updates_per_batch=setting.updates_per_batch,
+        micro_batches=setting.micro_batches,
+        seed=setting.seed,
+    )
     environment = Environment(setting)
     notes = Notes(engine, trainer, environment, warm_up)
     try:
@@ -234,61 +168,6 @@ def _run(setting: Setting, engine: Any, trainer: Any, environment: Any, notes: N
         stop_at_reward=None,
         checkpoints=Recording(setting),
     )
-
-
-class SimulatedTrainer(DryTrainer):
-    def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        self.setting = setting
-        self.loop: Any = asyncio.get_running_loop()
-        self.busy_s = 0.0
-        self.num_failures = 0
-        self._num_updates = 0
-        self._checkpoint_at = 0.0
-        self._random = random.Random(f"trainer's failures {setting.seed}")
-        self._next_failure = self._after(0.0)
-
-    async def forward_backward(self, minibatch: Minibatch, loss: Callable[..., Any] | None) -> Metrics:
-        samples = [sample for micro_batch in minibatch.micro_batches for sample in micro_batch.samples]
-        seconds = self.setting.trainer.seconds([_trained_tokens(sample, self.setting) for sample in samples])
-        self.busy_s += seconds
-        parts = self.setting.micro_batches
-        if parts is None:
-            await self._worked(seconds)
-            return Metrics()
-        for _ in range(parts):
-            self.loop.block(seconds / parts)
-            for _ in range(10):  # as sluice.trainers.local lets others work
-                await asyncio.sleep(0)
-        return Metrics()
-
-    async def optim_step(self) -> Metrics:
-        failures = self.setting.trainer_failures
-        self._num_updates += 1
-        if failures and self._num_updates % (failures.checkpoint_every_steps * self.setting.updates_per_batch) == 0:
-            self._checkpoint_at = self.loop.time()
-        return Metrics()
-
-    async def _worked(self, seconds: float) -> None:
-        """So many seconds, and what failures cost beside them."""
-        failures = self.setting.trainer_failures
-        while failures and self._next_failure < self.loop.time() + seconds:
-            self.num_failures += 1
-            done_again = min(self._next_failure, self.loop.time()) - self._checkpoint_at
-            up_at = self._next_failure + failures.restart_s
-            await asyncio.sleep(max(0.0, up_at - self.loop.time()) + done_again)
-            self._checkpoint_at = self.loop.time() - done_again
-            self._next_failure = self._after(self.loop.time())
-        await asyncio.sleep(seconds)
-
-    def _after(self, now: float) -> float:
-        failures = self.setting.trainer_failures
-        return now + self._random.expovariate(1 / failures.between_s) if failures else math.inf
-
-
-def _trained_tokens(sample: Sample, setting: Setting) -> float:
-    """A packed row has the prompt of a group once."""
-    return sum(sample.token_ids) - setting.prompt_tokens * (1 - 1 / setting.group_size)
 
 
 class Environment:
@@ -352,8 +231,8 @@ class SimulatedRubric:
 
     async def score(self, prompt: Prompt, trajectory: Trajectory, wait: Wait) -> None:
         share = self._random.random()
-        if seconds := self.reward_s.at(share):
-            await asyncio.sleep(seconds)
+        if self.reward_s:
+            await asyncio.sleep(self.reward_s.at(share))
         trajectory.outcome, trajectory.reward = "scored", float(share < 0.5)
 
 

@@ -27,7 +27,14 @@ def sim() -> Iterator[Any]:
         patch.syspath_prepend(str(BENCHMARKS))
         patch.setattr(sys, "dont_write_bytecode", True)
         names: dict[str, Any] = {}
-        for module in ("virtual_time", "simulated_engine", "simulated_run", "clusters"):
+        for module in (
+            "virtual_time",
+            "distributions",
+            "simulated_engine",
+            "simulated_trainer",
+            "simulated_run",
+            "clusters",
+        ):
             names |= vars(importlib.import_module(module))
         yield type("Simulation", (), {name: staticmethod(v) if callable(v) else v for name, v in names.items()})
     for name, module in list(sys.modules.items()):
@@ -200,7 +207,7 @@ def test_a_failed_engine_costs_what_it_had_decoded_and_its_restart(sim: Any):
 def test_a_failed_trainer_does_the_steps_since_its_checkpoint_again(sim: Any, monkeypatch: pytest.MonkeyPatch):
     """At 3.0 s, in the second update, which began at 2.6; the checkpoint is of 1.6: 7 s of restart, and 1.4 s again."""
     failures = sim.TrainerFailures(between_s=1e12, restart_s=7.0, checkpoint_every_steps=1)
-    module = sys.modules["simulated_run"]
+    module = sys.modules["simulated_trainer"]
     monkeypatch.setattr(
         module.SimulatedTrainer, "_after", lambda self, now: 3.0 if now == 0.0 else float("inf"), raising=True
     )
