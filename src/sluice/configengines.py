@@ -20,6 +20,11 @@ class EmbeddedEngine(Section):
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
+    publication: Literal["shared_memory", "broadcast", "disk"] = "shared_memory"
+    """How weights reach its own process. shared_memory: through memory of this machine. broadcast: by NCCL or gloo, in buckets, without a
+    copy in between. disk: as a model folder."""
+    publication_folder: str | None = None
+    """Where publication=disk puts that folder; left out, `weights` in the run folder."""
     max_restarts: NonNegativeInt = 3
     """Times in a run that its own process is started again after it died; then the run fails."""
     num_slots: PositiveInt = 256
@@ -41,11 +46,16 @@ class EmbeddedEngine(Section):
                     "trainer's own weights, so nothing can be sampled while they change; set engine.process=own, or "
                     "rollout.max_staleness=0"
                 )
-            for name in ("num_threads", "on_new_weights", "max_restarts"):
+            for name in ("num_threads", "on_new_weights", "publication", "publication_folder", "max_restarts"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
                         f"engine.{name} has no effect with engine.process=trainer; leave it out, or set engine.process=own"
                     )
+        elif self.publication_folder is not None and self.publication != "disk":
+            raise ValueError(
+                f"engine.publication_folder has no effect with engine.publication={self.publication}; leave it out, or set "
+                "engine.publication=disk"
+            )
         elif max_staleness == 0 and self.on_new_weights == "finish":
             raise ValueError(
                 "engine.on_new_weights=finish has no effect with rollout.max_staleness=0, where nothing is unfinished when weights "

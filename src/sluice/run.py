@@ -102,6 +102,8 @@ class Run:
     """Whether `stop_at_reward` has made the present step the last."""
     fingerprint: str | None = None
     """Of these weights; None without any."""
+    published_bytes: int = 0
+    """Moved for the last publication."""
     engine_failure: str = ""
     """The failure of the engine that was told last."""
     waits: Waits = field(default_factory=Waits)

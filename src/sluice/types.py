@@ -43,6 +43,8 @@ class Sampling:
     """Token ids that end the completion; the id is kept as the last token."""
     seed: int = 0
     """Seeds this completion alone: which draws it gets does not depend on what is sampled beside it."""
+    num_drawn: int = 0
+    """Of its draws, those that are used up: the last tokens of the prompt were drawn with them, and the completion goes on from there."""
 
 
 @dataclass

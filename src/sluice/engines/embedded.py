@@ -11,7 +11,8 @@ import asyncio
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Sequence, Sized
+from contextlib import asynccontextmanager
 from itertools import islice
 
 import torch
@@ -64,6 +65,7 @@ class EmbeddedEngine:
         self._waiting: deque[Request] = deque()
         self._closed = False
         self._is_admitting = True
+        self._stepping = asyncio.Lock()
         self._none_active = asyncio.Event()
         self._wanted: Counter[bytes] = Counter()
         """How many waiting requests want each prompt; its prefix is kept as long as one does."""
@@ -91,7 +93,7 @@ class EmbeddedEngine:
             self._driver = asyncio.create_task(self._drive())
         return await request.done
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """The weights are the model's own; what was copied from the old ones or computed with them is made anew or dropped."""
         if weights.model is not self.model:
             raise EngineError(
@@ -108,6 +110,23 @@ class EmbeddedEngine:
         self._prefixes.clear()
         self._decoder.refresh()
         self._head_weight = self.model.head_weight()
+        return 0
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None]:
+        """No token is made meanwhile."""
+        async with self._stepping:
+            yield
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """By the seed of its sampling, what each sequence that is decoded has so far."""
+        made: dict[int, Completion] = {}
+        counts = (self._active.state["count"] - self._active.state["done"].long()).tolist() if self._active else []
+        for slot, request in enumerate(self._active.requests):
+            if count := counts[slot]:  # the last token of one that is done is drawn again, and ends it again
+                tokens, logprobs = (self._active.state[name][slot, :count] for name in ("tokens", "logprobs"))
+                made[request.sampling.seed] = request.completion(tokens, logprobs, "abort")
+        return made
 
     async def finish_active(self) -> None:
         """Let the completions that are decoded end, and begin no others before the weights are new."""
@@ -144,8 +163,9 @@ class EmbeddedEngine:
         try:
             await settled(self._waiting)
             while self._waiting or self._active:
-                with self._threads.step():
-                    self._step()
+                async with self._stepping:
+                    with self._threads.step():
+                        self._step()
                 if not self._active:
                     self._none_active.set()
                 await asyncio.sleep(0)
@@ -323,18 +343,9 @@ class EmbeddedEngine:
         tokens, logprobs = state["tokens"][rows].cpu(), state["logprobs"][rows].cpu()
         for i, slot in enumerate(slots):
             request, count = self._active.requests[slot], counts[i]
-            reason: FinishReason = "stop" if stopped[i] else "length"
             if not request.done.done():
-                request.done.set_result(
-                    Completion(
-                        token_ids=tokens[i, :count].tolist(),
-                        logprobs=logprobs[i, :count].tolist(),
-                        finish_reason=reason,
-                        policy_versions=request.policy_versions(count),
-                        temperature=request.sampling.temperature,
-                        kept_ids=request.kept_ids if any(request.kept_ids) else [],
-                    )
-                )
+                reason: FinishReason = "stop" if stopped[i] else "length"
+                request.done.set_result(request.completion(tokens[i, :count], logprobs[i, :count], reason))
         for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
             self._active.free(slot)
 

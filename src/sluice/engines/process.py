@@ -9,28 +9,28 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from sluice.connection import Answer, Connection, Died
 from sluice.engines.embedded import EmbeddedEngine, settled
-from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Load, Update
+from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Unfinished, Update
 from sluice.errors import EngineError, SluiceError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Process
 from sluice.types import Completion, Sampling
-from sluice.weights.shared_memory import SharedWeights
+from sluice.weights.publication import Link, Publication, WeightsMoved
 
 START_LIMIT_S = 300.0
 """For its imports, and for making the model."""
 PUBLISH_LIMIT_S = 300.0
 """For taking over weights, and for their fingerprint."""
+ASK_LIMIT_S = 60.0
+"""For what it can say at once."""
 
 T = TypeVar("T")
 
@@ -45,34 +45,36 @@ class _Request:
 class EngineProcess:
     def __init__(
         self,
-        weights: Iterable[tuple[str, Tensor]],
-        engine: Callable[[Load], EmbeddedEngine],
+        publication: Publication,
+        engine: Callable[[], EmbeddedEngine],
         *,
         synchronous: bool,
         finish_limit_s: float | None,
         max_restarts: int,
     ) -> None:
-        """`weights` say what is published: tensors of these names, shapes and dtypes, of which the numbers do not matter yet.
-        `engine` makes the engine in the other process, where it must be importable; its model has such weights, and `Load` puts the
-        numbers into them.
+        """`publication` is how weights get to it. `engine` makes the engine in the other process, where it must be importable, with a
+        model whose weights do not matter yet.
 
         `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
         long at most; None: they go on with the new ones.
         """
-        self.version = 0
+        self.version = -1
+        """Of the weights that were published last."""
         self.log: Path | None = None
-        """File for what the process prints; it is told before there is one."""
         self.tell: Callable[[str, str], None] = lambda kind, text: None
-        """Takes kind and text of an event."""
         self._engine = engine
         self._synchronous = synchronous
         self._finish_limit_s = finish_limit_s
         self._max_restarts = self._restarts_left = max_restarts
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._shared = SharedWeights(weights)
+        self._publication = publication
+        self._link: Link
+        """With the process that is connected."""
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        """Answers come in the order of what was asked."""
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
         """All that are not answered, in the order in which they came."""
@@ -94,21 +96,41 @@ class EngineProcess:
             if answer.cancelled() and self._connection:
                 self._connection.send(Cancel(number))
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """Raises EngineError when the process has died more often than it may."""
         async with self._connecting:  # one that begins reads them
-            await weights.copy_to(self._shared)
+            num_bytes = await self._publication.publish(weights, version)
             self.version = version
-        await self._persistently(self._publish)
+        await self._persistently(self._deliver)
+        self._post_soon(set())  # what waited for weights
+        return num_bytes
 
-    async def _publish(self, connection: Connection) -> None:
-        if connection.version != self.version:
-            update = Update(self.version, finish=self._finish_limit_s is not None)
-            await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
-            connection.version = self.version
+    async def _deliver(self, connection: Connection) -> None:
+        if connection.version == self.version:
+            return
+        link = self._link
+        update = Update(self.version, finish=self._finish_limit_s is not None)
+        limit_s = PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0)
+        async with self._asking:
+            await link.deliver(update.version, lambda: connection.ask(update, limit_s))
+        connection.version = update.version
 
     async def fingerprint(self) -> str | None:
-        return await self._persistently(lambda connection: connection.ask(Fingerprint(), PUBLISH_LIMIT_S))
+        async def ask(connection: Connection) -> str | None:
+            async with self._asking:
+                return await connection.ask(Fingerprint(), PUBLISH_LIMIT_S)
+
+        return await self._persistently(ask)
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """As the embedded engine does; nothing while no process is connected."""
+        connection = self._connection
+        if connection is None or not self._requests:
+            return {}
+        with suppress(Died):
+            async with self._asking:
+                return await connection.ask(Unfinished(), ASK_LIMIT_S)
+        return {}
 
     async def close(self) -> None:
         self._closed = True
@@ -117,7 +139,12 @@ class EngineProcess:
         if self._connection:
             self._connection.end("the engine was closed")
         self._refuse("the engine was closed")
-        self._shared.close()
+        self._publication.close()
+
+    def belongs_to(self, folder: Path, tell: Callable[[str, str], None]) -> None:
+        """A run: what the process prints goes to a file in its folder, and events to `tell`, which takes kind and text."""
+        self.log, self.tell = folder / "engine.log", tell
+        self._publication.belongs_to(folder)
 
     def status(self) -> str:
         """What it does at the moment, for people."""
@@ -126,7 +153,8 @@ class EngineProcess:
             where = "a process that is starting" if self._connecting.locked() else "no process"
         else:
             where = f"process {connection.process.pid}"
-        return f"{where}: {len(self._requests)} completions are asked for; weights of version {self.version}"
+        weights = f"weights of version {self.version}" if self.version >= 0 else "no weights yet"
+        return f"{where}: {len(self._requests)} completions are asked for; {weights}"
 
     # -- the process --
 
@@ -153,7 +181,7 @@ class EngineProcess:
                     folder=self._folder,
                     log=self.log,
                     variables={},
-                    pass_fds=[self._shared.fd],
+                    pass_fds=self._publication.fds,
                 )
             try:
                 reader, writer = await asyncio.open_connection(sock=process.socket)
@@ -161,14 +189,16 @@ class EngineProcess:
                 process.kill()
                 raise
             connection = Connection(process, reader, writer, self._take, self._ended)
+            self._link = self._publication.link()
             try:
-                await connection.ask(Begin(self._engine, self._shared.fd, self.version), START_LIMIT_S)
+                await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
+                with suppress(WeightsMoved):  # it gets the next ones
+                    await self._deliver(connection)
             except BaseException as error:
                 connection.end(f"it did not start: {error}")
                 if isinstance(error, SluiceError) and not isinstance(error, Died):
                     raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
                 raise
-            connection.version = self.version
             self._connection = connection
             return connection
 
@@ -205,7 +235,7 @@ class EngineProcess:
 
     def _post_soon(self, numbers: set[int]) -> None:
         self._unsent |= numbers
-        if self._posting is None:
+        if self._unsent and self._posting is None:
             self._posting = asyncio.create_task(self._post())
 
     async def _post(self) -> None:
@@ -213,6 +243,8 @@ class EngineProcess:
             if self._synchronous:
                 await settled(self._unsent)
             connection = await self._connected()
+            if connection.version < 0:
+                return  # until it has weights
             numbers = sorted(self._unsent & self._requests.keys())
             self._unsent.clear()
             requests = [
@@ -225,7 +257,8 @@ class EngineProcess:
             self._refuse(str(error))
         finally:
             self._posting = None
-            if self._unsent and not self._closed and self._restarts_left >= 0:
+            has_none = self._connection is not None and self._connection.version < 0
+            if self._unsent and not has_none and not self._closed and self._restarts_left >= 0:
                 self._post_soon(set())
 
     def _take(self, number: int, answer: Answer) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.weights.publication import Publication
 
 
 def engine_and_trainer(
@@ -53,14 +54,33 @@ def engine_and_trainer(
 
     from sluice.engines.process import EngineProcess
 
+    finish_limit_s = config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None
     apart = EngineProcess(
-        model.named_weights(),
+        publication_of(config.engine, model, finish_limit_s or 0.0),
         partial(engine_apart, config),
         synchronous=config.rollout.max_staleness == 0,
-        finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
+        finish_limit_s=finish_limit_s,
         max_restarts=config.engine.max_restarts,
     )
     return apart, trainer, packing, eos_ids
+
+
+def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun."""
+    match settings.publication:
+        case "shared_memory":
+            from sluice.weights.shared_memory import SharedMemory
+
+            return SharedMemory(model.named_weights())
+        case "broadcast":
+            from sluice.engines.process import PUBLISH_LIMIT_S
+            from sluice.weights.broadcast import Broadcast
+
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s)
+        case "disk":
+            from sluice.weights.disk import Disk
+
+            return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -78,14 +98,13 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
     )
 
 
-def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
-    """In a process of its own, with weights that are loaded from elsewhere."""
+def engine_apart(config: TrainConfig) -> Embedded:
+    """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
     set_up_process(engine_threads(config.engine))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
-    load(model)
     return embedded_engine(config.engine, model, chat)
 
 

@@ -167,7 +167,7 @@ def _assembled(
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
     if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
-        engine.log, engine.tell = rundir.path / "engine.log", tracker.event
+        engine.belongs_to(rundir.path, tracker.event)
     return Run(
         engine=engine,
         trainer=trainer,
@@ -307,12 +307,20 @@ def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
 @contextmanager
 def _stopping_on_sigterm(run: Run) -> Generator[None]:
     """The first SIGTERM lets an update that has begun end, and no other begin; the second one ends the process."""
+    from sluice.checkpoint import note_unfinished
+
+    async def leave() -> None:
+        try:
+            await note_unfinished(run)  # before the workers end, and what they asked for with them
+        finally:
+            await run.buffer.stop()
+
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
     def stop(*_: object) -> None:  # not a handler of the loop's own: user code may block the loop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(run.buffer.stop())))
+        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(leave())))
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
         yield

@@ -119,8 +119,9 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         elif device == "cuda" and (free := _cuda_free()) is not None:
             cache = min(cache, free / 2)
         copies = decoder_bytes(policy, width, device)
-        if config.engine.process == "own":  # its own model, and what the trainer publishes through
-            copies += (2 if device == "cpu" else 1) * policy.num_parameters * width
+        if config.engine.process == "own":  # its own model, and what it is published through
+            between = device == "cpu" and config.engine.publication != "broadcast"
+            copies += (1 + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))

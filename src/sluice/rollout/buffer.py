@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from sluice.errors import RolloutError, RunStopped
+from sluice.rollout.calls import Call, Calls
 from sluice.types import Group
 
 
@@ -38,6 +39,8 @@ class BufferState:
     """All from `head` on below it that are not in `done` are out: their groups are sampled (again)."""
     failed_in_a_row: int = 0
     done: dict[int, Group] = field(default_factory=dict[int, Group])
+    calls: dict[int, Call] = field(default_factory=dict[int, Call])
+    """What the engine has made for those that are out, by seed."""
 
 
 class GroupBuffer:
@@ -51,6 +54,7 @@ class GroupBuffer:
         self.limits = limits
         self.head, self.next_ticket = state.head, state.next_ticket
         self.done = dict(state.done)  # behind the head
+        self.calls = Calls(state.calls)
         self._again = deque(t for t in range(state.head, state.next_ticket) if t not in state.done)
         self._free = self.num_slots - len(self._again) - sum(not group.rejected for group in self.done.values())
         self._rejected_slots = 0  # of rejected groups, not given back yet
@@ -70,7 +74,8 @@ class GroupBuffer:
         """
         if self.synchronous:
             return BufferState(self.head, self.head, self._failed_in_a_row)
-        return BufferState(self.head, self.next_ticket, self._failed_in_a_row, dict(self.done))
+        out = set(range(self.head, self.next_ticket)) - self.done.keys()
+        return BufferState(self.head, self.next_ticket, self._failed_in_a_row, dict(self.done), self.calls.state(out))
 
     async def admit(self) -> int:
         """Wait for a slot, then take the next ticket: the position of a prompt."""
@@ -88,6 +93,7 @@ class GroupBuffer:
             if group.id in self.done or not self.head <= group.id < self.next_ticket:
                 raise ValueError(f"ticket {group.id} is not out")
             self.done[group.id] = group
+            self.calls.forget(group.id)
             self._rejected_slots += bool(group.rejected)
             num_out = self.next_ticket - self.head - len(self.done)
             if not self.synchronous or num_out == 0:

@@ -8,18 +8,20 @@ from copy import deepcopy
 from dataclasses import replace
 
 from sluice.errors import EngineError, PromptTooLongError, boundary
+from sluice.rollout.calls import joined, rest_of
 from sluice.run import Run
 from sluice.types import Completion, Message, Sampling, Turn
 from sluice.waits import Wait
 
 
 class SamplingPolicy:
-    """One per trajectory. `seed` seeds its calls one after the other; `wait` is told when they wait for the engine."""
+    """One per trajectory, of the attempt `index` at the prompt of a ticket. `wait` is told when it waits for the engine."""
 
-    def __init__(self, run: Run, seed: str, wait: Wait) -> None:
+    def __init__(self, run: Run, ticket: int, index: int, wait: Wait) -> None:
         self.turns: list[Turn] = []
         self._run = run
-        self._seed = seed
+        self._ticket = ticket
+        self._seed = f"{run.seed}/{ticket}/{index}"  # of its calls, one after the other
         self._wait = wait
         self._num_calls = 0
         self._num_open = 0
@@ -41,14 +43,25 @@ class SamplingPolicy:
     async def _generate(self, prompt_ids: list[int]) -> Completion:
         sampling = replace(self._run.sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
         self._num_calls += 1  # not the number of turns: calls may run side by side
+        calls = self._run.buffer.calls
+        begun, is_all = calls.begin(self._ticket, prompt_ids, sampling)
+        if is_all:
+            return begun
         self._wait.at("engine", f"turn {self._num_calls}")
         self._num_open += 1
         try:
-            return await self._tried(prompt_ids, sampling)
+            completion = await self._completed(prompt_ids, sampling, begun)
         finally:
             self._num_open -= 1
             if not self._num_open:
                 self._wait.at("environment")
+        calls.finish(sampling.seed, completion)
+        return completion
+
+    async def _completed(self, prompt_ids: list[int], sampling: Sampling, begun: Completion | None) -> Completion:
+        if begun is None:
+            return await self._tried(prompt_ids, sampling)
+        return joined(begun, await self._tried(prompt_ids + begun.token_ids, rest_of(sampling, begun)))
 
     async def _tried(self, prompt_ids: list[int], sampling: Sampling) -> Completion:
         """The same seed every time: what is sampled does not depend on how often it was tried."""

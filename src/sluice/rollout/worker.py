@@ -72,7 +72,7 @@ async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
 async def _attempt(run: Run, ticket: int, prompt: Prompt, index: int) -> Trajectory | PromptTooLongError:
     """One attempt, scored."""
     with run.waits(f"rollout {ticket}.{index}", "environment", f"prompt {prompt.id}") as wait:
-        trajectory = await _played(run, prompt, SamplingPolicy(run, f"{run.seed}/{ticket}/{index}", wait))
+        trajectory = await _played(run, prompt, SamplingPolicy(run, ticket, index, wait))
         # an environment may say itself that it failed; no reward makes that a score
         if isinstance(trajectory, Trajectory) and trajectory.outcome not in ("error", "timeout"):
             await run.rubric.score(prompt, trajectory, wait)
