@@ -235,7 +235,7 @@ class SimulatedEngine:
             temperature=sampling.temperature,
         )
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """Under unfinished completions, whose later tokens are by the new ones."""
         for replica in self.replicas:
             replica.catch_up()
@@ -245,6 +245,11 @@ class SimulatedEngine:
         for replica in self.replicas:
             replica.catch_up()
             replica.note_version(version)
+        return 0
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """No checkpoint asks for them."""
+        return {}
 
     def status(self) -> str:
         return f"{sum(len(r.active) for r in self.replicas)} sequences are decoded, {len(self._waiting)} wait"
