@@ -9,12 +9,11 @@ from sluice.algorithms import Algorithm
 from sluice.config import FsdpTrainer, TrainConfig
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import check_heads, check_second, check_vocabulary
+from sluice.launch.checked import check_heads, check_second, check_vocabulary, num_cores
 from sluice.launch.models import (
     engine_threads,
     learner,
     load_policy,
-    num_cores,
     optimizer_settings,
     policy_updates,
     set_up_process,
@@ -140,7 +139,7 @@ def rank_threads(config: TrainConfig) -> int:
     """Of each rank of the trainer."""
     settings, engine = config.trainer, config.engine
     assert isinstance(settings, FsdpTrainer)
-    used = engine_threads(engine) if engine.name == "embedded" else 0
+    used = engine.replicas * engine_threads(engine) if engine.name == "embedded" else 0
     return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
 
 
