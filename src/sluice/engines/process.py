@@ -1,5 +1,7 @@
 """An embedded engine in a process of its own, with its own copy of the weights: it goes on generating while the trainer trains.
 
+Where the process runs is the business of what starts it: on this machine, or on another, which is sent the weights.
+
 One that dies is started again with the weights that were published last, and told again what it had not answered; since what a
 request draws depends on its seed only, no sample is lost.
 """
@@ -12,18 +14,19 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
-from sluice.connection import Answer, Connection, Died
+from sluice.connection import Answer, Connection
 from sluice.engines.embedded import EmbeddedEngine, settled
-from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Load, Update
+from sluice.engines.serving import Begin, Bucket, Cancel, Fingerprint, Generate, Load, Update
 from sluice.errors import EngineError, SluiceError, boundary
 from sluice.interfaces import Weights
-from sluice.processes import Process
+from sluice.processes import Died, Launch, Process
 from sluice.types import Completion, Sampling
 from sluice.weights.shared_memory import SharedWeights
 
@@ -31,6 +34,8 @@ START_LIMIT_S = 300.0
 """For its imports, and for making the model."""
 PUBLISH_LIMIT_S = 300.0
 """For taking over weights, and for their fingerprint."""
+BUCKET_BYTES = 64 * 2**20
+"""Of weights, in one message to another machine."""
 
 T = TypeVar("T")
 
@@ -51,6 +56,7 @@ class EngineProcess:
         synchronous: bool,
         finish_limit_s: float | None,
         max_restarts: int,
+        launch: Launch | None = None,
     ) -> None:
         """`weights` say what is published: tensors of these names, shapes and dtypes, of which the numbers do not matter yet.
         `engine` makes the engine in the other process, where it must be importable; its model has such weights, and `Load` puts the
@@ -59,6 +65,7 @@ class EngineProcess:
         `synchronous`: nothing is asked while weights change, and requests that are asked for together are begun together.
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
         long at most; None: they go on with the new ones.
+        `launch` starts the process somewhere; None: on this machine, where it sees the memory through which weights are published.
         """
         self.version = 0
         self.log: Path | None = None
@@ -71,6 +78,8 @@ class EngineProcess:
         self._max_restarts = self._restarts_left = max_restarts
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._shared = SharedWeights(weights)
+        self._launch: Launch = launch or partial(Process, pass_fds=[self._shared.fd])
+        self._weights_fd = None if launch else self._shared.fd
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._numbers = count()
@@ -103,9 +112,16 @@ class EngineProcess:
 
     async def _publish(self, connection: Connection) -> None:
         if connection.version != self.version:
+            await self._send_weights(connection)
             update = Update(self.version, finish=self._finish_limit_s is not None)
             await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
             connection.version = self.version
+
+    async def _send_weights(self, connection: Connection) -> None:
+        """To a process that does not see them; to the end, or it dies: half of them are taken over by none."""
+        if self._weights_fd is None:
+            for start in range(0, self._shared.num_bytes, BUCKET_BYTES):
+                await connection.ask(Bucket(start, self._shared.part(start, BUCKET_BYTES)), PUBLISH_LIMIT_S)
 
     async def fingerprint(self) -> str | None:
         return await self._persistently(lambda connection: connection.ask(Fingerprint(), PUBLISH_LIMIT_S))
@@ -122,10 +138,8 @@ class EngineProcess:
     def status(self) -> str:
         """What it does at the moment, for people."""
         connection = self._connection
-        if connection is None:
-            where = "a process that is starting" if self._connecting.locked() else "no process"
-        else:
-            where = f"process {connection.process.pid}"
+        no_process = "a process that is starting" if self._connecting.locked() else "no process"
+        where = str(connection.process) if connection else no_process
         return f"{where}: {len(self._requests)} completions are asked for; weights of version {self.version}"
 
     # -- the process --
@@ -147,22 +161,22 @@ class EngineProcess:
             if self._restarts_left < 0:
                 raise self._died_too_often()
             with boundary(EngineError, "the engine's process could not be started"):
-                process = Process(
-                    "sluice.engines.serving",
-                    path=self._path,
-                    folder=self._folder,
-                    log=self.log,
-                    variables={},
-                    pass_fds=[self._shared.fd],
+                process = self._launch(
+                    "sluice.engines.serving", path=self._path, folder=self._folder, log=self.log, variables={}
                 )
             try:
-                reader, writer = await asyncio.open_connection(sock=process.socket)
-            except BaseException:
+                pipe = await asyncio.to_thread(process.connect)
+                reader, writer = await asyncio.open_connection(sock=pipe)
+            except BaseException as error:
                 process.kill()
+                if isinstance(error, Died):
+                    self._count_death(str(error))
                 raise
             connection = Connection(process, reader, writer, self._take, self._ended)
             try:
-                await connection.ask(Begin(self._engine, self._shared.fd, self.version), START_LIMIT_S)
+                await connection.ask(Begin(self._engine, self._weights_fd, self.version), START_LIMIT_S)
+                if self._weights_fd is None:
+                    await self._publish(connection)
             except BaseException as error:
                 connection.end(f"it did not start: {error}")
                 if isinstance(error, SluiceError) and not isinstance(error, Died):
@@ -176,6 +190,9 @@ class EngineProcess:
         """What it had not answered is asked again."""
         if self._connection is connection:
             self._connection = None
+        self._count_death(cause)
+
+    def _count_death(self, cause: str) -> None:
         if self._closed:
             return
         self._restarts_left -= 1

@@ -32,7 +32,8 @@ class Begin:
     """The first message."""
 
     engine: Callable[[Load], EmbeddedEngine]
-    weights_fd: int
+    weights_fd: int | None
+    """Of the memory where the weights are; None: on another machine, and they will be sent."""
     version: int
     """Of the weights that are there."""
 
@@ -47,6 +48,15 @@ class Generate:
 @dataclass(frozen=True)
 class Cancel:
     number: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Weights for a process that sees no memory of the trainer's; they are taken over with the `Update` after the last one."""
+
+    start: int
+    """Of these bytes among all."""
+    part: bytes
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ class _Server:
             case Cancel(number):
                 if task := self.requests.get(number):
                     task.cancel()
+            case Bucket(start, part):
+                await self._answered(self._fill(start, part))
             case Update(version, finish):
                 self.tasks.create_task(self._answered(self._update(version, finish)))
             case Fingerprint():
@@ -112,10 +124,14 @@ class _Server:
     async def _begin(self, message: Begin) -> None:
         def load(model: LanguageModel) -> None:
             self.weights = SharedWeights(model.named_weights(), message.weights_fd)
-            self.weights.read(model.named_weights())
+            if message.weights_fd is not None:
+                self.weights.read(model.named_weights())
 
         self.engine = message.engine(load)
         self.engine.version = message.version
+
+    async def _fill(self, start: int, part: bytes) -> None:
+        self.weights.fill(start, part)
 
     async def _update(self, version: int, finish: bool) -> None:
         if finish:

@@ -26,7 +26,8 @@ class SharedWeights:
         self.fd = os.memfd_create("sluice weights") if fd is None else fd
         if fd is None:
             os.ftruncate(self.fd, self.num_bytes)
-        memory = torch.frombuffer(mmap.mmap(self.fd, self.num_bytes), dtype=torch.uint8)
+        self._memory = mmap.mmap(self.fd, self.num_bytes)
+        memory = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._tensors = {
             name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for (name, tensor), part in zip(named, memory.split(sizes), strict=True)
@@ -41,6 +42,13 @@ class SharedWeights:
     def read(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, weight in weights:
             weight.copy_(self._tensors[name])
+
+    def part(self, start: int, length: int) -> bytes:
+        """A copy of so many of the bytes, or of as many as there are from `start` on."""
+        return self._memory[start : start + length]
+
+    def fill(self, start: int, part: bytes) -> None:
+        self._memory[start : start + len(part)] = part
 
     def close(self) -> None:
         """The memory stays as long as a tensor of it does."""
