@@ -24,11 +24,11 @@ LEVELS = [
         "processes+connection",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
-    ["interfaces", "hooks", "config+configbase+configengines+configsafety+configtraining+configtree+configfile"],
+    ["interfaces", "hooks", "config+configbase+configengines+configplacement+configsafety+configtraining+configtree+configfile"],
     ["tracking"],
     ["run", "watchdog+dump"],
     ["algorithms"],
-    ["data", "rewards"],
+    ["data", "rewards", "distributed"],
     ["environments", "weights"],
     ["engines", "trainers"],
     ["rollout"],
@@ -49,6 +49,7 @@ HOMES = {
         *("rollout.metrics", "update", "checkpoint", "analysis.binary_reward"),
     },
     "matplotlib": {"viewer", "analysis.plots"},
+    "ray": {"distributed.placing"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},
 }
@@ -148,6 +149,7 @@ PLANTED = {
     "launch/models.py": ("import torch", "1 imports torch at the top"),
     "interfaces.py": ("def f():\n    import torch", "2 imports torch in a function"),
     "tracking/console.py": ("import matplotlib.pyplot as plt", "1 imports matplotlib at the top"),
+    "launch/placing.py": ("def f():\n    import ray", "2 imports ray in a function"),
     "engines/embedded.py": ("from multiprocessing import Pool", "1 imports multiprocessing at the top"),
 }
 ALLOWED = {

@@ -89,6 +89,6 @@ class ChecksSection(Section):
 
 RESUMABLE = (
     *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
-    *("checkpoint.", "checks.", "watchdog."),
+    *("placement.", "checkpoint.", "checks.", "watchdog."),
 )
 """Keys that may be other when a run goes on: none of them changes what was done until then."""

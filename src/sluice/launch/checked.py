@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
+    if config.placement.name == "ray" and not find_spec("ray"):
+        raise ConfigError(
+            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
+        )
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],

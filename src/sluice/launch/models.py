@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
+from sluice.configplacement import RayPlacement
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.interfaces import Engine, Trainer
+    from sluice.launch.placing import Placement
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
 
 
 def engine_and_trainer(
-    config: TrainConfig, checked: Checked, chat: Chat
+    config: TrainConfig, checked: Checked, chat: Chat, placement: Placement
 ) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
     packing = packing_of(config)
     if isinstance(config.trainer, LocalTrainer):
@@ -59,6 +61,7 @@ def engine_and_trainer(
         synchronous=config.rollout.max_staleness == 0,
         finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
         max_restarts=config.engine.max_restarts,
+        launch=placement.engine(0),
     )
     return apart, trainer, packing, eos_ids
 
@@ -81,7 +84,7 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
 def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
     """In a process of its own, with weights that are loaded from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
-    set_up_process(engine_threads(config.engine))
+    set_up_process(engine_threads(config))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
@@ -183,17 +186,19 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def engine_threads(settings: EmbeddedEngine) -> int:
+def engine_threads(config: TrainConfig) -> int:
     """Of an engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2)
+    assert isinstance(config.engine, EmbeddedEngine)
+    reserved = config.placement.engine_cpus if isinstance(config.placement, RayPlacement) else num_cores() // 2
+    return config.engine.num_threads or max(1, int(reserved))
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
     """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
-    engine = config.engine
-    if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
+    elsewhere = isinstance(config.placement, RayPlacement) and config.placement.address
+    if config.run.num_threads or not config.has_engine_apart() or elsewhere:
         return config.run.num_threads
-    return max(1, num_cores() - engine_threads(engine))
+    return max(1, num_cores() - engine_threads(config))
 
 
 def num_cores() -> int:

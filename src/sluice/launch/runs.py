@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import EmbeddedEngine, RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -22,6 +22,7 @@ from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_up_process, trained, trainer_threads
+from sluice.launch.placing import Placement, placement_of
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -62,14 +63,15 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
         set_up_process(trainer_threads(config))
-        parts = engine_and_trainer(config, checked, chat)
+        placement = stack.enter_context(placement_of(config))
+        parts = engine_and_trainer(config, checked, chat, placement)
         rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
         if not resume or config != config_of(resume):
             write_atomically(rundir.config, dump(resolved).encode())
-        run = _assembled(config, checked, chat, parts, rundir, saved)
+        run = _assembled(config, checked, chat, placement, parts, rundir, saved)
         seed_random_state(config.run.seed)
         if resume:
             _go_on(run, saved, damage)
@@ -146,7 +148,13 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
+    config: TrainConfig,
+    checked: Checked,
+    chat: Chat,
+    placement: Placement,
+    parts: Any,
+    rundir: RunDir,
+    saved: Saved | None,
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
     engine, trainer, packing, eos_ids = parts
@@ -158,13 +166,13 @@ def _assembled(
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
+    if config.has_engine_apart():
         engine.log, engine.tell = rundir.path / "engine.log", tracker.event
     return Run(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
-        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log"),
+        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log", launch=placement.reward),
         chat=chat,
         buffer=GroupBuffer(
             rollout.groups_per_step, rollout.max_staleness, limits, saved.buffer_state(prompts) if saved else None

@@ -1,0 +1,66 @@
+"""From a config to the places of a run's processes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sluice.config import TrainConfig
+from sluice.configplacement import RayPlacement
+from sluice.processes import Launch, Process
+
+if TYPE_CHECKING:
+    from sluice.distributed.placing import Cluster, Place
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the processes of a run are started."""
+
+    cluster: Cluster | None = None
+    """None: on this machine."""
+
+    def engine(self, index: int) -> Launch | None:
+        """None: on this machine, where it sees our memory."""
+        return self.cluster.launch(f"engine-{index}") if self.cluster else None
+
+    def reward(self, index: int) -> Launch:
+        return self.cluster.launch(f"reward-{index}") if self.cluster else Process
+
+
+@contextmanager
+def placement_of(config: TrainConfig) -> Generator[Placement]:
+    """Joins the cluster, if there is one, and leaves it. Raises PlacementError when that cannot be."""
+    settings = config.placement
+    if not isinstance(settings, RayPlacement):
+        yield Placement()
+        return
+
+    from sluice.distributed.placing import Cluster
+
+    num_engines = int(config.has_engine_apart())
+    cluster = Cluster(
+        settings.address,
+        num_cpus=num_engines * settings.engine_cpus + config.reward_workers * settings.reward_cpus,
+        variables=settings.env,
+        start_limit_s=settings.start_limit_s,
+        lost_after_s=settings.lost_after_s,
+    )
+    try:
+        cluster.reserve(_places(config, settings, num_engines, cluster.has_gpus()), settings.strategy.upper())
+        yield Placement(cluster)
+    finally:
+        cluster.close()
+
+
+def _places(config: TrainConfig, settings: RayPlacement, num_engines: int, has_gpus: bool) -> list[Place]:
+    from sluice.distributed.placing import Place
+
+    gpus = settings.engine_gpus
+    if gpus is None:
+        gpus = 1.0 if has_gpus and config.model.device != "cpu" else 0.0
+    engines = [Place(f"engine-{index}", settings.engine_cpus, gpus) for index in range(num_engines)]
+    rewards = [Place(f"reward-{index}", settings.reward_cpus) for index in range(config.reward_workers)]
+    return engines + rewards
