@@ -32,6 +32,7 @@ from sluice.processes import Died, Launch, cause_of, kill_group, spawn
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster of our own: nothing that is large goes through Ray, and by default it would take a third of the memory."""
+_PROBE_LIMIT_S = 10.0
 _CALL_LIMIT_S = 30.0
 _ASK_LIMIT_S = 5.0
 """For an actor to say how its process ended; one on a lost machine never does."""
@@ -77,6 +78,7 @@ class Cluster:
         )
         with _quiet(), boundary(PlacementError, where):
             if address:
+                _probe(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             else:
                 ray.init(
@@ -291,6 +293,13 @@ def _quiet() -> Generator[None]:
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _probe(address: str) -> None:
+    """Raises OSError when nobody listens there, for which Ray would wait many minutes."""
+    host, _, port = (address if address != "auto" else os.environ.get("RAY_ADDRESS", "")).rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_LIMIT_S).close()
 
 
 def _live_nodes() -> list[dict[str, Any]]:
