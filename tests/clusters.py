@@ -7,6 +7,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,7 +88,14 @@ def machines_can_be_made() -> bool:
 
 
 @contextmanager
-def cluster_of_this_machine(num_cpus: int, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def short_folder() -> Iterator[str]:
+    """For the sockets of a cluster, whose paths may not be long."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+@contextmanager
+def cluster_of_this_machine(num_cpus: int, folder: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Its address, and the environment that lets one join it."""
     env = {**QUIET, "RAY_AUTH_MODE": "disabled"}  # it is read when ray is imported, which here was long ago
     said = ray("start", "--head", "--port=0", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *SMALL, env=env)
@@ -95,7 +103,7 @@ def cluster_of_this_machine(num_cpus: int, folder: Path) -> Iterator[tuple[str, 
     raylets = [
         pid
         for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
-        if str(folder).encode() in _command(pid) and pid != os.getpid()
+        if folder.encode() in _command(pid) and pid != os.getpid()
     ]
     try:
         yield address, env

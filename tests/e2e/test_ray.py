@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from clusters import cluster_of_this_machine
+from clusters import cluster_of_this_machine, short_folder
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
@@ -37,9 +37,12 @@ def broken(prompt, trajectory):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    folder = tmp_path_factory.mktemp("r")
-    with cluster_of_this_machine(4, folder) as (address, env), pytest.MonkeyPatch.context() as patch:
+def cluster() -> Iterator[tuple[str, str]]:
+    with (
+        short_folder() as folder,
+        cluster_of_this_machine(4, folder) as (address, env),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in env.items():
             patch.setenv(name, value)
         yield "placement.name=ray", f"placement.address={address}"
