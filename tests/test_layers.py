@@ -54,7 +54,7 @@ HOMES = {
     },
     "peft": {"trainers.lora"},
     "matplotlib": {"viewer", "analysis.plots"},
-    "ray": {"distributed.placing"},
+    "ray": {"distributed.cluster", "distributed.actors"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},
 }

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,18 +168,18 @@ def test_what_a_reward_raises_reaches_the_driver(
 
 def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tuple[str, str]):
     """As a machine sees it that does not share the folder of the run."""
-    from sluice.distributed.placing import Cluster, Place
+    from sluice.distributed.cluster import Cluster, Place
+    from sluice.distributed.process import RayProcess
     from sluice.errors import PlacementError
 
     address = cluster[1].partition("=")[2]
     joined = Cluster(address, num_cpus=1, variables={}, start_limit_s=60, lost_after_s=10)
     try:
         joined.reserve([Place("engine-0", cpus=1)], "PACK")
+        launch = partial(RayProcess, joined, "engine-0")
         with pytest.raises(PlacementError, match="the folder /only/here, in which the run was started, does not exist"):
-            joined.launch("engine-0")(
-                "sluice.engines.serving", path=[], folder="/only/here", log=None, variables={}
-            ).connect()
-        closed = joined.launch("engine-0")("sluice.rewards.worker", path=[], folder="/", log=None, variables={})
+            launch("sluice.engines.serving", path=[], folder="/only/here", log=None, variables={}).connect()
+        closed = launch("sluice.rewards.worker", path=[], folder="/", log=None, variables={})
         threading.Timer(0.2, closed.kill).start()
         start = time.monotonic()
         with pytest.raises(PlacementError):

@@ -11,10 +11,12 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Line = Literal["talk", "output"]
 """The two connections of a process: the conversation, and what it prints."""
+
+T = TypeVar("T")
 
 _LINES: tuple[Line, ...] = ("talk", "output")
 _TOKEN_BYTES = 32
@@ -52,16 +54,16 @@ class Listener:
         port: int = self._listener.getsockname()[1]
         self.number = Number(host, port, secrets.token_bytes(_TOKEN_BYTES), lost_after_s)
 
-    def both(self, limit_s: float, look: Callable[[], None]) -> dict[Line, socket.socket]:
-        """Waits until both lines are there. Meanwhile `look` is called again and again; what it raises ends the wait.
+    def both(self, limit_s: float, look: Callable[[], T | None]) -> tuple[dict[Line, socket.socket], T]:
+        """Waits until both lines are there and `look`, which is called again and again, has given something; what it raises ends
+        the wait.
 
         Raises TimeoutError when they are not there in time.
         """
         found: dict[Line, socket.socket] = {}
         end = time.monotonic() + limit_s
         try:
-            while len(found) < len(_LINES):
-                look()
+            while (said := look()) is None or len(found) < len(_LINES):
                 if time.monotonic() > end:
                     raise TimeoutError
                 found |= self._next()
@@ -71,7 +73,7 @@ class Listener:
             raise
         finally:
             self._listener.close()
-        return found
+        return found, said
 
     def _next(self) -> dict[Line, socket.socket]:
         """A line that has come within a moment, with the secret; others are hung up on."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sluice.config import TrainConfig
@@ -12,22 +13,22 @@ from sluice.configplacement import RayPlacement
 from sluice.processes import Launch, Process
 
 if TYPE_CHECKING:
-    from sluice.distributed.placing import Cluster, Place
+    from sluice.distributed.cluster import Place
 
 
 @dataclass(frozen=True)
 class Placement:
     """How the processes of a run are started."""
 
-    cluster: Cluster | None = None
-    """None: on this machine."""
+    at: Callable[[str], Launch] | None = None
+    """What starts processes at the place of a name; None: all are on this machine."""
 
     def engine(self, index: int) -> Launch | None:
         """None: on this machine, where it sees our memory."""
-        return self.cluster.launch(f"engine-{index}") if self.cluster else None
+        return self.at(f"engine-{index}") if self.at else None
 
     def reward(self, index: int) -> Launch:
-        return self.cluster.launch(f"reward-{index}") if self.cluster else Process
+        return self.at(f"reward-{index}") if self.at else Process
 
 
 @contextmanager
@@ -38,7 +39,8 @@ def placement_of(config: TrainConfig) -> Generator[Placement]:
         yield Placement()
         return
 
-    from sluice.distributed.placing import Cluster
+    from sluice.distributed.cluster import Cluster
+    from sluice.distributed.process import RayProcess
 
     num_engines = int(config.has_engine_apart())
     cluster = Cluster(
@@ -50,13 +52,13 @@ def placement_of(config: TrainConfig) -> Generator[Placement]:
     )
     try:
         cluster.reserve(_places(config, settings, num_engines, cluster.has_gpus()), settings.strategy.upper())
-        yield Placement(cluster)
+        yield Placement(lambda name: partial(RayProcess, cluster, name))
     finally:
         cluster.close()
 
 
 def _places(config: TrainConfig, settings: RayPlacement, num_engines: int, has_gpus: bool) -> list[Place]:
-    from sluice.distributed.placing import Place
+    from sluice.distributed.cluster import Place
 
     gpus = settings.engine_gpus
     if gpus is None:
