@@ -215,7 +215,7 @@ class TrainConfig(Section):
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.check_process(self.rollout.max_staleness)
         if isinstance(self.placement, RayPlacement):
-            self.placement.check_fits(self.has_engine_apart())
+            self.placement.check_fits(self.has_engine_apart(), self.weights_go_by())
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -300,6 +300,11 @@ class TrainConfig(Section):
     def has_engine_apart(self) -> bool:
         """Whether an engine of ours has a process of its own."""
         return isinstance(self.engine, EmbeddedEngine) and self.engine.process == "own"
+
+    def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
+        """How they reach an engine of ours in a process of its own."""
+        by = self.engine.publication if isinstance(self.engine, EmbeddedEngine) else None
+        return by or ("broadcast" if isinstance(self.placement, RayPlacement) else "shared_memory")
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

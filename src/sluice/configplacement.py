@@ -36,8 +36,13 @@ class RayPlacement(Section):
     lost_after_s: FinitePositive = 20.0
     """A machine that has not answered for so long is lost; its processes are started elsewhere."""
 
-    def check_fits(self, engine_apart: bool) -> None:
-        """Raises ValueError for what would have no effect."""
+    def check_fits(self, engine_apart: bool, weights_go_by: str) -> None:
+        """Raises ValueError for what cannot work, and for what would have no effect."""
+        if engine_apart and weights_go_by == "shared_memory":
+            raise ValueError(
+                "engine.publication=shared_memory cannot work with placement.name=ray, where an engine may be on another machine; set "
+                "engine.publication=broadcast, or leave it out"
+            )
         for name in ("engine_cpus", "engine_gpus"):
             if not engine_apart and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(

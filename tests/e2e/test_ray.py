@@ -21,7 +21,7 @@ from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
 STEPS = 6
-APART = ("engine.process=own", "engine.num_threads=1", f"run.num_steps={STEPS}")
+APART = ("engine.process=own", "engine.replicas=2", "engine.num_threads=1", f"run.num_steps={STEPS}")
 REWARD = """\
 import os
 import sys
@@ -131,9 +131,10 @@ def test_killed_processes_and_killed_actors_cost_no_sample(ready: Path, cluster:
     assert set(killer.killed) == set(VICTIMS), killer.killed
     died = [event["message"] for event in events_of(killed) if event["kind"] == "engine_died"]
     assert len(died) == killer.killed["engine"] + killer.killed["engine's actor"]
-    assert "was killed (SIGKILL" in died[0]
-    assert "its Ray actor died" in died[1]
-    assert all("engine-0 on node" in message for message in died)
+    for replica in range(2):
+        own = [message for message in died if f"(engine-{replica} on node" in message]
+        assert "was killed (SIGKILL" in own[0]
+        assert "its Ray actor died" in own[1]
     rows = trained(killed)
     assert Counter((row["group"], row["index"]) for row in rows) == Counter(
         {(group, index): 1 for group in range(4 * STEPS) for index in range(4)}
@@ -195,6 +196,7 @@ def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tu
         (["placement.address=127.0.0.1:9"], "placement.address=127.0.0.1:9: no Ray cluster could be joined"),
         (["placement.engine_cpus=2"], "placement.engine_cpus has no effect: the engine has no process of its own"),
         (["engine.process=own", "placement.engine_gpus=64"], "no room for the run"),
+        (["engine.process=own", "engine.publication=shared_memory"], "set engine.publication=broadcast"),
         (["placement.address=ray://head:10001"], "auto, HOST:PORT"),
     ],
 )

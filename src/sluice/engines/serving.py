@@ -14,28 +14,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.connection import Answer, failed, read, write
+from sluice.connection import Alive, Answer, Ping, failed, read, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
-from sluice.interfaces import LanguageModel
 from sluice.processes import belong_to
 from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
-from sluice.weights.shared_memory import SharedWeights
-
-Load = Callable[[LanguageModel], None]
-"""Puts the published weights into a model."""
+from sluice.weights.publication import Inlet
 
 
 @dataclass(frozen=True)
 class Begin:
-    """The first message."""
+    """The first message; the second brings weights."""
 
-    engine: Callable[[Load], EmbeddedEngine]
-    weights_fd: int | None
-    """Of the memory where the weights are; None: on another machine, and they will be sent."""
-    version: int
-    """Of the weights that are there."""
+    engine: Callable[[], EmbeddedEngine]
+    inlet: Inlet
 
 
 @dataclass(frozen=True)
@@ -51,17 +44,8 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Weights for a process that sees no memory of the trainer's; they are taken over with the `Update` after the last one."""
-
-    start: int
-    """Of these bytes among all."""
-    part: bytes
-
-
-@dataclass(frozen=True)
 class Update:
-    """Other weights are there."""
+    """Other weights are at the inlet."""
 
     version: int
     finish: bool
@@ -71,6 +55,11 @@ class Update:
 @dataclass(frozen=True)
 class Fingerprint:
     """Asks for it."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Asks for what is being made."""
 
 
 def serve(fd: int, parent: int) -> None:
@@ -99,7 +88,7 @@ class _Server:
     def __init__(self, writer: asyncio.StreamWriter, tasks: asyncio.TaskGroup) -> None:
         self.writer, self.tasks = writer, tasks
         self.engine: EmbeddedEngine
-        self.weights: SharedWeights
+        self.inlet: Inlet
         self.requests: dict[int, asyncio.Task[None]] = {}
 
     async def take(self, message: Any) -> None:
@@ -112,34 +101,29 @@ class _Server:
             case Cancel(number):
                 if task := self.requests.get(number):
                     task.cancel()
-            case Bucket(start, part):
-                await self._answered(self._fill(start, part))
             case Update(version, finish):
                 self.tasks.create_task(self._answered(self._update(version, finish)))
+            case Ping():
+                self._say(Alive(self.engine.is_busy, self.engine.num_steps))
             case Fingerprint():
                 await self._answered(self.engine.fingerprint())
+            case Unfinished():
+                await self._answered(self.engine.unfinished())
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
 
     async def _begin(self, message: Begin) -> None:
-        def load(model: LanguageModel) -> None:
-            self.weights = SharedWeights(model.named_weights(), message.weights_fd)
-            if message.weights_fd is not None:
-                self.weights.read(model.named_weights())
-
-        self.engine = message.engine(load)
-        self.engine.version = message.version
-
-    async def _fill(self, start: int, part: bytes) -> None:
-        self.weights.fill(start, part)
+        self.engine, self.inlet = message.engine(), message.inlet
 
     async def _update(self, version: int, finish: bool) -> None:
+        """Read by a thread, so that what comes meanwhile is heard."""
         if finish:
             await self.engine.finish_active()
-        self.weights.read(self.engine.model.named_weights())
-        await self.engine.update_weights(InProcessWeights(self.engine.model), version)
+        async with self.engine.paused():
+            await asyncio.to_thread(self.inlet.read, self.engine.model, version)
+            await self.engine.update_weights(InProcessWeights(self.engine.model), version)
 
-    async def _answered(self, work: Awaitable[str | None]) -> None:
+    async def _answered(self, work: Awaitable[Any]) -> None:
         try:
             self._say(Answer(None, await work))
         except SluiceError as error:
@@ -155,5 +139,5 @@ class _Server:
             del self.requests[number]
         self._say(answer)
 
-    def _say(self, answer: Answer) -> None:
+    def _say(self, answer: Answer | Alive) -> None:
         write(self.writer, answer)

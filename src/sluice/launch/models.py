@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
@@ -16,16 +15,18 @@ from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary, num_cores
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
+    from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
     from sluice.launch.placing import Placement
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.weights.publication import Publication
 
 
 def engine_and_trainer(
@@ -53,17 +54,53 @@ def engine_and_trainer(
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
-    from sluice.engines.process import EngineProcess
+    return engines_apart(config, model, placement), trainer, packing, eos_ids
 
-    apart = EngineProcess(
-        model.named_weights(),
-        partial(engine_apart, config),
-        synchronous=config.rollout.max_staleness == 0,
-        finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
-        max_restarts=config.engine.max_restarts,
-        launch=placement.engine(0),
-    )
-    return apart, trainer, packing, eos_ids
+
+def engines_apart(config: TrainConfig, model: PolicyModel, placement: Placement) -> Router:
+    """Embedded engines, each in a process of its own."""
+    from sluice.engines.process import EngineProcess
+    from sluice.engines.router import Router
+
+    settings, rollout = config.engine, config.rollout
+    assert isinstance(settings, EmbeddedEngine)
+    synchronous = rollout.max_staleness == 0
+    finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
+    publication = publication_of(config, model, finish_limit_s or 0.0, placement.host)
+    engines = [
+        EngineProcess(
+            publication,
+            partial(engine_apart, config),
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
+            synchronous=synchronous,
+            finish_limit_s=finish_limit_s,
+            hang_timeout_s=settings.hang_timeout_s,
+            launch=placement.engine(k, publication.fds),
+        )
+        for k in range(settings.replicas)
+    ]
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
+
+
+def publication_of(config: TrainConfig, model: PolicyModel, finish_limit_s: float, host: str) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun and reach this
+    machine at `host`."""
+    settings = config.engine
+    assert isinstance(settings, EmbeddedEngine)
+    match config.weights_go_by():
+        case "shared_memory":
+            from sluice.weights.shared_memory import SharedMemory
+
+            return SharedMemory(model.named_weights())
+        case "broadcast":
+            from sluice.engines.process import PUBLISH_LIMIT_S
+            from sluice.weights.broadcast import Broadcast
+
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s, host=host)
+        case "disk":
+            from sluice.weights.disk import Disk
+
+            return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -81,14 +118,13 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
     )
 
 
-def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
-    """In a process of its own, with weights that are loaded from elsewhere."""
+def engine_apart(config: TrainConfig) -> Embedded:
+    """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
     set_up_process(engine_threads(config))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
-    load(model)
     return embedded_engine(config.engine, model, chat)
 
 
@@ -200,22 +236,24 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 
 
 def engine_threads(config: TrainConfig) -> int:
-    """Of an engine's own process."""
+    """Of each engine's own process."""
     assert isinstance(config.engine, EmbeddedEngine)
-    reserved = config.placement.engine_cpus if isinstance(config.placement, RayPlacement) else num_cores() // 2
-    return config.engine.num_threads or max(1, int(reserved))
+    own_cores = num_cores() // 2 // config.engine.replicas
+    placement = config.placement
+    return config.engine.num_threads or max(1, int(placement.engine_cpus) if placement.name == "ray" else own_cores)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
-    """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
+    """Of the trainer's process: those that engines beside it leave; None: as many as torch takes, which is all cores."""
     elsewhere = isinstance(config.placement, RayPlacement) and config.placement.address
-    if config.run.num_threads or not config.has_engine_apart() or elsewhere:
+    if (
+        config.run.num_threads
+        or elsewhere
+        or not isinstance(config.engine, EmbeddedEngine)
+        or not config.has_engine_apart()
+    ):
         return config.run.num_threads
-    return max(1, num_cores() - engine_threads(config))
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return max(1, num_cores() - config.engine.replicas * engine_threads(config))
 
 
 def set_up_process(num_threads: int | None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sluice.config import TrainConfig
+from sluice.config import EmbeddedEngine, TrainConfig
 from sluice.configplacement import RayPlacement
 from sluice.processes import Launch, Process
 
@@ -22,10 +22,12 @@ class Placement:
 
     at: Callable[[str], Launch] | None = None
     """What starts processes at the place of a name; None: all are on this machine."""
+    host: str = "127.0.0.1"
+    """Address of this machine, as the processes see it."""
 
-    def engine(self, index: int) -> Launch | None:
-        """None: on this machine, where it sees our memory."""
-        return self.at(f"engine-{index}") if self.at else None
+    def engine(self, index: int, fds: Sequence[int]) -> Launch:
+        """One on this machine inherits the descriptors; one on another can do without."""
+        return self.at(f"engine-{index}") if self.at else partial(Process, pass_fds=fds)
 
     def reward(self, index: int) -> Launch:
         return self.at(f"reward-{index}") if self.at else Process
@@ -42,7 +44,9 @@ def placement_of(config: TrainConfig) -> Generator[Placement]:
     from sluice.distributed.cluster import Cluster
     from sluice.distributed.process import RayProcess
 
-    num_engines = int(config.has_engine_apart())
+    num_engines = (
+        config.engine.replicas if isinstance(config.engine, EmbeddedEngine) and config.has_engine_apart() else 0
+    )
     cluster = Cluster(
         settings.address,
         num_cpus=num_engines * settings.engine_cpus + config.reward_workers * settings.reward_cpus,
@@ -52,7 +56,7 @@ def placement_of(config: TrainConfig) -> Generator[Placement]:
     )
     try:
         cluster.reserve(_places(config, settings, num_engines, cluster.has_gpus()), settings.strategy.upper())
-        yield Placement(lambda name: partial(RayProcess, cluster, name))
+        yield Placement(lambda name: partial(RayProcess, cluster, name), cluster.host)
     finally:
         cluster.close()
 
