@@ -1,7 +1,8 @@
 """An embedded engine in a process of its own, with its own copy of the weights: it goes on generating while the trainer trains.
 
 Where the process runs is the business of what starts it. One that dies fails what it was asked (EngineLostError); when it is given
-weights, or asked for their fingerprint, it is started again, with the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
+weights, or asked for their fingerprint, it is started again, with the weights that were published last. What is then asked again, and
+how often that may happen, is the router's to say.
 """
 
 from __future__ import annotations
