@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeInt, Section
 from sluice.configengines import EmbeddedEngine, ScriptedEngine
+from sluice.configplacement import LocalPlacement, RayPlacement
 from sluice.configsafety import CheckpointSection, ChecksSection, WatchdogSection
 from sluice.configtraining import (
     AlgorithmSection,
@@ -204,6 +205,7 @@ class TrainConfig(Section):
     reward_workers: PositiveInt = 1
     """Processes that compute rewards."""
     trainer: Annotated[LocalTrainer | FsdpTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
+    placement: Annotated[LocalPlacement | RayPlacement, Field(discriminator="name")] = LocalPlacement()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
     checks: ChecksSection = ChecksSection()
@@ -213,6 +215,9 @@ class TrainConfig(Section):
         samples = self.rollout.groups_per_step * self.rollout.group_size
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.check_process(self.rollout.max_staleness)
+        if isinstance(self.placement, RayPlacement):
+            has_ranks = isinstance(self.trainer, FsdpTrainer)
+            self.placement.check_fits(self.has_engine_apart(), has_ranks, self.weights_go_by())
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -298,6 +303,15 @@ class TrainConfig(Section):
                 "checks.logprob_tolerance has no effect: neither checks.first_update_ratio nor checks.padded_packed is made; leave it out"
             )
         return self
+
+    def has_engine_apart(self) -> bool:
+        """Whether an engine of ours has a process of its own."""
+        return isinstance(self.engine, EmbeddedEngine) and self.engine.process == "own"
+
+    def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
+        """How they reach an engine of ours in a process of its own."""
+        by = self.engine.publication if isinstance(self.engine, EmbeddedEngine) else None
+        return by or ("broadcast" if isinstance(self.placement, RayPlacement) else "shared_memory")
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

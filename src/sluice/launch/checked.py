@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
+    if config.placement.name == "ray" and not find_spec("ray"):
+        raise ConfigError(
+            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
+        )
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],
@@ -99,7 +104,7 @@ def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
             "tokens (engine.max_model_len, or else the model's positions); lower it"
         )
     threads = getattr(config.engine, "num_threads", None) or 1
-    if threads > num_cores():
+    if threads > num_cores() and not getattr(config.placement, "address", None):
         raise ConfigError(
             f"engine.num_threads={threads} is more than the {num_cores()} cores that this process may use, and threads that share a core "
             "wait for each other; lower it, or leave it out"

@@ -20,6 +20,7 @@ from sluice.config import (
     SftConfig,
     TrainConfig,
 )
+from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
+    from sluice.launch.placing import Placement
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
@@ -50,7 +52,7 @@ class Parts:
     """Positions of the model."""
 
 
-def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat) -> Parts:
+def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placement: Placement) -> Parts:
     packing = packing_of(config)
     if isinstance(config.trainer, DryTrainer):
         from sluice.trainers.dry import DryTrainer as Dry
@@ -59,17 +61,19 @@ def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat) -> Par
     elif isinstance(config.trainer, FsdpTrainer):
         from sluice.launch.ranks import ranked_trainer
 
-        trainer, model = ranked_trainer(config, checked.algorithm, chat, packing)
+        trainer, model = ranked_trainer(config, checked.algorithm, chat, packing, placement)
     else:
         trainer = policy_trainer(config, checked.algorithm, chat, packing)
         model = trainer.model
-    engine = _engine(config, checked, chat, model)
+    engine = _engine(config, checked, chat, placement, model)
     if model is None:
         return Parts(engine, trainer, packing, chat.eos_ids, None, None)
     return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)
 
 
-def _engine(config: TrainConfig, checked: Checked, chat: Chat, model: PolicyModel | None) -> Engine:
+def _engine(
+    config: TrainConfig, checked: Checked, chat: Chat, placement: Placement, model: PolicyModel | None
+) -> Engine:
     """`model` is the trainer's, or its outline: names and shapes."""
     if isinstance(config.engine, ScriptedEngine):
         from sluice.engines.scripted import ScriptedEngine as Scripted
@@ -84,10 +88,10 @@ def _engine(config: TrainConfig, checked: Checked, chat: Chat, model: PolicyMode
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat)
 
-    return engines_apart(config, model)
+    return engines_apart(config, model, placement)
 
 
-def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
+def engines_apart(config: TrainConfig, model: PolicyModel, placement: Placement) -> Router:
     """Embedded engines, each in a process of its own."""
     from sluice.engines.process import EngineProcess
     from sluice.engines.router import Router
@@ -96,7 +100,7 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
     assert isinstance(settings, EmbeddedEngine)
     synchronous = rollout.max_staleness == 0
     finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
-    publication = publication_of(settings, model, finish_limit_s or 0.0)
+    publication = publication_of(config, model, finish_limit_s or 0.0, placement.host)
     engines = [
         EngineProcess(
             publication,
@@ -105,15 +109,19 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
             synchronous=synchronous,
             finish_limit_s=finish_limit_s,
             hang_timeout_s=settings.hang_timeout_s,
+            launch=placement.engine(k, publication.fds),
         )
         for k in range(settings.replicas)
     ]
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
-    """How weights get to engines with models of their own, that may take so long to finish what they have begun."""
-    match settings.publication:
+def publication_of(config: TrainConfig, model: PolicyModel, finish_limit_s: float, host: str) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun and reach this
+    machine at `host`."""
+    settings = config.engine
+    assert isinstance(settings, EmbeddedEngine)
+    match config.weights_go_by():
         case "shared_memory":
             from sluice.weights.shared_memory import SharedMemory
 
@@ -122,7 +130,7 @@ def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s:
             from sluice.engines.process import PUBLISH_LIMIT_S
             from sluice.weights.broadcast import Broadcast
 
-            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s)
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s, host=host)
         case "disk":
             from sluice.weights.disk import Disk
 
@@ -147,7 +155,7 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
 def engine_apart(config: TrainConfig) -> Embedded:
     """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
-    set_up_process(engine_threads(config.engine))
+    set_up_process(engine_threads(config))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
@@ -290,17 +298,25 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def engine_threads(settings: EmbeddedEngine) -> int:
+def engine_threads(config: TrainConfig) -> int:
     """Of each engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2 // settings.replicas)
+    assert isinstance(config.engine, EmbeddedEngine)
+    own_cores = num_cores() // 2 // config.engine.replicas
+    placement = config.placement
+    return config.engine.num_threads or max(1, int(placement.engine_cpus) if placement.name == "ray" else own_cores)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
-    """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
-    engine = config.engine
-    if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
+    """Of the trainer's process: those that engines beside it leave; None: as many as torch takes, which is all cores."""
+    elsewhere = isinstance(config.placement, RayPlacement) and config.placement.address
+    if (
+        config.run.num_threads
+        or elsewhere
+        or not isinstance(config.engine, EmbeddedEngine)
+        or not config.has_engine_apart()
+    ):
         return config.run.num_threads
-    return max(1, num_cores() - engine.replicas * engine_threads(engine))
+    return max(1, num_cores() - config.engine.replicas * engine_threads(config))
 
 
 def set_up_process(num_threads: int | None) -> None:

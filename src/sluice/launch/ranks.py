@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import FsdpTrainer, TrainConfig
+from sluice.configplacement import RayPlacement
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
 from sluice.launch.checked import check_heads, check_second, check_vocabulary, num_cores
@@ -22,6 +23,7 @@ from sluice.launch.models import (
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
+    from sluice.launch.placing import Placement
     from sluice.trainers.fsdp import Degrees, Place, ShardedModel
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
@@ -35,7 +37,7 @@ def degrees_of(settings: FsdpTrainer) -> Degrees:
 
 
 def ranked_trainer(
-    config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing
+    config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing, placement: Placement
 ) -> tuple[RankedTrainer, PolicyModel]:
     """The trainer of several processes, and its model's outline. Raises ConfigError for a model that cannot be divided so."""
     from sluice.trainers.fsdp import check_layers
@@ -44,10 +46,10 @@ def ranked_trainer(
 
     settings = config.trainer
     assert isinstance(settings, FsdpTrainer)
-    num_gpus = gpus_of(config)
-    if settings.cpu_offload and not num_gpus:
+    on_gpu = placement.ranks_have_gpus if placement.at else gpus_of(config) > 0
+    if settings.cpu_offload and not on_gpu:
         raise ConfigError("trainer.cpu_offload has no effect without a GPU, where all is in RAM; leave it out")
-    if 0 < num_gpus < settings.num_ranks:
+    if not placement.at and 0 < (num_gpus := gpus_of(config)) < settings.num_ranks:
         raise ConfigError(
             f"trainer.num_ranks={settings.num_ranks}, and this machine has {num_gpus} GPU{'s' * (num_gpus > 1)}, of which each rank "
             "takes one; lower it, or set model.device=cpu"
@@ -62,8 +64,9 @@ def ranked_trainer(
         packing,
         list(outline.named_weights()),
         chat.tokenizer,
-        on_gpu=num_gpus > 0,
+        on_gpu=on_gpu,
         answer_limit_s=settings.answer_limit_s,
+        launch=placement.rank if placement.at else None,
     )
     return trainer, outline
 
@@ -137,9 +140,11 @@ def _sharded(
 
 def rank_threads(config: TrainConfig) -> int:
     """Of each rank of the trainer."""
-    settings, engine = config.trainer, config.engine
+    settings, engine, placement = config.trainer, config.engine, config.placement
     assert isinstance(settings, FsdpTrainer)
-    used = engine.replicas * engine_threads(engine) if engine.name == "embedded" else 0
+    if isinstance(placement, RayPlacement):
+        return settings.num_threads or max(1, int(placement.rank_cpus))
+    used = engine.replicas * engine_threads(config) if engine.name == "embedded" else 0
     return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
 
 

@@ -20,6 +20,7 @@ from sluice.launch.models import (
     set_up_process,
     trainer_threads,
 )
+from sluice.launch.placing import Placement
 from sluice.launch.ranks import ranked_trainer
 from sluice.launch.resuming import config_of, differences
 from sluice.rewards.rubric import Rubric
@@ -110,7 +111,7 @@ def _restored(rundir: RunDir, config: TrainConfig, other: TrainConfig, first: in
     packing = packing_of(config)
     richer = other if other_row.needs_reference and not row.needs_reference else config
     trainer: Trainer = (
-        ranked_trainer(config, row, chat, packing)[0]
+        ranked_trainer(config, row, chat, packing, Placement())[0]
         if isinstance(config.trainer, FsdpTrainer)
         else policy_trainer(richer, algorithm_of(richer), chat, packing)
     )

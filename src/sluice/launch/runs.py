@@ -32,6 +32,7 @@ from sluice.launch.models import (
     trained,
     trainer_threads,
 )
+from sluice.launch.placing import Placement, placement_of
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -72,14 +73,15 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
         set_up_process(trainer_threads(config))
-        parts = engine_and_trainer(config, checked, chat)
+        placement = stack.enter_context(placement_of(config))
+        parts = engine_and_trainer(config, checked, chat, placement)
         rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
         if not resume or config != config_of(resume):
             write_atomically(rundir.config, dump(resolved).encode())
-        run = _assembled(config, checked, chat, parts, rundir, saved)
+        run = _assembled(config, checked, chat, placement, parts, rundir, saved)
         seed_random_state(config.run.seed)
         if resume:
             _go_on(run, saved, damage)
@@ -156,7 +158,13 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Parts, rundir: RunDir, saved: Saved | None
+    config: TrainConfig,
+    checked: Checked,
+    chat: Chat,
+    placement: Placement,
+    parts: Parts,
+    rundir: RunDir,
+    saved: Saved | None,
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
     engine: Any = parts.engine
@@ -177,7 +185,7 @@ def _assembled(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
-        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log"),
+        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log", launch=placement.reward),
         chat=chat,
         buffer=GroupBuffer(
             rollout.groups_per_step, rollout.max_staleness, limits, saved.buffer_state(prompts) if saved else None

@@ -115,7 +115,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
             cache = min(cache, free / 2)
         copies = engines * decoder_bytes(policy, width, device)
         if apart:  # each its own model, and all together what it is published through
-            between = device == "cpu" and config.engine.publication != "broadcast"
+            between = device == "cpu" and config.weights_go_by() != "broadcast"
             copies += (apart + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))

@@ -170,6 +170,7 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
     if config.reference.update_every_steps:
         changes["reference"] = {"update_every_steps": 1}
     small = set_by_user | {key: set_by_user.get(key, {}) | change for key, change in changes.items()}
+    small.pop("placement", None)  # its files are on this machine
     return small | {"reward_workers": 1}
 
 

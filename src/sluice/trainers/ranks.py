@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sluice.connection import Answer, Connection, Died
+from sluice.connection import Answer, Connection
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, deal, under_budget
 from sluice.errors import TrainingError, boundary
 from sluice.interfaces import Layout, SharedMemory, TrainerOutput
-from sluice.processes import Process
+from sluice.processes import Child, Died, Launch, Process
 from sluice.tracking.metrics import Metrics
 from sluice.trainers.fsdp import Degrees, Place
 from sluice.trainers.local import LocalTrainer, about
@@ -67,18 +67,18 @@ class RankedTrainer:
         *,
         on_gpu: bool,
         answer_limit_s: float,
-        start: Callable[..., Process] = Process,
+        launch: Callable[[int], Launch] | None = None,
     ) -> None:
         """`trainer` makes a rank's trainer in its process, where it must be importable. `weights` say what is published: names, shapes
-        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed. `start` starts a
-        process of a module here or elsewhere; elsewhere it does not see this machine's memory.
+        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed. `launch`
+        gives what starts a rank elsewhere; None: on this machine, where it sees the memory of this process.
         """
         self.degrees, self.packing = degrees, packing
         self.log_folder: Path | None = None
         """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
         self._trainer, self._shapes, self._tokenizer = trainer, list(weights), tokenizer
         self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
-        self._start = start
+        self._launch = launch
         self._connections: list[Connection] = []
         self._connecting = asyncio.Lock()
         self._deaths: list[tuple[int, str, bool]] = []
@@ -138,7 +138,7 @@ class RankedTrainer:
         return known
 
     async def copy_weights(self, shared: SharedMemory) -> None:
-        if self._start is Process:
+        if self._launch is None:
             self._fingerprint = (await self._ask_all(CopyTo(os.getpid(), shared.fd)))[0]
             return
         for names in _buckets(self._shapes):
@@ -187,7 +187,7 @@ class RankedTrainer:
 
     def status(self) -> str:
         """What it does at the moment, for people."""
-        running = [f"{rank}: process {c.process.pid}" for rank, c in enumerate(self._connections)]
+        running = [f"{rank}: {c.process}" for rank, c in enumerate(self._connections)]
         return f"{self.degrees.num_ranks} ranks ({', '.join(running) or 'not started yet'})"
 
     async def close(self) -> None:
@@ -238,22 +238,26 @@ class RankedTrainer:
                 raise await self._failed()
             if self._connections:
                 return
-            path, folder = list(sys.path), os.getcwd()
-            for rank in range(self.degrees.num_ranks):
-                log = self.log_folder / f"trainer-{rank}.log" if self.log_folder else None
-                with boundary(TrainingError, f"trainer rank {rank} could not be started"):
-                    process = self._start("sluice.trainers.rank", path=path, folder=folder, log=log, variables={})
-                try:
-                    reader, writer = await asyncio.open_connection(sock=process.socket)
-                except BaseException:
-                    process.kill()
-                    raise
-                self._connections.append(Connection(process, reader, writer, self._take, partial(self._ended, rank)))
+            processes = [self._launched(rank) for rank in range(self.degrees.num_ranks)]
             try:
+                for rank, process in enumerate(processes):
+                    with boundary(TrainingError, f"trainer rank {rank} could not be started"):
+                        pipe = await asyncio.to_thread(process.connect)
+                        reader, writer = await asyncio.open_connection(sock=pipe)
+                    ended = partial(self._ended, rank)
+                    self._connections.append(Connection(process, reader, writer, self._take, ended))
                 await self._begin()
             except BaseException:
                 await self.close()
+                for process in processes:
+                    process.kill()
                 raise
+
+    def _launched(self, rank: int) -> Child:
+        log = self.log_folder / f"trainer-{rank}.log" if self.log_folder else None
+        launch: Launch = self._launch(rank) if self._launch else Process
+        with boundary(TrainingError, f"trainer rank {rank} could not be started"):
+            return launch("sluice.trainers.rank", path=list(sys.path), folder=os.getcwd(), log=log, variables={})
 
     async def _begin(self) -> None:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
