@@ -141,15 +141,6 @@ def test_weights_are_saved_for_transformers(two: Two, tmp_path: Path):
     assert two.trainer.weights().model is None
 
 
-def test_another_machine_is_sent_the_weights(two: Two, monkeypatch: pytest.MonkeyPatch):
-    """In buckets, where memory is not shared."""
-    shared = dict(two.run(weights_of(two.trainer, two.setup)))
-    monkeypatch.setattr(two.trainer, "_start", lambda *_: None)
-    monkeypatch.setattr("sluice.trainers.ranks.BUCKET_BYTES", 20_000)
-    sent = dict(two.run(weights_of(two.trainer, two.setup)))
-    assert all(torch.equal(sent[name], weight) for name, weight in shared.items())
-
-
 def test_a_rank_that_is_killed_ends_all(two: Two):
     """Last of those that share the ranks."""
     pids = [connection.process.pid for connection in two.trainer._connections]

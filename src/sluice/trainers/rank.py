@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -90,13 +90,6 @@ class CopyTo:
 
     pid: int
     fd: int
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Rank 0 answers with the weights of these names."""
-
-    names: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -195,8 +188,6 @@ class _Server:
                 _result_of(self.rank.trainer.update_reference())
             case CopyTo(pid, fd):
                 return self.rank.copy_to(pid, fd)
-            case Gather(names):
-                return self.rank.gathered(names)
             case BroadcastTo(address, version):
                 self.rank.broadcast(address, version)
             case Fingerprint():
@@ -320,12 +311,6 @@ class _Rank:
         finally:
             for _ in weights:  # all ranks take part, whatever went wrong at the engine
                 pass
-
-    def gathered(self, names: Collection[str]) -> list[tuple[str, Tensor]] | None:
-        model = self.trainer.model
-        assert isinstance(model, ShardedModel)
-        pairs = [(name, tensor.cpu()) for name, tensor in model.named_weights(names)]
-        return pairs if self.place.rank == 0 else None
 
     def save(self, folder: str) -> None:
         weights = dict(export_weights(self.trainer.model))

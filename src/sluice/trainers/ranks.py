@@ -34,7 +34,6 @@ from sluice.trainers.rank import (
     Fingerprint,
     Forward,
     ForwardBackward,
-    Gather,
     Meet,
     OptimStep,
     Save,
@@ -50,8 +49,6 @@ START_LIMIT_S = 600.0
 """For imports, for loading the model, and for reading a checkpoint."""
 GRACE_S = 0.5
 """In which the ranks that noticed the death of another die too: the first of them that a signal ended is named."""
-BUCKET_BYTES = 64 * 2**20
-"""Of weights, in one answer to a driver on another machine."""
 
 
 class RankedTrainer:
@@ -138,11 +135,7 @@ class RankedTrainer:
         return known
 
     async def copy_weights(self, shared: SharedMemory) -> None:
-        if self._launch is None:
-            self._fingerprint = (await self._ask_all(CopyTo(os.getpid(), shared.fd)))[0]
-            return
-        for names in _buckets(self._shapes):
-            shared.write((await self._ask_all(Gather(names)))[0])
+        self._fingerprint = (await self._ask_all(CopyTo(os.getpid(), shared.fd)))[0]
 
     async def broadcast_weights(self, address: Address, version: int, num_updates: int) -> None:
         """Those after so many updates; the ranks make later ones only when they are sent."""
@@ -330,16 +323,3 @@ def _size(micro_batch: MicroBatch) -> int:
 def _sent(micro_batch: MicroBatch) -> MicroBatch:
     """Without the samples, of which a rank needs nothing but the tensors."""
     return replace(micro_batch, samples=[])
-
-
-def _buckets(weights: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
-    """Names of neighbours, of so many bytes together."""
-    buckets: list[list[str]] = []
-    used = BUCKET_BYTES
-    for name, tensor in weights:
-        if used + tensor.nbytes > BUCKET_BYTES:
-            buckets.append([])
-            used = 0
-        buckets[-1].append(name)
-        used += tensor.nbytes
-    return buckets
