@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sluice.algorithms import Algorithm
 from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
+from sluice.configengines import ServerEngine
 from sluice.configtraining import BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
@@ -48,6 +49,10 @@ def engine_and_trainer(
 
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
+    if isinstance(config.engine, ServerEngine):
+        from sluice.launch.servers import server_engine
+
+        return server_engine(config, config.engine, model, chat), trainer, packing, eos_ids
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
@@ -183,7 +188,7 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def engine_threads(settings: EmbeddedEngine) -> int:
+def engine_threads(settings: EmbeddedEngine | ServerEngine) -> int:
     """Of an engine's own process."""
     return settings.num_threads or max(1, num_cores() // 2)
 
@@ -191,7 +196,12 @@ def engine_threads(settings: EmbeddedEngine) -> int:
 def trainer_threads(config: TrainConfig) -> int | None:
     """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
     engine = config.engine
-    if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
+    apart = (
+        engine.process == "own"
+        if isinstance(engine, EmbeddedEngine)
+        else isinstance(engine, ServerEngine) and engine.python
+    )
+    if config.run.num_threads or not apart or isinstance(engine, ScriptedEngine):
         return config.run.num_threads
     return max(1, num_cores() - engine_threads(engine))
 

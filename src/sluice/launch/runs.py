@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import EmbeddedEngine, RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -158,7 +158,7 @@ def _assembled(
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
+    if hasattr(engine, "log"):  # it has a process of its own
         engine.log, engine.tell = rundir.path / "engine.log", tracker.event
     return Run(
         engine=engine,
