@@ -21,10 +21,14 @@ LEVELS = [
         "errors",
         "waits",
         "threads",
-        "processes+connection",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
-    ["interfaces", "hooks", "config+configbase+configengines+configsafety+configtraining+configtree+configfile"],
+    [
+        "interfaces",
+        "hooks",
+        "processes+connection",
+        "config+configbase+configengines+configsafety+configtraining+configtree+configfile",
+    ],
     ["tracking"],
     ["run", "watchdog+dump"],
     ["algorithms"],
