@@ -64,22 +64,6 @@ class ScriptedEngine(Section):
     """Longest prompt + completion."""
 
 
-class RepetitionSection(Section):
-    max_pattern_size: PositiveInt
-    """Longest pattern that is looked for, in tokens."""
-    min_count: Annotated[int, Field(ge=2)]
-    """Times in a row that a pattern ends the completion."""
-
-
-class SpeculativeSection(Section):
-    method: str
-    """As the server calls it: `ngram` looks into the completion itself; `eagle`, `eagle3`, `mtp` … have a draft model."""
-    num_tokens: PositiveInt = 3
-    """Tokens that are drafted at once."""
-    path: str | None = None
-    """Folder of the draft model; left out, the method needs none, or the model has one of its own."""
-
-
 class ServerEngine(Section):
     """What vLLM and SGLang have in common."""
 
@@ -108,8 +92,13 @@ class ServerEngine(Section):
     """Share of the GPU's memory for weights and key-value cache; left out, the server decides."""
     quantization: Literal["fp8"] | None = None
     """fp8: weights are rounded to 8 bits as they are loaded. Then the trainer's log-probs differ from the engine's."""
-    speculative: SpeculativeSection | None = None
-    """Speculative decoding: several tokens are drafted, and those kept that the policy would have drawn."""
+    speculative: str | None = None
+    """Speculative decoding, by the server's name of the method: several tokens are drafted, and those kept that the policy would have
+    drawn. `ngram` drafts from the completion itself; `eagle`, `eagle3`, `mtp` … by a model."""
+    draft_tokens: PositiveInt = 3
+    """Tokens that speculative decoding drafts at once."""
+    draft_path: str | None = None
+    """Folder of the model that drafts; left out, the method needs none, or the policy has one in it."""
     sleep: bool = False
     """Whether the server gives the GPU's memory back while the trainer computes, with which it shares the GPU."""
     arguments: tuple[str, ...] = Field(default=(), strict=False)
@@ -121,6 +110,11 @@ class ServerEngine(Section):
             raise ValueError(
                 "one of engine.python (the Python that the server is started with) and engine.url (a server that runs) is wanted, "
                 "and not both"
+            )
+        drafting = [key for key in ("draft_tokens", "draft_path") if key in self.changed()]
+        if drafting and self.speculative is None:
+            raise ValueError(
+                f"engine.{drafting[0]} has no effect without engine.speculative; leave it out, or name the method there"
             )
         if self.url:
             of_start = (
@@ -165,11 +159,17 @@ class VllmEngine(ServerEngine):
     """10⁹ bytes of key-value cache, on the CPU; on a GPU memory_fraction decides."""
     compile: bool = False
     """Whether vLLM compiles the model and captures CUDA graphs: faster, after a minute or more at every start."""
-    repetition: RepetitionSection | None = None
-    """Ends completions that repeat themselves, with the finish reason `repetition`."""
+    max_repetitions: Annotated[int, Field(ge=2)] | None = None
+    """A completion that says a pattern so many times in a row is ended, with the finish reason `repetition`; left out, none is."""
+    repetition_tokens: PositiveInt = 32
+    """Longest pattern of max_repetitions, in tokens."""
 
     def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
         super().check_run(max_staleness, top_p, top_k, device)
+        if self.max_repetitions is None and "repetition_tokens" in self.changed():
+            raise ValueError(
+                "engine.repetition_tokens has no effect without engine.max_repetitions; set it, or leave this out"
+            )
         if top_p < 1 and not 0 < top_k <= MOST_KEPT:
             raise ValueError(
                 f"rollout.top_p={top_p:g} with engine.name=vllm needs rollout.top_k between 1 and {MOST_KEPT}: all log-probs are over the "

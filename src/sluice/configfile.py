@@ -131,6 +131,7 @@ _BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaxi
 _PATTERNS = {
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "text that looks like module:function",
     r"^\w[\w.-]*$": "text of letters, digits and _ . - (neither . nor - first)",
+    r"^https?://[\w.\-\[\]:]+$": "text that looks like http://host:port",
 }
 
 

@@ -37,7 +37,7 @@ class HttpClient:
         self._closed = False
 
     async def get(self, path: str, limit_s: float) -> Any:
-        """What the server answers, None for an empty answer. Raises OSError when it cannot be reached or breaks off, HttpError for
+        """What the server answers, None where that is no JSON. Raises OSError when it cannot be reached or breaks off, HttpError for
         an error that it tells, TimeoutError."""
         async with asyncio.timeout(limit_s):
             return await self._ask("GET", path, b"")
@@ -77,7 +77,7 @@ class HttpClient:
                 writer.transport.abort()
         if status >= 300:
             raise HttpError(status, _complaint(body))
-        return json.loads(body) if body.strip() else None
+        return json.loads(body) if "json" in headers.get("content-type", "") else None
 
     def close(self) -> None:
         self._closed = True

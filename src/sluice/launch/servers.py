@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sluice.config import TrainConfig
-from sluice.configengines import ServerEngine, SpeculativeSection, VllmEngine
+from sluice.configengines import ServerEngine, SglangEngine, VllmEngine
 from sluice.data.chat import Chat
 from sluice.launch.checked import window_of
 from sluice.launch.models import engine_threads
@@ -35,29 +35,59 @@ def server_engine(config: TrainConfig, settings: ServerEngine, model: PolicyMode
 
 
 def _dialect(config: TrainConfig, settings: ServerEngine, window: int) -> Dialect:
+    shared: dict[str, Any] = {
+        "python": settings.python,
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "max_model_len": window,
+        "max_num_seqs": settings.num_slots,
+        "tensor_parallel": settings.tensor_parallel,
+        "memory_fraction": settings.memory_fraction,
+        "quantization": settings.quantization,
+        "can_sleep": settings.sleep,
+        "arguments": settings.arguments,
+    }
+    if isinstance(settings, SglangEngine):
+        return _sglang(settings, shared)
     assert isinstance(settings, VllmEngine)
     from sluice.engines.vllm import Vllm, VllmServer
 
-    server = settings.python and VllmServer(
-        python=settings.python,
-        model=config.model.path,
-        dtype=config.model.dtype,
-        max_model_len=window,
-        max_num_seqs=settings.num_slots,
+    if settings.url:
+        return Vllm(None, _repetition(settings))
+    server = VllmServer(
+        **shared,
         top_k=config.rollout.top_k,
         num_threads=engine_threads(settings),
         cache_gb=settings.cache_gb,
-        tensor_parallel=settings.tensor_parallel,
-        memory_fraction=settings.memory_fraction,
-        quantization=settings.quantization,
-        speculative=settings.speculative and _drafting(settings.speculative),
-        can_sleep=settings.sleep,
+        speculative=_drafting(settings),
         compiles=settings.compile,
-        arguments=settings.arguments,
     )
-    return Vllm(server or None, settings.repetition and settings.repetition.model_dump())
+    return Vllm(server, _repetition(settings))
 
 
-def _drafting(settings: SpeculativeSection) -> dict[str, str | int]:
-    path = {"model": settings.path} if settings.path else {}
-    return {"method": settings.method, "num_speculative_tokens": settings.num_tokens, **path}
+def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
+    from sluice.engines.sglang import Sglang, SglangServer
+
+    if settings.url:
+        return Sglang(None, settings.deterministic)
+    server = SglangServer(
+        **shared,
+        speculative=settings.speculative,
+        draft_tokens=settings.draft_tokens,
+        draft_path=settings.draft_path,
+        deterministic=settings.deterministic,
+    )
+    return Sglang(server, settings.deterministic)
+
+
+def _drafting(settings: VllmEngine) -> dict[str, str | int] | None:
+    if settings.speculative is None:
+        return None
+    path = {"model": settings.draft_path} if settings.draft_path else {}
+    return {"method": settings.speculative, "num_speculative_tokens": settings.draft_tokens, **path}
+
+
+def _repetition(settings: VllmEngine) -> dict[str, int] | None:
+    if settings.max_repetitions is None:
+        return None
+    return {"max_pattern_size": settings.repetition_tokens, "min_count": settings.max_repetitions}

@@ -9,6 +9,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import safe_open
+
+from sluice.weights.fingerprint import combined, parts
+
 _MEMORY = Path("/dev/shm")
 _PREFIX = "sluice-weights-"
 
@@ -57,3 +61,12 @@ def _remove_orphans(parent: Path) -> None:
         with suppress(OSError):
             if pid.isdigit() and not Path("/proc", pid).exists() and folder.stat().st_uid == os.getuid():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint_of_folder(folder: str | Path) -> str:
+    """Of the weights in its files."""
+    found = []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found += parts((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - it is no mapping
+    return combined(found)
