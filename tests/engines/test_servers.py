@@ -5,34 +5,52 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
 
+from sluice.engines.server import Reply
 from sluice.errors import EngineError, PromptTooLongError
 from sluice.types import Completion
+from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights
 
 PROMPT = [5, 6, 7, 8]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server for all tests that leave it as it was, with the weights `model(1)` as version 0."""
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for most tests: each start of one takes its time."""
     with served(request.param, tmp_path_factory.mktemp("served"), step_s=0.005) as made:
-        made.publish(model(1), 0)
         yield made
+
+
+@pytest.fixture
+def one(running: Served) -> Served:
+    """With the weights `model(1)` as version 0."""
+    running.publish(model(1), 0)
+    running.events.clear()
+    return running
 
 
 def same(found: list[float], expected: list[float], tolerance: float = 1e-5) -> bool:
     return len(found) == len(expected) and all(abs(a - b) < tolerance for a, b in zip(found, expected, strict=True))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Asked in a thread, so that the engine goes on meanwhile."""
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - what is waited for happens elsewhere
+            await asyncio.sleep(0.01)
 
 
 # Sampling
@@ -126,10 +144,10 @@ def test_what_nobody_waits_for_is_given_up_by_the_server(one: Served):
             asyncio.ensure_future(one.engine.generate(PROMPT, sampling(190, stop_token_ids=frozenset())))
             for _ in range(3)
         ]
-        await _until(lambda: one.num_running() == 3)
+        await until(lambda: one.num_running() == 3)
         for task in asked:
             task.cancel()
-        await _until(lambda: one.num_running() == 0, 0.6)
+        await until(lambda: one.num_running() == 0)
 
     one.run(cancelled())
 
@@ -138,8 +156,6 @@ def test_what_nobody_waits_for_is_given_up_by_the_server(one: Served):
 
 
 def test_its_own_reading_of_its_weights_is_the_trainers(one: Served):
-    from sluice.weights.fingerprint import fingerprint
-
     assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
 
 
@@ -150,91 +166,76 @@ def test_nothing_is_left_of_older_weights(one: Served):
     assert [folder.name for folder in newest.parent.iterdir()] == ["version-000000"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("finish", [False, True], ids=["continue", "finish"])
-def test_completions_that_live_through_a_publication(kind: str, finish: bool, tmp_path: Path):
+def test_completions_that_live_through_a_publication(one: Served, finish: bool, monkeypatch: pytest.MonkeyPatch):
     """Each token's log-prob is that of the weights that it names; with `finish` each completion has those that it began with."""
-    policies = [model(1), model(2), model(3, tied=False)]
-    with served(kind, tmp_path, step_s=0.004, finish_limit_s=60.0 if finish else None) as made:
-        made.publish(policies[0], 0)
+    policies = [model(1), model(2), model(3)]
+    monkeypatch.setattr(one.engine, "_finish_limit_s", 60.0 if finish else None)
 
-        async def through() -> list[Completion]:
-            wants = sampling(150, stop_token_ids=frozenset())
-            asked = [asyncio.ensure_future(made.engine.generate([5, 6, 7 + i], wants)) for i in range(4)]
-            for version in (1, 2):
-                await _until(lambda: made.num_running() > 0)
-                await asyncio.sleep(0.1)
-                await made.engine.update_weights(InProcessWeights(policies[version]), version)
-                asked.append(asyncio.ensure_future(made.engine.generate([5, 6, 50 + version], wants)))
-            return await asyncio.gather(*asked)
+    async def through() -> list[Completion]:
+        wants = sampling(150, stop_token_ids=frozenset())
+        asked = [asyncio.ensure_future(one.engine.generate([5, 6, 7 + i], wants)) for i in range(4)]
+        for version in (1, 2):
+            await until(lambda: one.num_running() > 0)
+            await asyncio.sleep(0.1)
+            await one.engine.update_weights(InProcessWeights(policies[version]), version)
+            asked.append(asyncio.ensure_future(one.engine.generate([5, 6, 50 + version], wants)))
+        return await asyncio.gather(*asked)
 
-        completions = made.run(through())
-        assert made.run(made.engine.fingerprint())
     prompts = [[5, 6, last] for last in (7, 8, 9, 10, 51, 52)]
     seen: set[int] = set()
-    for prompt, said in zip(prompts, completions, strict=True):
+    mixed = False
+    for prompt, said in zip(prompts, one.run(through()), strict=True):
         assert (len(said.token_ids), said.finish_reason) == (150, "length")
         assert said.policy_versions == sorted(said.policy_versions)
         seen |= {*said.policy_versions}
+        mixed |= len({*said.policy_versions}) > 1
         for version, policy in enumerate(policies):
             own = [t for t, made_by in enumerate(said.policy_versions) if made_by == version]
             expected = logprobs_of(policy, prompt, said)
             assert same([said.logprobs[t] for t in own], [expected[t] for t in own], 1e-4)
-    mixed = [len(set(said.policy_versions)) > 1 for said in completions]
-    assert any(mixed) != finish
-    assert seen == {0, 1, 2} or finish
+    assert mixed != finish
+    assert seen == {0, 1, 2}
 
 
-def test_a_stop_text_is_found_across_a_publication(tmp_path: Path):
-    """SGLang sees only what it made after the pause."""
-    with served("sglang", tmp_path, step_s=0.02) as made:
-        made.publish(model(1), 0)
-        wants = sampling(60, seed=5, stop_token_ids=frozenset())
-
-        async def through(stop: tuple[str, ...]) -> Completion:
-            from dataclasses import replace
-
-            asked = asyncio.ensure_future(made.engine.generate(PROMPT, replace(wants, stop=stop)))
-            await _until(lambda: made.num_running() == 1)
-            await asyncio.sleep(0.4)
-            await made.engine.update_weights(InProcessWeights(model(1)), 1)
-            return await asked
-
-        free = made.run(through(()))
-        joint = free.policy_versions.index(1)
-        completion = Completion([], [], "abort", [], 0.7)
-        stop = made.chat.decode(free.token_ids[joint - 1 : joint + 2])
-        from sluice.engines.server import Reply
-
-        for part in (free.token_ids[:joint], free.token_ids[joint:]):
-            made.engine._extend(completion, Reply(part, [0.0] * len(part), "abort"), 0, sampling(60, stop=(stop,)))
-        assert completion.finish_reason == "stop"
-        assert made.chat.decode(completion.token_ids).endswith(stop)
-        assert len(completion.token_ids) == joint + 2
+def test_a_stop_text_is_found_across_a_publication(one: Served):
+    """A server that gives back what it has sees only what it makes afterwards."""
+    free = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop_token_ids=frozenset())))
+    stop = one.chat.decode(free.token_ids[8:11])
+    whole = Completion([], [], "abort", [], 0.7)
+    for part, reason in ((slice(0, 10), "abort"), (slice(10, 20), "length")):
+        reply = Reply(free.token_ids[part], free.logprobs[part], reason)
+        one.engine._extend(whole, reply, 0, sampling(20, stop=(stop,)))
+    assert whole.finish_reason == "stop"
+    assert whole.token_ids == free.token_ids[:11]
+    assert len(whole.logprobs) == len(whole.policy_versions) == 11
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_engine_with_stale_weights_says_so(kind: str, tmp_path: Path):
-    """Planted: from version 1 on it takes no weights, and answers that it did. At version 0, too."""
-    from sluice.weights.fingerprint import fingerprint
+def test_an_engine_with_stale_weights_says_so(one: Served, monkeypatch: pytest.MonkeyPatch):
+    """Planted: it takes no weights, and answers that it did."""
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
 
-    def forgetful(made: Any) -> Any:
-        load = made.load
+    async def forgetful(http: Any, folder: str, version: int) -> None:
+        pass
 
-        async def sometimes(http: Any, folder: str, version: int) -> None:
-            if version == 0:
-                await load(http, folder, version)
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine._dialect, "load", forgetful)
+        one.publish(model(2), 1)
+        assert one.run(one.engine.fingerprint()) != fingerprint(model(2).named_weights())
+    one.publish(model(2), 2)
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(2).named_weights())
 
-        made.load = sometimes
-        return made
 
-    with served(kind, tmp_path, change=forgetful) as made:
-        made.publish(model(1), 0)
-        assert made.run(made.engine.fingerprint()) == fingerprint(model(1).named_weights())
-        made.publish(model(2), 1)
-        assert made.run(made.engine.fingerprint()) != fingerprint(model(2).named_weights())
-    with served(kind, tmp_path, change=forgetful) as made:
-        made.publish(model(2), 7)
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_one_that_never_took_weights_says_so(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It still has the random ones that it was started with."""
+
+    async def forgetful(http: Any, folder: str, version: int) -> None:
+        pass
+
+    with served(kind, tmp_path) as made:
+        monkeypatch.setattr(made.engine._dialect, "load", forgetful)
+        made.publish(model(2), 0)
         assert made.run(made.engine.fingerprint()) != fingerprint(model(2).named_weights())
 
 
@@ -254,66 +255,56 @@ def server_pids(made: Served) -> list[int]:
     return processes_with(str(made.folder / "model"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_server_costs_no_completion(kind: str, tmp_path: Path):
+def test_a_killed_server_costs_no_completion(one: Served):
     """kill -9 while it samples: another takes over, with the weights that were published last, and says the same again."""
-    with served(kind, tmp_path, step_s=0.01) as made:
-        made.publish(model(2), 0)
-        made.publish(model(1), 1)
+    one.publish(model(2), 0)
+    one.publish(model(1), 1)
 
-        async def through() -> tuple[list[Completion], list[Completion]]:
-            wants = [sampling(100, seed=i, stop_token_ids=frozenset()) for i in range(4)]
-            whole = await asyncio.gather(*(made.engine.generate(PROMPT, want) for want in wants))
-            asked = [asyncio.ensure_future(made.engine.generate(PROMPT, want)) for want in wants]
-            await _until(lambda: made.num_running() == 4)
-            for pid in server_pids(made):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return whole, await asyncio.gather(*asked)
+    async def through() -> tuple[list[Completion], list[Completion]]:
+        wants = [sampling(100, seed=i, stop_token_ids=frozenset()) for i in range(4)]
+        whole = await asyncio.gather(*(one.engine.generate(PROMPT, want) for want in wants))
+        asked = [asyncio.ensure_future(one.engine.generate(PROMPT, want)) for want in wants]
+        await until(lambda: one.num_running() == 4)
+        os.kill(min(server_pids(one)), signal.SIGKILL)  # its first process
+        return whole, await asyncio.gather(*asked)
 
-        whole, again = made.run(through())
-        assert [said.token_ids for said in again] == [said.token_ids for said in whole]
-        for said in again:
-            assert same(said.logprobs, logprobs_of(model(1), PROMPT, said))
-            assert said.policy_versions == [1] * 100
-        assert len(made.events) == 1
-        assert "engine_died: the" in made.events[0]
-        assert "SIGKILL" in made.events[0]
-        assert "2 more left" in made.events[0]
-        assert server_pids(made)
-    assert not server_pids(made)
+    whole, again = one.run(through())
+    assert [said.token_ids for said in again] == [said.token_ids for said in whole]
+    for said in again:
+        assert same(said.logprobs, logprobs_of(model(1), PROMPT, said))
+        assert said.policy_versions == [1] * 100
+    (event,) = one.events
+    assert event.startswith(f"engine_died: the {one.engine._dialect.name} server: its process was killed (SIGKILL")
+    assert "4 completions were asked for; it is started again" in event
 
 
-def test_one_that_dies_too_often_is_an_error(tmp_path: Path):
-    with served("vllm", tmp_path, max_restarts=1, arguments=["--port", "not-a-port"]) as made:
+def instead(code: str, monkeypatch: pytest.MonkeyPatch, made: Served) -> None:
+    """Another program is started in the server's place."""
+    launch = replace(made.engine._dialect.launch(), command=[sys.executable, "-c", code])
+    monkeypatch.setattr(made.engine._dialect, "launch", lambda: launch)
+
+
+def test_one_that_dies_too_often_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served("vllm", tmp_path, max_restarts=1) as made:
+        instead("print('no memory'); raise SystemExit(3)", monkeypatch, made)
         with pytest.raises(EngineError, match=r"died 2 times \(limit: engine.max_restarts\); see .*engine.log"):
             made.publish(model(1), 0)
-        assert [event.partition(":")[0] for event in made.events] == ["engine_died"] * 2
+        assert [event.partition("; ")[0] for event in made.events] == [
+            "engine_died: the vLLM server: its process ended with exit code 3"
+        ] * 2
+        assert made.engine.log
+        assert "no memory" in made.engine.log.read_text()
 
 
-def test_one_that_never_answers_is_given_up(tmp_path: Path):
-    def mute(made: Any) -> Any:
-        launch = made.launch
-
-        def sleeping() -> Any:
-            from dataclasses import replace
-
-            return replace(launch(), command=[sys.executable, "-c", "import time; time.sleep(600)"])
-
-        made.launch = sleeping
-        return made
-
-    with (
-        served("vllm", tmp_path, start_limit_s=1.0, change=mute) as made,
-        pytest.raises(EngineError, match=r"1 s \(engine.start_limit_s\)"),
-    ):
-        made.publish(model(1), 0)
+def test_one_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served("vllm", tmp_path, start_limit_s=1.0) as made:
+        instead("import time; time.sleep(600)", monkeypatch, made)
+        with pytest.raises(EngineError, match=r"1 s \(engine.start_limit_s\)"):
+            made.publish(model(1), 0)
 
 
 def test_a_python_that_is_not_there_is_told(tmp_path: Path):
     def wrong(made: Any) -> Any:
-        from dataclasses import replace
-
         made._server = replace(made._server, python="/nowhere/python")
         return made
 
@@ -340,19 +331,17 @@ with served("vllm", Path({folder!r})) as made:
 def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
     path = [str(STANDINS.parent), str(STANDINS.parent / "engines"), str(STANDINS.parent.parent / "src")]
     code = DRIVER.format(path=path, folder=str(tmp_path))
-    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert driver.stdout
-        assert driver.stdout.readline() == "ready\n"
-        assert processes_with(str(tmp_path / "model"))
-        driver.kill()
-        limit = time.monotonic() + 20
-        while processes_with(str(tmp_path / "model")):
-            assert time.monotonic() < limit
-            time.sleep(0.1)
-    finally:
-        driver.kill()
-        driver.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout
+            assert driver.stdout.readline() == "ready\n"
+            assert processes_with(str(tmp_path / "model"))
+        finally:
+            driver.kill()
+    limit = time.monotonic() + 20
+    while processes_with(str(tmp_path / "model")):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -360,20 +349,17 @@ def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
     with served(kind, tmp_path) as owner:
         owner.publish(model(1), 0)
         with served(kind, tmp_path, url=owner.url) as guest:
+            gone = owner.url
             guest.publish(model(2), 5)
             said = guest.run(guest.engine.generate(PROMPT, sampling()))
             assert same(said.logprobs, logprobs_of(model(2), PROMPT, said))
             assert said.policy_versions == [5] * len(said.token_ids)
         assert owner.run(owner.engine.generate(PROMPT, sampling()))
     with (
-        served(kind, tmp_path, url=owner_url(owner)) as guest,
-        pytest.raises(EngineError, match="no .* server answers at engine.url"),
+        served(kind, tmp_path, url=gone) as guest,
+        pytest.raises(EngineError, match=r"no .* server answers at engine\.url"),
     ):
         guest.publish(model(2), 6)
-
-
-def owner_url(owner: Served) -> str:
-    return "http://127.0.0.1:1"
 
 
 def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
@@ -382,8 +368,6 @@ def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
         launch = owner.engine._dialect.launch()
         assert "sluice_worker.Weights" in launch.command
     words = [word for word in launch.command if word not in ("--worker-extension-cls", "sluice_worker.Weights")]
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -403,10 +387,3 @@ def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
     finally:
         bare.kill()
         bare.wait()
-
-
-async def _until(holds: Any, poll_s: float = 0.01, limit_s: float = 60.0) -> None:
-    """Asked in a thread, so that the engine goes on meanwhile."""
-    async with asyncio.timeout(limit_s):
-        while not await asyncio.to_thread(holds):
-            await asyncio.sleep(poll_s)

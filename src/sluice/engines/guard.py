@@ -41,7 +41,8 @@ def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd)
     code = asyncio.run(_serve(pipe))
     if code < 0:  # so that who started us is told the signal
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

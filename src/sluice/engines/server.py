@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -132,9 +132,9 @@ class ServerEngine:
         self._path, self._folder = list(sys.path), os.getcwd()
         self._server: _Server | None = None
         self._connecting = asyncio.Lock()
-        self._open = asyncio.Event()
-        """Whether completions may be begun: not while weights change."""
-        self._num_waiting = self._num_asked = 0
+        self._may_begin = asyncio.Event()
+        """Not while weights change."""
+        self._num_open = self._num_asked = 0
         self._none_asked = asyncio.Event()
         self._none_asked.set()
         self._closed = False
@@ -146,6 +146,14 @@ class ServerEngine:
         reached, or has died more often than it may. Cancelling the call aborts it at the server."""
         check_room(prompt_ids, sampling, self._max_model_len)
         check_ids(prompt_ids, self._vocab_size)
+        self._num_open += 1
+        try:
+            return await self._whole(prompt_ids, sampling)
+        finally:
+            self._num_open -= 1
+
+    async def _whole(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """In as many requests as publications come in between."""
         done = Completion([], [], "abort", [], sampling.temperature)
         last, given_up = -1, 0
         while done.finish_reason == "abort":
@@ -169,12 +177,12 @@ class ServerEngine:
         )
         broken = 0
         while True:
-            await self._may_begin()
+            await self._may_begin.wait()
             try:
                 server = await self._connected()
             except Died:
                 continue  # as often as it may be started again
-            if not self._open.is_set() or self._server is not server:
+            if not self._may_begin.is_set() or self._server is not server:
                 continue
             version = server.version
             with self._asked():
@@ -189,15 +197,17 @@ class ServerEngine:
             broken += 1
             await self._seen_to(server, cause, last=broken == BROKEN_ANSWERS)
 
-    async def _may_begin(self) -> None:
-        self._num_waiting += 1
+    @contextmanager
+    def _asked(self) -> Generator[None]:
+        """Counts a request while the server has it."""
+        self._num_asked += 1
+        self._none_asked.clear()
         try:
-            await self._open.wait()
+            yield
         finally:
-            self._num_waiting -= 1
-
-    def _asked(self) -> _Counted:
-        return _Counted(self)
+            self._num_asked -= 1
+            if not self._num_asked:
+                self._none_asked.set()
 
     async def _seen_to(self, server: _Server, cause: Exception, last: bool) -> None:
         """Returns when the request may be sent again. Raises EngineError when that has no sense."""
@@ -251,13 +261,13 @@ class ServerEngine:
         with boundary(EngineError, "the weights could not be written for the server"):
             await self._folders.add(weights.save, version)
         self.version = version
-        self._open.clear()
+        self._may_begin.clear()
         try:
             if self._finish_limit_s is not None:
                 await self._finished(self._finish_limit_s)
             await self._persistently(self._publish)
         finally:
-            self._open.set()
+            self._may_begin.set()
         self._folders.keep_newest()
 
     async def _finished(self, limit_s: float) -> None:
@@ -286,7 +296,7 @@ class ServerEngine:
 
     async def sleep(self) -> None:
         """Give the device's memory to the trainer, until weights are published. Nothing may be asked for meanwhile."""
-        self._open.clear()
+        self._may_begin.clear()
         await self._persistently(lambda server: self._dialect.sleep(server.http))
 
     # -- the server --
@@ -334,6 +344,9 @@ class ServerEngine:
         try:
             await server.http.get("/health", STATUS_LIMIT_S)
             await self._dialect.check(server.http)
+        except EngineError:
+            server.http.close()
+            raise
         except (OSError, HttpError) as error:
             server.http.close()
             raise EngineError(
@@ -352,12 +365,14 @@ class ServerEngine:
             process.kill()
             raise
         over = asyncio.Event()
+        http: HttpClient | None = None
         connection = Connection(
             process, reader, writer, _no_requests, lambda ended, cause: self._ended(ended, cause, over)
         )
         try:
             port = await connection.ask(self._dialect.launch(), LAUNCH_LIMIT_S)
-            server = _Server(HttpClient(f"http://127.0.0.1:{port}"), connection)
+            http = HttpClient(f"http://127.0.0.1:{port}")
+            server = _Server(http, connection)
             server.over = over
             await self._ready(server)
             if self._folders.newest:
@@ -366,6 +381,8 @@ class ServerEngine:
                 await self._dialect.resume(server.http)
         except BaseException as error:
             connection.end(f"it did not start: {error}")
+            if http:
+                http.close()
             if isinstance(error, Died):
                 raise
             if isinstance(error, (SluiceError, HttpError, OSError)):
@@ -402,7 +419,7 @@ class ServerEngine:
         )
         self.tell(
             "engine_died",
-            f"{self._name}: {cause}{self._see}; {self._num_asked} completions were asked for; {left} (engine.max_restarts)",
+            f"{self._name}: {cause}{self._see}; {self._num_open} completions were asked for; {left} (engine.max_restarts)",
         )
 
     def _died_too_often(self) -> EngineError:
@@ -411,7 +428,7 @@ class ServerEngine:
 
     async def close(self) -> None:
         self._closed = True
-        self._open.set()  # who waits is told
+        self._may_begin.set()  # who waits is told
         server, self._server = self._server, None
         if server:
             if server.connection:
@@ -426,7 +443,7 @@ class ServerEngine:
         absent = "it is starting" if self._connecting.locked() else "it does not run"
         where = self._server.http.url if self._server else absent
         return (
-            f"{self._name}, {where}: {self._num_asked} completions are asked for, {self._num_waiting} wait for weights; "
+            f"{self._name}, {where}: {self._num_open} completions are asked for, {self._num_asked} of which it has; "
             f"weights of version {self.version}"
         )
 
@@ -437,22 +454,6 @@ class ServerEngine:
     @property
     def _see(self) -> str:
         return f"; see {self.log}" if self.log and not self._url else ""
-
-
-class _Counted:
-    """Counts a request as asked for while it lasts."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._engine._num_asked += 1
-        self._engine._none_asked.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._engine._num_asked -= 1
-        if not self._engine._num_asked:
-            self._engine._none_asked.set()
 
 
 def _no_requests(number: int, answer: Any) -> None:
