@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -67,6 +67,8 @@ class ScriptedEngine(Section):
 class ServerEngine(Section):
     """What vLLM and SGLang have in common."""
 
+    package: ClassVar[str]
+    """What is installed in its Python."""
     python: str | None = None
     """Python that has the server installed, which is started with it, e.g. `.venv-vllm/bin/python`. Either this or url."""
     url: Annotated[str, Field(pattern=r"^https?://[\w.\-\[\]:]+$")] | None = None
@@ -153,6 +155,7 @@ class ServerEngine(Section):
 
 
 class VllmEngine(ServerEngine):
+    package = "vllm"
     name: Literal["vllm"]
     """A vLLM server generates, in an environment of its own."""
     cache_gb: PositiveInt = 1
@@ -183,6 +186,7 @@ class VllmEngine(ServerEngine):
 
 
 class SglangEngine(ServerEngine):
+    package = "sglang"
     name: Literal["sglang"]
     """An SGLang server generates, in an environment of its own."""
     deterministic: bool = False

@@ -239,6 +239,25 @@ def test_one_that_never_took_weights_says_so(kind: str, tmp_path: Path, monkeypa
         assert made.run(made.engine.fingerprint()) != fingerprint(model(2).named_weights())
 
 
+def test_one_that_sleeps_wakes_with_the_next_weights(one: Served):
+    """What is asked for meanwhile waits; put to sleep twice, it sleeps."""
+    if one.kind == "real vllm":
+        pytest.skip("needs a GPU")
+
+    async def asleep() -> Completion:
+        await one.engine.sleep()
+        await one.engine.sleep()
+        asked = asyncio.ensure_future(one.engine.generate(PROMPT, sampling()))
+        await asyncio.sleep(0.1)
+        assert not asked.done()
+        await one.engine.update_weights(InProcessWeights(model(2)), 1)
+        return await asked
+
+    said = one.run(asleep())
+    assert same(said.logprobs, logprobs_of(model(2), PROMPT, said))
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(2).named_weights())
+
+
 # Processes
 
 

@@ -36,12 +36,22 @@ class Sampler:
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.version = "default"
+        self.asleep: set[str] = set()
         self.running = asyncio.Event()
         self.running.set()
         self.active: dict[object, asyncio.Event] = {}
         """By request: whether it is to be given up."""
 
+    def sleep(self) -> None:
+        """Without its weights, which are gone."""
+        assert not self.active
+        self.asleep = {"weights", "kv_cache"}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
+
     def load(self, folder: str) -> None:
+        assert "weights" not in self.asleep
         weights: dict[str, Any] = {}
         for file in Path(folder).glob("*.safetensors"):
             weights |= load_file(file)
@@ -86,6 +96,7 @@ class Sampler:
     def _draw(
         self, prompt: Sequence[int], found: dict[str, Any], temperature: float, top_k: int, generator: Any
     ) -> None:
+        assert not self.asleep
         logits = self.model(torch.tensor([[*prompt, *found["ids"]]])).logits[0, -1] / temperature
         if top_k > 0:
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf

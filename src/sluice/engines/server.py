@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sluice.connection import Connection, Died
 from sluice.engines.guard import STOP_LIMIT_S, Launch, Stop
@@ -83,7 +83,11 @@ class Dialect(Protocol):
         ...
 
     async def sleep(self, http: HttpClient) -> None:
-        """Give back the device's memory; the next `load` takes it again."""
+        """Give back the device's memory, the weights' too: others are on their way."""
+        ...
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of these again."""
         ...
 
 
@@ -95,6 +99,7 @@ class _Server:
         self.connection = connection
         self.version = -1
         """Of the weights that it has."""
+        self.is_asleep = False
         self.over = asyncio.Event()
 
 
@@ -282,22 +287,31 @@ class ServerEngine:
 
     async def _publish(self, server: _Server) -> None:
         if server.version != self.version:
-            await self._dialect.pause(server.http)
             await self._load(server)
-            await self._dialect.resume(server.http)
 
     async def _load(self, server: _Server) -> None:
-        await self._dialect.load(server.http, str(self._folders.newest), self.version)
-        server.version = self.version
+        """What is published, with nothing computed meanwhile."""
+        dialect, http = self._dialect, server.http
+        await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
+        await dialect.load(http, str(self._folders.newest), self.version)
+        if server.is_asleep:
+            await dialect.wake(http, "kv_cache")
+        await dialect.resume(http)
+        server.is_asleep, server.version = False, self.version
 
     async def fingerprint(self) -> str | None:
         folder = str(self._folders.newest)
         return await self._persistently(lambda server: self._dialect.fingerprint(server.http, folder))
 
     async def sleep(self) -> None:
-        """Give the device's memory to the trainer, until weights are published. Nothing may be asked for meanwhile."""
+        """Give the device's memory to the trainer, until weights are published; what is asked for meanwhile waits."""
         self._may_begin.clear()
-        await self._persistently(lambda server: self._dialect.sleep(server.http))
+        await self._persistently(self._put_to_sleep)
+
+    async def _put_to_sleep(self, server: _Server) -> None:
+        if not server.is_asleep:
+            await self._dialect.sleep(server.http)
+            server.is_asleep = True
 
     # -- the server --
 
@@ -376,9 +390,7 @@ class ServerEngine:
             server.over = over
             await self._ready(server)
             if self._folders.newest:
-                await self._dialect.pause(server.http)
                 await self._load(server)
-                await self._dialect.resume(server.http)
         except BaseException as error:
             connection.end(f"it did not start: {error}")
             if http:

@@ -9,7 +9,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sluice.engines.guard import PORT, Launch
 from sluice.engines.http import HttpClient, HttpError
@@ -124,14 +124,10 @@ class Sglang:
                     await asyncio.sleep(POLL_S)
 
     async def load(self, http: HttpClient, folder: str, version: int) -> None:
-        if self._server and self._server.can_sleep:
-            await http.post("/resume_memory_occupation", {"tags": ["weights"]}, PUBLISH_LIMIT_S)
         body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
         answer = await http.post("/update_weights_from_disk", body, PUBLISH_LIMIT_S)
         if not answer["success"]:
             raise EngineError(f"SGLang did not take the weights: {answer['message']}")
-        if self._server and self._server.can_sleep:
-            await http.post("/resume_memory_occupation", {"tags": ["kv_cache"]}, PUBLISH_LIMIT_S)
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/continue_generation", {}, PUBLISH_LIMIT_S)
@@ -147,6 +143,9 @@ class Sglang:
 
     async def sleep(self, http: HttpClient) -> None:
         await http.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, PUBLISH_LIMIT_S)
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        await http.post("/resume_memory_occupation", {"tags": [what]}, PUBLISH_LIMIT_S)
 
     async def _checksum(self, http: HttpClient) -> str:
         answer = await http.post("/weights_checker", {"action": "checksum"}, PUBLISH_LIMIT_S)

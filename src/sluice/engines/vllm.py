@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sluice.engines.guard import PORT, Launch
 from sluice.engines.http import HttpClient, HttpError
@@ -62,7 +62,7 @@ class VllmServer:
         words += ["--max-num-seqs", str(self.max_num_seqs), "--generation-config", "vllm"]
         words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max(1, self.top_k))]
         words += ["--enable-scale-out", "--worker-extension-cls", "sluice_worker.Weights"]
-        words += ["--disable-uvicorn-access-log", "--disable-log-stats"]
+        words += ["--disable-uvicorn-access-log"]
         if self.tensor_parallel > 1:
             words += ["--tensor-parallel-size", str(self.tensor_parallel)]
         if self.memory_fraction is not None:
@@ -148,12 +148,8 @@ class Vllm:
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
 
     async def load(self, http: HttpClient, folder: str, version: int) -> None:
-        if self._server and self._server.can_sleep:
-            await http.post("/wake_up?tags=weights", limit_s=PUBLISH_LIMIT_S)
         (loaded, *_) = await self._call(http, "sluice_load", folder)
         self._loaded = {folder: loaded}
-        if self._server and self._server.can_sleep:
-            await http.post("/wake_up?tags=kv_cache", limit_s=PUBLISH_LIMIT_S)
         await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
 
     async def resume(self, http: HttpClient) -> None:
@@ -167,8 +163,10 @@ class Vllm:
         return combined(_added(await self._call(http, "sluice_parts")))
 
     async def sleep(self, http: HttpClient) -> None:
-        """The weights are thrown away too: others are on their way."""
         await http.post("/sleep?level=2", limit_s=PUBLISH_LIMIT_S)
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
 
     async def _call(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
         """Of all its workers: what each of them answers."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sluice.algorithms import Algorithm
 from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
@@ -50,9 +50,19 @@ def engine_and_trainer(
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
     if isinstance(config.engine, ServerEngine):
+        from sluice.launch.colocated import ColocatedTrainer
         from sluice.launch.servers import server_engine
 
-        return server_engine(config, config.engine, model, chat), trainer, packing, eos_ids
+        server = server_engine(config, config.engine, model, chat)
+        if config.engine.sleep:
+            colocated = ColocatedTrainer(trainer, server, model.device.type)
+            return (
+                server,
+                cast("Trainer", colocated),
+                packing,
+                eos_ids,
+            )  # what it does not say itself, it asks the trainer
+        return server, trainer, packing, eos_ids
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
@@ -224,6 +234,14 @@ def set_up_process(num_threads: int | None) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_unused_memory() -> None:
+    """Of the GPU: what tensors have left behind."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

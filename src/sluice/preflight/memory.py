@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
+from sluice.configengines import ServerEngine, VllmEngine
 from sluice.configtraining import BatchedOptimizer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
@@ -124,6 +125,19 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
+    if isinstance(config.engine, ServerEngine):
+        parts += _server_parts(config.engine, policy.num_parameters * width, _in_ram(config.model))
+    return parts
+
+
+def _server_parts(engine: ServerEngine, weights: float, in_ram: bool) -> list[Part]:
+    """Of a server that we start beside the trainer, and of what is published to it through memory. On a GPU the server's share is
+    its own affair."""
+    parts = [Part("published weights", 2 * weights)] if in_ram and engine.weights_folder is None else []
+    if in_ram and engine.python:
+        parts.append(Part("server's weights", weights))
+        if isinstance(engine, VllmEngine):
+            parts.append(Part("server's key-value cache", engine.cache_gb * 2**30))
     return parts
 
 

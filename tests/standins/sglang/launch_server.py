@@ -87,7 +87,14 @@ async def weights_checker(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "message": "", "ranks": [rank], "per_engine_checksum": whole}
 
 
-async def memory(body: dict[str, Any]) -> tuple[int, Any]:
+async def release_memory_occupation(body: dict[str, Any]) -> tuple[int, Any]:
+    assert set(body["tags"]) == {"weights", "kv_cache"}
+    SAMPLER.sleep()
+    return 200, ""
+
+
+async def resume_memory_occupation(body: dict[str, Any]) -> tuple[int, Any]:
+    SAMPLER.asleep -= set(body["tags"])
     return 200, ""
 
 
@@ -105,8 +112,8 @@ HANDLERS = {
     "/flush_cache": flush_cache,
     "/update_weights_from_disk": update_weights_from_disk,
     "/weights_checker": weights_checker,
-    "/release_memory_occupation": memory,
-    "/resume_memory_occupation": memory,
+    "/release_memory_occupation": release_memory_occupation,
+    "/resume_memory_occupation": resume_memory_occupation,
 }
 
 if __name__ == "__main__":

@@ -86,6 +86,18 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
     return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
 
 
+async def sleep(body: dict[str, Any]) -> tuple[int, Any]:
+    assert body["level"] == "2"
+    SAMPLER.running.clear()
+    SAMPLER.sleep()
+    return 200, {"status": "sleeping", "level": 2}
+
+
+async def wake_up(body: dict[str, Any]) -> tuple[int, Any]:
+    SAMPLER.asleep.discard(body["tags"])
+    return 200, {"status": "sleeping" if SAMPLER.asleep else "awake", "tags": [body["tags"]]}
+
+
 async def metrics(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, f'vllm:num_requests_running{{engine="0"}} {len(SAMPLER.active)}\n'
 
@@ -99,6 +111,8 @@ HANDLERS = {
     "/resume": resume,
     "/update_weight_version": update_weight_version,
     "/collective_rpc": collective_rpc,
+    "/sleep": sleep,
+    "/wake_up": wake_up,
 }
 
 if __name__ == "__main__":
