@@ -52,6 +52,7 @@ HOMES = {
         *("algorithms", "data.batch", "weights.fingerprint", "weights.shared_memory", "engines", "trainers"),
         *("rollout.metrics", "update", "checkpoint", "analysis.binary_reward"),
     },
+    "peft": {"trainers.lora"},
     "matplotlib": {"viewer", "analysis.plots"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},

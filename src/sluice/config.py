@@ -242,6 +242,7 @@ class TrainConfig(Section):
             )
         if isinstance(self.trainer, LocalTrainer):
             self.trainer.check_schedule("trainer")
+            self.trainer.check_adapters()
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
             raise ValueError(
@@ -324,6 +325,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> SftConfig:
         self.trainer.check_schedule("trainer")
+        self.trainer.check_adapters()
         return self
 
 

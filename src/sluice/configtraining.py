@@ -170,7 +170,22 @@ class BatchedOptimizer(OptimizerSection):
     update, when nothing else is done, for a gain that is worth measuring first (`benchmarks/trainer.py --settings trainer.compile=true`)."""
 
 
-class LocalTrainer(BatchedOptimizer):
+class AdapterFields(Section):
+    lora_rank: PositiveInt | None = None
+    """Train adapters of this rank over frozen weights (LoRA; needs `pip install 'sluice[lora]'`); left out, train the weights."""
+    lora_alpha: FinitePositive = 32.0
+    """What an adapter adds is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """Names of the linear layers that get one, e.g. `[q_proj, v_proj]`; left out, all but the head."""
+
+    def check_adapters(self) -> None:
+        """Raises ValueError."""
+        for name in ("lora_alpha", "lora_targets"):
+            if self.lora_rank is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"trainer.{name} has no effect without trainer.lora_rank; set that, or leave it out")
+
+
+class LocalTrainer(BatchedOptimizer, AdapterFields):
     name: Literal["local"] = "local"
     """One process, one device."""
     updates_per_batch: PositiveInt = 1
@@ -184,7 +199,7 @@ class DryTrainer(Section):
     """Minibatches per step."""
 
 
-class SftTrainer(BatchedOptimizer):
+class SftTrainer(BatchedOptimizer, AdapterFields):
     learning_rate: FinitePositive = 1e-5
     """Peak learning rate of AdamW."""
     samples_per_update: PositiveInt = 64

@@ -71,7 +71,12 @@ class LanguageModel(Protocol):
         ...
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Every trained tensor, once."""
+        """Every weight that it computes with, once, under the name that `transformers` gives it: a parameter of the model, or what
+        adapters make of it."""
+        ...
+
+    def named_modules(self) -> Iterable[tuple[str, Any]]:
+        """Its parts by those names."""
         ...
 
 

@@ -55,14 +55,20 @@ def ages(row: dict[str, Any], step: int) -> set[int]:
 
 def test_without_staleness_it_is_the_same_run_to_the_last_bit(ready: Path):
     """Z10. Every column of the ledger and every metric, over 20 steps."""
-    steps = "run.num_steps=20"
-    inside, apart = (
-        finished("train", "config.yaml", steps),
-        finished("train", "config.yaml", steps, *APART, name="apart"),
-    )
+    words = ("train", "config.yaml", "run.num_steps=20")
+    inside, apart = finished(*words), finished(*words, *APART, name="apart")
     assert rows_of(inside, 20) == rows_of(apart, 20)
     assert without_timings(metrics_of(inside)) == without_timings(metrics_of(apart))
     assert not children()
+
+
+def test_it_is_given_what_adapters_make_of_the_weights(ready: Path):
+    """The same samples as inside, where prompts go through the adapters themselves; that it has the trainer's weights is a check."""
+    words = ("train", "config.yaml", "run.num_steps=3", "trainer.lora_rank=4", "trainer.learning_rate=1e-2")
+    inside, apart = finished(*words), finished(*words, *APART, name="apart")
+    ids = [[row["token_ids"] for row in rows_of(run, 3)] for run in (inside, apart)]
+    assert ids[0] == ids[1]
+    assert metrics_of(apart)[-1]["train/grad_norm"] > 0
 
 
 @pytest.mark.parametrize("on_new_weights", ["continue", "finish"])

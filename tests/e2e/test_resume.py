@@ -43,6 +43,7 @@ VARIANTS = {
     "a critic's head": ("algorithm.name=ppo", "critic.model=head", *SEVERAL_UPDATES),
     "a reference that stays": ("algorithm.name=grpo", "algorithm.kl_coef=0.1"),
     "a reference that follows": ("algorithm.name=grpo", "algorithm.kl_coef=0.1", "reference.update_every_steps=2"),
+    "adapters": ("trainer.lora_rank=4", "trainer.learning_rate=1e-2"),
     "bfloat16": ("model.dtype=bfloat16", "algorithm.old_logprobs=recomputed"),
     "random weights, top-p": ("model.random_weights=true", "rollout.top_p=0.9"),
     "an environment that draws": ("rollout.environment=users_code:draws",),

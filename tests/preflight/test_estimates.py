@@ -66,9 +66,10 @@ def test_activations_are_about_what_the_model_keeps(
         assert 0.6 < estimate / sum(kept.values()) < 1.6
 
 
-def test_the_record_of_a_run_is_not_larger_than_what_is_estimated(ready: Path):
+@pytest.mark.parametrize("settings", [[], ["trainer.lora_rank=4"]])
+def test_the_record_of_a_run_is_not_larger_than_what_is_estimated(ready: Path, settings: list[str]):
     """The ledger at most; a checkpoint's weights and optimiser nearly to the byte, as far as there are any."""
-    words = ["run.num_steps=2", "checkpoint.every_steps=1"]
+    words = ["run.num_steps=2", "checkpoint.every_steps=1", *settings]
     run = finished("train", "config.yaml", *words)
     config = load(TrainConfig, ["config.yaml"], words).config
     ledger = sum(file.stat().st_size for file in run.glob("ledger/*.parquet"))

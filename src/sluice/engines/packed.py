@@ -9,14 +9,14 @@ where it lies. The copy of the weights is made anew whenever weights are publish
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sluice.engines.attention import POSITIONS_PER_SPAN, Attention, Kernel, Products
@@ -89,81 +89,73 @@ class PackedDecoder:
         half = torch.arange(self.head_dim, device=model.device).view(2, -1)
         self.key_order = half.t().flatten()
         """Pairs (i, i + half): what a rotation turns together lies together."""
-        self.layers = [self._packed(layer, i) for i, layer in enumerate(self.body.layers)]
+        self._trained = {name for name, weight in model.named_weights() if isinstance(weight, nn.Parameter)}
+        self._copies: dict[str, tuple[Tensor, bool]] = {}
+        """By the model's name: where the copy of a weight is, and whether it is rotated."""
+        prefix = next(n for n, m in model.named_modules() if m is self.body.layers)
+        self.layers = [self._packed(layer, i, f"{prefix}.{i}") for i, layer in enumerate(self.body.layers)]
         self.largest_product = self.layers[0].gate_up.weight.numel()
         self.span_cost = self.kv_heads / POSITIONS_PER_SPAN
         self.angles = torch.empty(0, self.head_dim // 2, dtype=torch.complex64, device=model.device)
         self.refresh()
 
-    def _packed(self, layer: Any, index: int) -> _Layer:
-        """Room for a layer's copy."""
+    def _packed(self, layer: Any, index: int, name: str) -> _Layer:
+        """Room for the copy of a layer that the model calls so."""
         a, m = layer.self_attn, layer.mlp
-        rows = sum(p.weight.shape[0] for p in (a.q_proj, a.k_proj, a.v_proj))
         kinds = getattr(self.model.config, "layer_types", None)
         window = getattr(self.model.config, "sliding_window", None)
+        sizes = [p.weight.shape[0] for p in (a.q_proj, a.k_proj, a.v_proj)]
         new = a.q_proj.weight.detach().new_empty
-        return _Layer(
+        packed = _Layer(
             source=layer,
             window=window if kinds is None or kinds[index] == "sliding_attention" else None,
-            qkv=Product(new(rows, a.q_proj.weight.shape[1]), self.threads),
-            qkv_bias=None if a.q_proj.bias is None else new(rows),
+            qkv=Product(new(sum(sizes), a.q_proj.weight.shape[1]), self.threads),
+            qkv_bias=None if a.q_proj.bias is None else new(sum(sizes)),
             qk_norm=new(self.heads + self.kv_heads, self.head_dim) if hasattr(a, "q_norm") else None,
-            out=self._product(a.o_proj.weight.detach()),
+            out=self._product(f"{name}.self_attn.o_proj.weight", a.o_proj.weight.detach()),
             gate_up=Product(new(2 * m.gate_proj.weight.shape[0], m.gate_proj.weight.shape[1]), self.threads),
-            down=self._product(m.down_proj.weight.detach()),
+            down=self._product(f"{name}.mlp.down_proj.weight", m.down_proj.weight.detach()),
         )
+        qkv = [f"{name}.self_attn.{kind}_proj" for kind in "qkv"]
+        for kind, whole in (("weight", packed.qkv.weight), ("bias", packed.qkv_bias)):
+            if whole is not None:
+                views = zip(qkv, whole.split(sizes), (True, True, False), strict=True)
+                self._copies |= {f"{projection}.{kind}": (view, rotated) for projection, view, rotated in views}
+        if packed.qk_norm is not None:
+            queries, keys = packed.qk_norm.split([self.heads, self.kv_heads])
+            self._copies[f"{name}.self_attn.q_norm.weight"] = queries, True
+            self._copies[f"{name}.self_attn.k_norm.weight"] = keys, True
+        gate, up = packed.gate_up.weight.chunk(2)
+        self._copies |= {f"{name}.mlp.gate_proj.weight": (gate, False), f"{name}.mlp.up_proj.weight": (up, False)}
+        return packed
 
-    def _product(self, weight: Tensor) -> Product:
-        """By a weight as the model has it: by the model's own, or where it is put in order anyway, by a copy, so that all that is
-        decoded with has the age of the last `refresh`."""
-        return Product(torch.empty_like(weight) if is_ordered(weight) else weight, self.threads)
+    def _product(self, name: str, weight: Tensor) -> Product:
+        """By a weight as the model has it: by the model's own, or where it is put in order anyway, or is only computed from what is
+        trained, by a copy, so that all that is decoded with has the age of the last `refresh`."""
+        if name in self._trained and not is_ordered(weight):
+            return Product(weight, self.threads)
+        copy = torch.empty_like(weight)
+        self._copies[name] = copy, False
+        return Product(copy, self.threads)
 
     @torch.no_grad()
     def refresh(self) -> None:
+        for name, weight in self.model.named_weights():
+            if name in self._copies:
+                copy, is_rotated = self._copies[name]
+                copy.copy_(self._in_pairs(weight) if is_rotated else weight)
         for layer in self.layers:
-            for target, parts in self._parts(layer):
-                for part, (_, weight, is_rotated) in zip(target, parts, strict=True):
-                    part.copy_(self._in_pairs(weight) if is_rotated else weight)
             for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 product.refresh()
-
-    def _parts(self, layer: _Layer) -> Iterator[tuple[Any, list[tuple[str, Tensor, bool]]]]:
-        """What lies where in the copies: (views of one copy, the model's name and weight for each, whether it is rotated)."""
-        a, m = layer.source.self_attn, layer.source.mlp
-        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        kinds = [("self_attn.q_proj", True), ("self_attn.k_proj", True), ("self_attn.v_proj", False)]
-        projections = (a.q_proj, a.k_proj, a.v_proj)
-        named = [(f"{n}.weight", p.weight, r) for (n, r), p in zip(kinds, projections, strict=True)]
-        yield layer.qkv.weight.split(sizes), named
-        if layer.qkv_bias is not None:
-            named = [(f"{n}.bias", p.bias, r) for (n, r), p in zip(kinds, projections, strict=True)]
-            yield layer.qkv_bias.split(sizes), named
-        if layer.qk_norm is not None:
-            views = layer.qk_norm.split([self.heads, self.kv_heads])
-            named = [
-                ("self_attn.q_norm.weight", a.q_norm.weight, True),
-                ("self_attn.k_norm.weight", a.k_norm.weight, True),
-            ]
-            yield views, named
-        named = [("mlp.gate_proj.weight", m.gate_proj.weight, False), ("mlp.up_proj.weight", m.up_proj.weight, False)]
-        yield layer.gate_up.weight.chunk(2), named
-        if is_ordered(a.o_proj.weight):
-            yield [layer.out.weight], [("self_attn.o_proj.weight", a.o_proj.weight, False)]
-            yield [layer.down.weight], [("mlp.down_proj.weight", m.down_proj.weight, False)]
 
     def _in_pairs(self, weight: Tensor) -> Tensor:
         """A weight, a bias or a norm whose first dimension is (heads ×) head size, with each head's elements in pairs."""
         return weight.unflatten(0, (-1, self.head_dim))[:, self.key_order].reshape(weight.shape)
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        weights = dict(self.model.named_weights())
-        names = {id(weight): name for name, weight in weights.items()}
-        for layer in self.layers:
-            for target, parts in self._parts(layer):
-                for part, (_, weight, _) in zip(target, parts, strict=True):
-                    if part.shape == weight.shape:  # the norm of a head stands once for each
-                        weights[names[id(weight)]] = part
-        return weights.items()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.model.named_weights():
+            copy, _ = self._copies.get(name, (weight, False))
+            yield name, copy if copy.shape == weight.shape else weight  # the norm of a head stands once for each
 
     # -- one token for each sequence --
 

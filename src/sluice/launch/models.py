@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from sluice.algorithms import Algorithm
 from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configengines import ServerEngine
-from sluice.configtraining import BatchedOptimizer, OptimizerSection
+from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
 from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
@@ -121,7 +121,7 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
     updates = config.run.num_steps * settings.updates_per_batch
-    model = trained(load_policy(config, chat), settings)
+    model = trained(adapted(load_policy(config, chat), settings, config.run.seed), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
@@ -157,6 +157,19 @@ def load_policy(
     )
     check_vocabulary(f"{key}={path or settings.path}", len(chat.tokenizer), model.config.vocab_size)
     return model
+
+
+def adapted(model: PolicyModel, settings: AdapterFields, seed: int) -> PolicyModel:
+    """With adapters, if such are to be trained instead of the model itself."""
+    if settings.lora_rank is None:
+        return model
+    try:
+        from sluice.trainers.lora import LoraModel
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"trainer.lora_rank: {error}; pip install 'sluice[lora]'") from error
+    return LoraModel(
+        model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets, seed=seed
+    )
 
 
 def trained(model: PolicyModel, settings: BatchedOptimizer) -> PolicyModel:

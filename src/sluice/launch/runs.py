@@ -21,7 +21,15 @@ from sluice.describe import describe
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
-from sluice.launch.models import engine_and_trainer, load_policy, optimizer_of, set_up_process, trained, trainer_threads
+from sluice.launch.models import (
+    adapted,
+    engine_and_trainer,
+    load_policy,
+    optimizer_of,
+    set_up_process,
+    trained,
+    trainer_threads,
+)
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -95,7 +103,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     settings = config.trainer
     packing = Packing(1, settings.tokens_per_micro_batch, settings.layout)
     updates = num_updates(len(samples), settings.samples_per_update, config.run.num_epochs)
-    model = trained(load_policy(config, chat), settings)
+    model = trained(adapted(load_policy(config, chat), settings, config.run.seed), settings)
     optimizer = optimizer_of(settings, model, updates)
     trainer = Local(model, chat.tokenizer, optimizer, packing, couples_tokens=CROSS_ENTROPY.couples_tokens)
     if longest := max(samples, key=len, default=None):

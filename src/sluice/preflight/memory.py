@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
 from sluice.configengines import ServerEngine, VllmEngine
-from sluice.configtraining import BatchedOptimizer
+from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
@@ -98,7 +98,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     batch = _batch(longest, update, config.trainer)
     device = "cpu" if _in_ram(config.model) else "cuda"
     parts = [
-        *learner("policy", policy, width),
+        *learner("policy", policy, width, num_trained(policy, config.trainer)),
         Part("activations", activation_bytes(policy, width, batch)),
         Part("logits", logits_bytes(policy, width, batch, device)),
     ]
@@ -107,7 +107,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     if "reference" in models:
         parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
     if "critic" in models:
-        parts += learner("critic", models["critic"], width)
+        parts += learner("critic", models["critic"], width, models["critic"].num_parameters)
         parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
@@ -145,7 +145,7 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     width, trainer = _width(config.model), config.trainer
     batch = _batch(longest_row, trainer.samples_per_update, trainer)
     parts = [
-        *learner("policy", model, width),
+        *learner("policy", model, width, num_trained(model, trainer)),
         Part("activations", activation_bytes(model, width, batch)),
         Part("logits", logits_bytes(model, width, batch, "cpu" if _in_ram(config.model) else "cuda")),
     ]
@@ -154,12 +154,22 @@ def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[P
     return parts
 
 
-def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
-    """A model that learns: with BF16 weights it has FP32 masters, and gradients in both."""
-    count, half = model.num_parameters, width < FP32
+def num_trained(model: ModelFolder, trainer: AdapterFields) -> int:
+    """Parameters: those of the model, or of adapters for all of its linear layers."""
+    if trainer.lora_rank is None:
+        return model.num_parameters
+    config = model.config
+    hidden, queries, keys, inner = config.hidden_size, model.query_size, model.key_size, model.inner_size
+    ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    return config.num_hidden_layers * trainer.lora_rank * ends
+
+
+def learner(owner: str, model: ModelFolder, width: int, count: int) -> list[Part]:
+    """A model of which `count` parameters learn: with BF16 weights these have FP32 masters, and gradients in both."""
+    half = width < FP32
     of = "" if owner == "policy" else f"{owner}'s "
     return [
-        Part(f"{of}weights", count * width, fixed=True),
+        Part(f"{of}weights", model.num_parameters * width, fixed=True),
         *([Part(f"{of}FP32 masters", count * FP32, fixed=True)] if half else []),
         Part(f"{of}gradients", count * (FP32 + (width if half else 0)), fixed=True),
         Part(f"{of}AdamW moments", 2 * count * FP32, fixed=True),
@@ -169,8 +179,12 @@ def learner(owner: str, model: ModelFolder, width: int) -> list[Part]:
 def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
     """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights."""
     width = _width(config.model)
-    per_parameter = width + (FP32 if width < FP32 else 0) + 2 * FP32
-    return per_parameter * sum(models[name].num_parameters for name in ("policy", "critic") if name in models)
+    learners = {name: models[name] for name in ("policy", "critic") if name in models}
+    weights = sum(model.num_parameters for model in learners.values())
+    trained = weights
+    if not isinstance(config.trainer, DryTrainer):
+        trained += num_trained(models["policy"], config.trainer) - models["policy"].num_parameters
+    return width * weights + ((FP32 if width < FP32 else 0) + 2 * FP32) * trained
 
 
 def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:

@@ -17,7 +17,7 @@ from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Mean, Metrics, Sum
 from sluice.trainers.critic import Critic
 from sluice.trainers.logprobs import Loss, head_backward, token_logprobs
-from sluice.trainers.model import PolicyModel, hidden_states_of
+from sluice.trainers.model import PolicyModel, copied, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
 from sluice.weights.fingerprint import fingerprint
@@ -151,7 +151,7 @@ class LocalTrainer:
         """From now on the policy as it is now is the reference."""
         assert self.reference is not None
         with torch.no_grad():
-            for old, new in zip(self.reference.model.parameters(), self.model.model.parameters(), strict=True):
+            for (_, old), (_, new) in zip(self.reference.named_weights(), self.model.named_weights(), strict=True):
                 old.copy_(new)
         self._reference_moved = True
 
@@ -167,13 +167,10 @@ class LocalTrainer:
 
         It raises NonFiniteError for weights that are no numbers.
         """
-        weights, state = copied(self.model.model.state_dict()), self._rest_of_state()
+        write_weights, state = self.model.export(), self._rest_of_state()
 
         def write(folder: str) -> dict[str, Any]:
-            for name, tensor in weights.items():
-                if not torch.isfinite(tensor).all():
-                    raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
-            self.model.model.save_pretrained(folder, state_dict=weights)
+            write_weights(folder)
             self.tokenizer.save_pretrained(folder)
             return state
 
@@ -211,23 +208,6 @@ class LocalTrainer:
         if self.reference is not None and self._reference_moved:
             state["reference"] = copied(self.reference.model.state_dict())
         return state
-
-
-def copied(state: Any) -> Any:
-    """A copy of a tree of tensors on the CPU, in which what was one tensor is one again (weights may be tied)."""
-    copies: dict[Any, Tensor] = {}
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else object()
-            if key not in copies:
-                copies[key] = value.detach().to("cpu", copy=True)
-            return copies[key]
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        return [copy(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return copy(state)
 
 
 _TURNS = 10

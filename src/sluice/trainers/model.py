@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
-from sluice.errors import ConfigError, boundary
+from sluice.errors import ConfigError, NonFiniteError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
 from sluice.trainers.norms import use_own_norms
 from sluice.types import Sample
@@ -175,6 +175,21 @@ class PolicyModel:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.model.named_modules()
+
+    def export(self) -> Callable[[str], None]:
+        """Copy the weights to the CPU. What is returned writes them into a folder that `transformers` loads; it may be called from
+        another thread, while training goes on. It raises NonFiniteError for weights that are no numbers."""
+        weights = copied(self.model.state_dict())
+        return lambda folder: self.write(folder, weights)
+
+    def write(self, folder: str, weights: dict[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
+        self.model.save_pretrained(folder, state_dict=weights)
+
     def architecture(self) -> dict[str, Any]:
         """All of the config that decides what the weights compute."""
         ignored = {"dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"}
@@ -223,6 +238,23 @@ class PolicyModel:
                     f"{type(self.model).__name__}: with sluice's {what} the logits differ from the model's own by {error:.3g}; "
                     "this architecture is not supported (full and sliding-window attention are)"
                 )
+
+
+def copied(state: Any) -> Any:
+    """A copy of a tree of tensors on the CPU, in which what was one tensor is one again (weights may be tied)."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else object()
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        return [copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return copy(state)
 
 
 def hidden_states_of(model: PolicyModel, batch: MicroBatch) -> Tensor:

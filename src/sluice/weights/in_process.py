@@ -19,4 +19,4 @@ class InProcessWeights:
         shared.write(self.model.named_weights())
 
     async def save(self, folder: str) -> None:
-        await asyncio.to_thread(self.model.model.save_pretrained, folder)
+        await asyncio.to_thread(self.model.export(), folder)

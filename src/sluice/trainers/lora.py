@@ -1,0 +1,107 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1): W + (alpha / rank) · B A, where only A and B are trained.
+
+The layers are peft's. What is published, exported and fingerprinted are merged weights under the names that the model has without
+adapters: engines know nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sluice.errors import ConfigError
+from sluice.trainers.model import PolicyModel, copied
+from sluice.weights.fingerprint import fingerprint
+
+FOLDER, FILE = "adapter", "adapter_model.safetensors"
+"""In a checkpoint: what `peft.PeftModel.from_pretrained` loads over the base model."""
+BASE = "base_fingerprint"
+"""In that file: of the base model."""
+NAME = "default"
+"""Of the adapter, to peft."""
+
+
+class LoraModel(PolicyModel):
+    """Its base weights stay as they are."""
+
+    def __init__(self, base: PolicyModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+        """`targets` are names of linear layers in the body (`q_proj`); none for all of them. `seed` draws A; B begins as 0.
+
+        Raises ConfigError when a target is not there.
+        """
+        super().__init__(base.model)
+        self._base_fingerprint = fingerprint(base.named_weights())
+        linear = {
+            name.rpartition(".")[2] for name, module in base.body.named_modules() if isinstance(module, nn.Linear)
+        }
+        if unknown := sorted({*targets} - linear):
+            raise ConfigError(
+                f"trainer.lora_targets: {type(base.model).__name__} has no linear layer called {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(linear))}"
+            )
+        # by full name: the head, should it be called like one of them, is left alone
+        inside = [
+            name
+            for name, module in base.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and module is not base.head
+            and name.rpartition(".")[2] in (targets or linear)
+        ]
+        self.settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=inside, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
+        torch.manual_seed(seed)
+        inject_adapter_in_model(self.settings, base.model)
+        self.model.eval()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._merged(self.model.named_parameters())
+
+    def export(self) -> Callable[[str], None]:
+        weights, adapter = copied(dict(self._merged(self.model.state_dict().items()))), copied(self._adapter())
+
+        def write(folder: str) -> None:
+            self.write(folder, weights)
+            path = Path(folder) / FOLDER
+            path.mkdir()
+            self.settings.save_pretrained(str(path))
+            save_file(adapter, path / FILE, {"format": "pt", BASE: self._base_fingerprint})
+
+        return write
+
+    @torch.no_grad()
+    def load_weights(self, folder: str) -> None:
+        """Take the adapter of a checkpoint, over the base that this model has. Raises ConfigError when it was made over another."""
+        with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
+            if file.metadata()[BASE] != self._base_fingerprint:
+                raise ConfigError(
+                    "the model under the adapter has other weights than when the run began: those of model.path were changed; put "
+                    "them back, or begin a new run"
+                )
+            for name, tensor in self._adapter().items():
+                tensor.copy_(file.get_tensor(name))
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """Its tensors, as peft names them in a file."""
+        state = get_peft_model_state_dict(self.model)
+        return {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+
+    def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if ".lora_" in name:
+                continue
+            if name.endswith(".base_layer.weight"):
+                tensor = _merged_weight(self.model.get_submodule(name.removesuffix(".base_layer.weight")))
+            yield name.replace(".base_layer.", "."), tensor
+
+
+@torch.no_grad()
+def _merged_weight(layer: Any) -> Tensor:
+    """W + (alpha / rank) · B A, computed in FP32, in W's dtype."""
+    weight, a, b = layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=layer.scaling[NAME]).to(weight.dtype)
