@@ -79,6 +79,7 @@ class VllmServer:
 
     def _variables(self) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[-self.num_threads :]  # the trainer's threads are not bound
+        of_ranks = [cores[rank :: self.tensor_parallel] or cores for rank in range(self.tensor_parallel)]
         path = os.environ.get("PYTHONPATH")
         eager = (
             {} if self.compiles else {"TORCH_COMPILE_DISABLE": "1"}
@@ -87,7 +88,7 @@ class VllmServer:
             "PYTHONPATH": os.pathsep.join([str(INSIDE), *([path] if path else [])]),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in of_ranks),
             "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
             "OMP_NUM_THREADS": str(self.num_threads),
             "HF_HUB_OFFLINE": "1",

@@ -62,19 +62,28 @@ class Weights:
         parts = _fingerprint_module().parts
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         found: list[Any] = []
-        for name, tensor, shape in checkpoint_tensors(model):
+        for name, tensor, shape in checkpoint_tensors(model, _rank()):
             ((_, _, dtype, total),) = parts([(name, tensor)])
             found.append([name, shape, dtype, total])
         return found
 
 
-def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, list[int]]]:
+def _rank() -> int:
+    """Of the tensor parallelism."""
+    from vllm.distributed import get_tensor_model_parallel_rank  # pyright: ignore[reportMissingImports]
+
+    return get_tensor_model_parallel_rank()
+
+
+def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
     """Name in the checkpoint, this rank's share, and the shape of the whole. A share that another rank has as well is left out."""
     packed = getattr(model, "packed_modules_mapping", {})
     for path, module in model.named_modules():
         for kind, weight in module.named_parameters(recurse=False):
+            ranks: Any = getattr(module, "tp_size", 1)
+            if ranks == 1 and rank > 0:
+                continue
             weight = read_back(module, weight) if kind == "weight" and not weight.numel() else weight
-            rank, ranks = getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1)
             parent, _, own = path.rpartition(".")
             if own in packed:
                 for part, (rows, copies) in zip(packed[own], _rows_of_parts(module), strict=True):
@@ -90,7 +99,7 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, list[int
                 shape = [module.org_vocab_size, *shape[1:]]
             elif dim is not None:
                 shape[dim] *= ranks
-            elif rank > 0:
+            elif rank > 0:  # as the bias behind split rows
                 continue
             yield f"{path}.{kind}" if path else kind, weight, shape
 
