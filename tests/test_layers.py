@@ -49,7 +49,15 @@ READS_RUNS = {"types", "errors", "tracking.rundir", "tracking.ledger"}
 ONLY = {"viewer": {*READS_RUNS, "viewer"}, "analysis": {*READS_RUNS, "algorithms", "analysis"}}
 HOMES = {
     "torch": {
-        *("algorithms", "data.batch", "weights.fingerprint", "weights.shared_memory", "engines", "trainers"),
+        *(
+            "algorithms",
+            "data.batch",
+            "weights.fingerprint",
+            "weights.shared_memory",
+            "weights.broadcast",
+            "engines",
+            "trainers",
+        ),
         *("rollout.metrics", "update", "checkpoint", "analysis.binary_reward"),
     },
     "peft": {"trainers.lora"},

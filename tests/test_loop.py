@@ -302,10 +302,10 @@ def test_weights_that_cannot_be_published_end_the_run(workshop: Workshop):
     """An engine that went on with old weights would be one whose samples nobody could trust."""
 
     class Engine(ScriptedEngine):
-        async def update_weights(self, weights: Any, version: int) -> None:
+        async def update_weights(self, weights: Any, version: int) -> int:
             if version == 2:
                 raise EngineError("no room for the weights")
-            await super().update_weights(weights, version)
+            return await super().update_weights(weights, version)
 
     run = workshop.run(engine=Engine(workshop.digits))
     with pytest.raises(EngineError, match="no room for the weights"):

@@ -25,12 +25,13 @@ import torch
 from sluice.data.sources import did_you_mean
 from sluice.errors import ConfigError, RunFolderError, TrainingError, boundary
 from sluice.rollout.buffer import BufferState
+from sluice.rollout.calls import Call
 from sluice.run import Run
 from sluice.tracking.rundir import RunDir, patiently, sync_folder
 from sluice.types import Completion, Group, Trajectory, Turn
 
 STATE, POSITION, CHECKSUMS = "trainer_state.pt", "run_state.json", "checksums.json"
-FORMAT = 1
+FORMAT = 2
 """Of these files; another one means another sluice."""
 Write = Callable[[str], dict[str, Any]]
 """What a trainer's snapshot returns."""
@@ -85,7 +86,7 @@ class Checkpoints:
             await self.finish()
 
     async def _save(self, run: Run) -> None:
-        # taken before an await lets others hand in groups
+        await note_unfinished(run)
         position, rng = position_of(run, self._metric), self._rng or random_state()
         await self.finish()
         step, write = run.step, run.trainer.snapshot()
@@ -150,7 +151,10 @@ class Saved:
             )
             for ticket, group in state["done"].items()
         }
-        return BufferState(**{**state, "done": done})
+        calls = {
+            int(seed): Call(**{**call, "made": Completion(**call["made"])}) for seed, call in state["calls"].items()
+        }
+        return BufferState(**{**state, "done": done, "calls": calls})
 
 
 def write_checkpoint(
@@ -234,6 +238,12 @@ def damage_of(folder: Path) -> str:
     return ""
 
 
+async def note_unfinished(run: Run) -> None:
+    """Ask the engine for what it is making, so that a run that goes on has it; a synchronous one samples the whole step again."""
+    if not run.buffer.synchronous:
+        run.buffer.calls.note(await run.engine.unfinished())
+
+
 def position_of(run: Run, metric: float | None) -> dict[str, Any]:
     """Where a run stands between two steps, as JSON; of prompts only what they depend on, since tickets are positions."""
     buffer: BufferState = run.buffer.state()
@@ -251,6 +261,7 @@ def position_of(run: Run, metric: float | None) -> dict[str, Any]:
             "next_ticket": buffer.next_ticket,
             "failed_in_a_row": buffer.failed_in_a_row,
             "done": done,
+            "calls": {seed: _own(call, Call, made=_own(call.made, Completion)) for seed, call in buffer.calls.items()},
         },
     }
 
@@ -283,13 +294,13 @@ def restore_random_state(rng: dict[str, Any]) -> None:
 
 
 def _saved(trajectory: Trajectory) -> dict[str, Any]:
-    """Its own fields, and not those that a subclass of a user has."""
+    turns = [_own(turn, Turn, completion=_own(turn.completion, Completion)) for turn in trajectory.turns]
+    return _own(trajectory, Trajectory, turns=turns)
 
-    def own(value: Any, kind: type) -> dict[str, Any]:
-        return {field.name: getattr(value, field.name) for field in fields(kind)}
 
-    turns = [{**own(turn, Turn), "completion": own(turn.completion, Completion)} for turn in trajectory.turns]
-    return {**own(trajectory, Trajectory), "turns": turns}
+def _own(value: Any, kind: type, **others: Any) -> dict[str, Any]:
+    """The fields that are the kind's own, and not those that a subclass of a user has; `others` in place of some."""
+    return {field.name: getattr(value, field.name) for field in fields(kind)} | others
 
 
 def _trajectory(saved: dict[str, Any]) -> Trajectory:

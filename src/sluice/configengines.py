@@ -15,13 +15,24 @@ class EmbeddedEngine(Section):
     process: Literal["trainer", "own"] = "trainer"
     """Where it generates. trainer: in the trainer's process, in turn with it. own: in a process of its own with its own copy of the
     weights, beside it; so rollout.max_staleness may be above 0."""
+    replicas: PositiveInt = 1
+    """Engines, each in a process of its own with its own copy of the weights, between which requests are shared out."""
     num_threads: PositiveInt | None = None
-    """CPU threads of its own process; left out, half of the cores."""
+    """CPU threads of each process of its own; left out, these have half of the cores together."""
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
+    publication: Literal["shared_memory", "broadcast", "disk"] = "shared_memory"
+    """How weights reach its own process. shared_memory: through memory of this machine. broadcast: by NCCL or gloo, in buckets, without a
+    copy in between. disk: as a model folder."""
+    publication_folder: str | None = None
+    """Where publication=disk puts that folder; left out, `weights` in the run folder."""
     max_restarts: NonNegativeInt = 3
-    """Times in a run that its own process is started again after it died; then the run fails."""
+    """Times in a run that a process of its own is started again after it died. One that dies once more is given up, and the run ends
+    when none is left."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A process of its own that gives no sign of life for so long, or gets none of its work done, is killed and started again. Long
+    prompts, and the first steps on a GPU, may take minutes."""
     num_slots: PositiveInt = 256
     """Completions decoded at once; a finished one's slot is taken at once."""
     max_model_len: PositiveInt | None = None
@@ -41,11 +52,24 @@ class EmbeddedEngine(Section):
                     "trainer's own weights, so nothing can be sampled while they change; set engine.process=own, or "
                     "rollout.max_staleness=0"
                 )
-            for name in ("num_threads", "on_new_weights", "max_restarts"):
+            for name in (
+                "replicas",
+                "num_threads",
+                "on_new_weights",
+                "publication",
+                "publication_folder",
+                "max_restarts",
+                "hang_timeout_s",
+            ):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
                         f"engine.{name} has no effect with engine.process=trainer; leave it out, or set engine.process=own"
                     )
+        elif self.publication_folder is not None and self.publication != "disk":
+            raise ValueError(
+                f"engine.publication_folder has no effect with engine.publication={self.publication}; leave it out, or set "
+                "engine.publication=disk"
+            )
         elif max_staleness == 0 and self.on_new_weights == "finish":
             raise ValueError(
                 "engine.on_new_weights=finish has no effect with rollout.max_staleness=0, where nothing is unfinished when weights "
@@ -73,23 +97,31 @@ class ServerEngine(Section):
     """Python that has the server installed, which is started with it, e.g. `.venv-vllm/bin/python`. Either this or url."""
     url: Annotated[str, Field(pattern=r"^https?://[\w.\-\[\]:]+$")] | None = None
     """`http://host:port` of a server that runs already. What is said of starting one has then no effect."""
-    weights_folder: str | None = None
-    """Folder in which weights are published, which the server sees under the same path; left out, memory of this machine."""
+    replicas: PositiveInt = 1
+    """Servers, each with its own copy of the weights, between which requests are shared out."""
+    publication_folder: str | None = None
+    """Folder in which weights are published, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
+    `weights` in the run folder."""
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
     max_model_len: PositiveInt | None = None
     """Longest prompt + completion; left out, the model's own limit."""
     max_restarts: NonNegativeInt = 3
-    """Times in a run that the server is started again after it died; then the run fails."""
+    """Times in a run that a server is started again, or looked for again, after it was lost. One that is lost once more is given up, and
+    the run ends when none is left."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A server that does not answer for so long, when it is asked whether it is well, is killed and started again."""
     start_limit_s: PositiveFloat = 900.0
     """Longest time until a server that is started answers."""
     num_slots: PositiveInt = 256
     """Completions decoded at once."""
     num_threads: PositiveInt | None = None
-    """CPU threads of the server; left out, half of the cores."""
+    """CPU threads of each server; left out, these have half of the cores together."""
     tensor_parallel: PositiveInt = 1
-    """GPUs over which the server splits the model."""
+    """GPUs over which each server splits the model."""
+    gpus: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
+    """Numbers of the GPUs that servers use, tensor_parallel for each replica in turn; left out, each sees all and takes the first ones."""
     memory_fraction: Fraction | None = None
     """Share of the GPU's memory for weights and key-value cache; left out, the server decides."""
     quantization: Literal["fp8"] | None = None
@@ -120,8 +152,8 @@ class ServerEngine(Section):
             )
         if self.url:
             of_start = (
-                *("max_restarts", "start_limit_s", "num_slots", "num_threads", "tensor_parallel", "memory_fraction"),
-                *("quantization", "speculative", "sleep", "arguments"),
+                *("replicas", "hang_timeout_s", "start_limit_s", "num_slots", "num_threads", "tensor_parallel"),
+                *("gpus", "memory_fraction", "quantization", "speculative", "sleep", "arguments"),
             )
             if name := next((key for key in of_start if key in self.changed()), None):
                 raise ValueError(
@@ -129,11 +161,15 @@ class ServerEngine(Section):
                     "here"
                 )
             local = any(f"//{host}" in self.url for host in ("127.0.0.1", "localhost", "[::1]"))
-            if not local and self.weights_folder is None:
+            if not local and self.publication_folder is None:
                 raise ValueError(
-                    f"engine.url={self.url} is another machine, which does not see this one's memory; set engine.weights_folder to a "
-                    "folder that both see under one path"
+                    f"engine.url={self.url} is another machine; set engine.publication_folder to a folder that both see under one path"
                 )
+        if self.gpus and len(self.gpus) != self.replicas * self.tensor_parallel:
+            raise ValueError(
+                f"engine.gpus names {len(self.gpus)} GPUs, and engine.replicas={self.replicas} servers with engine.tensor_parallel="
+                f"{self.tensor_parallel} take {self.replicas * self.tensor_parallel}; name as many"
+            )
         return self
 
     def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:

@@ -29,6 +29,11 @@ class Weights(Protocol):
         """Into a folder that `transformers` loads, weights and `config.json`."""
         ...
 
+    async def broadcast(self, address: Any, version: int) -> None:
+        """To the process of an engine that waits at an address (`sluice.weights.broadcast.Address`), with a `Sender` of the process
+        that has the weights. Raises WeightsMoved when there were updates since the handle was made; makes later ones wait."""
+        ...
+
 
 class SharedMemory(Protocol):
     """Room for named tensors that other processes of this machine see."""
@@ -79,14 +84,23 @@ class LanguageModel(Protocol):
         """Its parts by those names."""
         ...
 
+    def load_weights(self, folder: str) -> None:
+        """Those of a model folder, into the tensors that are there."""
+        ...
+
 
 class Engine(Protocol):
     """Turns prompts into completions."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
-        """Returns when every later token is made by these weights."""
+    async def update_weights(self, weights: Weights, version: int) -> int:
+        """Returns when every later token is made by these weights: how many bytes were moved for that, 0 in the trainer's process."""
+        ...
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """By the seed of its sampling, what every completion that is being made has so far, with the finish reason `abort`: for
+        checkpoints. May leave out what it cannot tell."""
         ...
 
     def status(self) -> str:

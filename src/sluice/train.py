@@ -12,7 +12,7 @@ from sluice.errors import CheckError, NonFiniteError, RolloutError
 from sluice.rollout.metrics import annotation_metrics, first_update_metrics, repetition, rollout_metrics
 from sluice.rollout.worker import rollout_workers
 from sluice.run import Run
-from sluice.tracking.metrics import Mean, Metrics
+from sluice.tracking.metrics import Last, Mean, Metrics
 from sluice.types import Group, Sample
 from sluice.update import prepare, update
 from sluice.waits import Wait
@@ -65,7 +65,7 @@ async def learn(run: Run, samples: Sequence[Sample], wait: Wait) -> Metrics:
 async def publish(run: Run) -> None:
     """Give the engine the weights of the step, and see that it has them."""
     with run.timer("publish"):
-        await run.engine.update_weights(run.trainer.weights(), run.step)
+        run.published_bytes = await run.engine.update_weights(run.trainer.weights(), run.step)
         run.fingerprint = await run.trainer.fingerprint()
     with run.timer("checks"):
         await run.checks.published(run)
@@ -134,7 +134,10 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     metrics += run.timer.drain()
     step_s = sum(m.value() for name, m in metrics.items() if name.startswith("perf/"))
     metrics["perf/step_s"] = Mean(step_s)
+    metrics["perf/publish_bytes"] = Last(run.published_bytes)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
+    for measured in run.meters:
+        metrics += measured()
     values = metrics.values_by_name()
     run.tracker.log(run.step, values)
     with run.timer("checks"):

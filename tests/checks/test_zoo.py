@@ -240,10 +240,10 @@ def keeps_a_copy(monkeypatch: pytest.MonkeyPatch, delivered: Callable[[int], boo
     def with_a_copy(self: EmbeddedEngine, model: Any, *rest: Any, **more: Any) -> None:
         init(self, deepcopy(model), *rest, **more)
 
-    async def update_weights(self: EmbeddedEngine, weights: Any, version: int) -> None:
+    async def update_weights(self: EmbeddedEngine, weights: Any, version: int) -> int:
         if delivered(version):
             self.model.model.load_state_dict(weights.model.model.state_dict())  # type: ignore[attr-defined]
-        await publish(self, InProcessWeights(self.model), version)
+        return await publish(self, InProcessWeights(self.model), version)
 
     monkeypatch.setattr(EmbeddedEngine, "__init__", with_a_copy)
     monkeypatch.setattr(EmbeddedEngine, "update_weights", update_weights)
@@ -293,9 +293,9 @@ def test_z14_an_engine_that_only_repeats_the_fingerprint_it_was_given(here: Path
     told: dict[int, Any] = {}
     update_weights = EmbeddedEngine.update_weights
 
-    async def noted(self: EmbeddedEngine, weights: Any, version: int) -> None:
+    async def noted(self: EmbeddedEngine, weights: Any, version: int) -> int:
         told[id(self)] = weights
-        await update_weights(self, weights, version)
+        return await update_weights(self, weights, version)
 
     async def repeated(self: EmbeddedEngine) -> str:
         return local.fingerprint(told[id(self)].model.named_weights())

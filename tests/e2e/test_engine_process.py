@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from processes import engines
 from sluice import connection
-from sluice.connection import Connection
 from sluice.engines.serving import Begin, Fingerprint, Generate, Update
+from sluice.launch import models
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
@@ -31,17 +33,6 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with workplace(tmp_path, monkeypatch):
         set_up(tmp_path)
         yield tmp_path
-
-
-def children() -> list[int]:
-    """Engine processes of this one."""
-    found: list[int] = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"sluice.engines.serving" in (stat.parent / "cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-    return found
 
 
 def rows_of(run: Path, steps: int) -> list[dict[str, Any]]:
@@ -59,7 +50,7 @@ def test_without_staleness_it_is_the_same_run_to_the_last_bit(ready: Path):
     inside, apart = finished(*words), finished(*words, *APART, name="apart")
     assert rows_of(inside, 20) == rows_of(apart, 20)
     assert without_timings(metrics_of(inside)) == without_timings(metrics_of(apart))
-    assert not children()
+    assert not engines()
 
 
 def test_it_is_given_what_adapters_make_of_the_weights(ready: Path):
@@ -69,6 +60,9 @@ def test_it_is_given_what_adapters_make_of_the_weights(ready: Path):
     ids = [[row["token_ids"] for row in rows_of(run, 3)] for run in (inside, apart)]
     assert ids[0] == ids[1]
     assert metrics_of(apart)[-1]["train/grad_norm"] > 0
+
+
+WAYS = {1: "broadcast", 2: "disk", 4: "shared_memory"}
 
 
 @pytest.mark.parametrize("on_new_weights", ["continue", "finish"])
@@ -90,6 +84,7 @@ def test_staleness_is_bounded_and_each_token_has_its_version(ready: Path, stalen
         *APART,
         f"rollout.max_staleness={staleness}",
         f"engine.on_new_weights={on_new_weights}",
+        f"engine.publication={WAYS[staleness]}",
         "rollout.environment=slow:dawdling",
         "rollout.filter=slow:some",
         "rollout.max_new_tokens=60",
@@ -137,22 +132,35 @@ INSTANTS = {
     "taking over weights": Update,
     "asked for a fingerprint": Fingerprint,
 }
+DIFFERENTLY = {
+    ("starting", 0): "disk",
+    ("starting", 2): "broadcast",
+    ("decoding", 0): "broadcast",
+    ("taking over weights", 2): "broadcast",
+    ("asked for a fingerprint", 0): "broadcast",
+    ("asked for a fingerprint", 2): "disk",
+}
+"""How weights are published where it is not through shared memory."""
 
 
-def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
-    """kill -9 of the engine's process when it is sent such a message, every other time; while it decodes, a moment later."""
+def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type, times: Container[int] = ()) -> list[int]:
+    """kill -9 of the engine's process when it is sent such a message, every other time or those times; while it decodes, a moment
+    later."""
     send, sent = connection.write, count(1)
     killed: list[int] = []
 
     def kill() -> None:
-        for pid in children():
+        for pid in engines():
             killed.append(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def watched(writer: Any, message: Any) -> None:
         send(writer, message)
-        if isinstance(message, kind) and next(sent) % 2 == (kind is Begin):
+        if not isinstance(message, kind):
+            return
+        number = next(sent)
+        if number in times if times else number % 2 == (kind is Begin):
             threading.Timer(0.03, kill).start() if kind is Generate else kill()
 
     monkeypatch.setattr(connection, "write", watched)
@@ -164,13 +172,14 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
 def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: int, monkeypatch: pytest.MonkeyPatch):
     """Nothing is lost, nothing is trained twice; and without staleness it is the run without kills."""
     steps = ("run.num_steps=6", "rollout.max_new_tokens=40", "trainer.learning_rate=1e-4")
-    options = (*APART, *steps, "engine.max_restarts=20", f"rollout.max_staleness={staleness}")
+    way = f"engine.publication={DIFFERENTLY.get((instant, staleness), 'shared_memory')}"
+    options = (*APART, *steps, way, "engine.max_restarts=20", f"rollout.max_staleness={staleness}")
     with monkeypatch.context() as patch:
         killed = kill_when(patch, INSTANTS[instant])
         run = finished("train", "config.yaml", *options)
     assert killed
     died = [event for event in events_of(run) if event["kind"] == "engine_died"]
-    assert len(died) == len(killed)
+    assert len(died) in (len(killed), len(killed) - 1)  # one that answered before it died, in the end, is not missed
     rows = [row for row in rows_of(run, 6) if row["trained"]]
     assert Counter((row["group"], row["index"]) for row in rows) == Counter(
         {(group, index): 1 for group in range(24) for index in range(4)}
@@ -181,7 +190,7 @@ def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: i
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in whole]
     if instant != "decoding":  # what is decoded side by side decides the last bit
         assert rows == whole
-    assert not children()
+    assert not engines()
 
 
 def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.CaptureFixture[str]):
@@ -195,23 +204,42 @@ def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.Captur
             sluice("train", "config.yaml", *APART, "engine.max_restarts=1", "run.name=test", "run.num_threads=1") == 1
         )
     said = capsys.readouterr().err
-    assert "engine's process died 2 times (limit: engine.max_restarts)" in said
+    assert "the engine died 2 times (limit: engine.max_restarts)" in said
     assert "engine.log" in said
 
 
+PLANTED = """
+from sluice.launch.models import engine_apart
+
+
+def forgetful(config):
+    engine = engine_apart(config)
+    update = engine.update_weights
+
+    async def with_version_1(weights, version):
+        if version == 1:
+            engine.kept = [weight.detach().clone() for _, weight in engine.model.named_weights()]
+        for (_, weight), kept in zip(engine.model.named_weights(), engine.kept if version == 2 else ()):
+            weight.data.copy_(kept)
+        return await update(weights, version)
+
+    engine.update_weights = with_version_1
+    return engine
+"""
+
+
+@pytest.mark.parametrize("publication", ["shared_memory", "broadcast", "disk"])
 def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
-    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ready: Path, publication: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Z6. Planted: it is never told of new weights, and says that it has them."""
-    ask = Connection.ask
-
-    async def forgetful(self: Any, message: Any, limit_s: float) -> Any:
-        return None if isinstance(message, Update) and message.version == 2 else await ask(self, message, limit_s)
-
-    monkeypatch.setattr(Connection, "ask", forgetful)
-    assert sluice("train", "config.yaml", *APART, "run.name=test", "run.num_threads=1") == 1
-    assert "weights_match" in capsys.readouterr().err
-    assert [event["kind"] for event in events_of(Path("runs/test"))].count("check") >= 1
+    """Z6. Planted: it loses what was published after step 2, and says that it has it."""
+    (ready / "planted.py").write_text(PLANTED)
+    monkeypatch.syspath_prepend(str(ready))
+    monkeypatch.setattr(models, "engine_apart", importlib.import_module("planted").forgetful)
+    words = (*APART, f"engine.publication={publication}", "run.name=test", "run.num_threads=1")
+    assert sluice("train", "config.yaml", *words) == 1
+    assert "weights_match, step 2" in capsys.readouterr().err
+    assert [event["kind"] for event in events_of(Path("runs/test"))].count("check") == 1
 
 
 @pytest.mark.parametrize(
@@ -220,6 +248,8 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
         (["rollout.max_staleness=1"], "set engine.process=own"),
         (["engine.num_threads=1"], "has no effect with engine.process=trainer"),
         (["engine.on_new_weights=finish"], "has no effect with engine.process=trainer"),
+        (["engine.publication=disk"], "has no effect with engine.process=trainer"),
+        (["engine.process=own", "engine.publication_folder=x"], "has no effect with engine.publication=shared_memory"),
         (["engine.process=own", "engine.on_new_weights=finish"], "has no effect with rollout.max_staleness=0"),
     ],
 )

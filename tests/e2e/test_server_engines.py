@@ -71,7 +71,7 @@ def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str
     run = finished("train", "config.yaml", *settings)
     assert not servers()
     assert not events_of(run)
-    assert not list(Path("/dev/shm").glob(f"sluice-weights-{os.getpid()}-*"))
+    assert not (run / "weights").exists()
     ages: set[int] = set()
     for step in range(1, STEPS + 1):
         for row in ledger_of(run, step):
@@ -118,6 +118,7 @@ def test_a_killed_server_costs_no_sample(ready: Path, kind: str, staleness: int,
         run = finished("train", "config.yaml", *settings)
     died = [event for event in events_of(run) if event["kind"] == "engine_died"]
     assert len(killed) == len(died) == 1
+    assert "SIGKILL" in died[0]["message"]
     rows = [row for step in range(1, STEPS + 1) for row in ledger_of(run, step) if row["trained"]]
     assert Counter((row["group"], row["index"]) for row in rows) == Counter(
         {(group, index): 1 for group in range(4 * STEPS) for index in range(4)}
@@ -133,7 +134,7 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     cls = Vllm if "vllm" in kind else Sglang
     load = cls.load
 
-    async def forgetful(self: Any, http: Any, folder: str, version: int) -> None:
+    async def forgetful(self: Any, http: Any, folder: Path, version: int) -> None:
         if version != 2:
             await load(self, http, folder, version)
 
@@ -179,10 +180,11 @@ PYTHON = "engine.python=python"
     [
         (["engine.name=vllm"], "one of engine.python"),
         (["engine.name=vllm", PYTHON, "engine.url=http://localhost:1"], "and not both"),
-        (["engine.name=vllm", "engine.url=http://far:1"], "set engine.weights_folder"),
+        (["engine.name=vllm", "engine.url=http://far:1"], "set engine.publication_folder"),
         (["engine.name=vllm", "engine.url=http://localhost:1", "engine.num_slots=4"], "engine.num_slots has no effect"),
         (["engine.name=vllm", "engine.url=far"], "looks like http://host:port"),
         (["engine.name=vllm", PYTHON, "engine.on_new_weights=finish"], "has no effect with rollout.max_staleness=0"),
+        (["engine.name=vllm", PYTHON, "engine.gpus=[0,1,2]"], "name as many"),
         (["engine.name=vllm", PYTHON, "engine.draft_tokens=4"], "has no effect without engine.speculative"),
         (["engine.name=vllm", PYTHON, "engine.repetition_tokens=4"], "has no effect without engine.max_repetitions"),
         (["engine.name=vllm", PYTHON, "engine.sleep=true", "model.device=cpu"], "no effect on the CPU"),

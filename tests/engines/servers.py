@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from sluice.engines.sglang import Sglang, SglangServer
 from sluice.engines.vllm import Vllm, VllmServer
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
-from sluice.weights.folders import PublishedFolders
+from sluice.weights.disk import Disk
 from sluice.weights.in_process import InProcessWeights
 from small_runs import ALPHABET
 
@@ -59,7 +59,6 @@ class Served:
     chat: Chat
     runner: asyncio.Runner
     folder: Path
-    events: list[str] = field(default_factory=list)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(asyncio.wait_for(work, 240))
@@ -88,7 +87,10 @@ def dialect(kind: str, folder: Path, **changes: Any) -> Any:
         return Sglang(SglangServer(python=sys.executable, **shared, deterministic=True, **changes), deterministic=True)
     python = VLLM if kind.startswith("real") else sys.executable
     repetition = {"max_pattern_size": 8, "min_count": 4}
-    return Vllm(VllmServer(python=str(python), **shared, top_k=8, num_threads=1, cache_gb=1, **changes), repetition)
+    return Vllm(
+        VllmServer(python=str(python), **shared, top_k=8, num_threads=1, first_thread=0, cache_gb=1, **changes),
+        repetition,
+    )
 
 
 @contextmanager
@@ -97,8 +99,7 @@ def served(
     folder: Path,
     *,
     url: str | None = None,
-    finish_limit_s: float | None = None,
-    max_restarts: int = 3,
+    hang_timeout_s: float = 60.0,
     step_s: float = 0.0,
     start_limit_s: float = 200.0,
     change: Callable[[Any], Any] = lambda made: made,
@@ -117,18 +118,19 @@ def served(
             patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]))
         engine = ServerEngine(
             change(dialect(kind, folder, **changes)),
+            Disk(None),
+            name="engine",
             url=url,
             decode=chat.decode,
             vocab_size=128,
             max_model_len=WINDOW,
-            folders=PublishedFolders(),
-            finish_limit_s=finish_limit_s,
+            finish_limit_s=None,
             start_limit_s=start_limit_s,
-            max_restarts=max_restarts,
+            hang_timeout_s=hang_timeout_s,
         )
-        engine.log = folder / "engine.log"
+        engine.belongs_to(folder / ("guest" if url else "run"))
+        (folder / "run").mkdir(exist_ok=True)
         made = Served(kind, engine, chat, runner, folder)
-        engine.tell = lambda event, text: made.events.append(f"{event}: {text}")
         try:
             yield made
         finally:

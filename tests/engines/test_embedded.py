@@ -311,6 +311,65 @@ def test_new_weights_change_what_is_sampled_and_its_version() -> None:
     assert [c.token_ids for c in before] != [c.token_ids for c in after]
 
 
+@pytest.mark.parametrize("changes", [{}, TRUNCATED], ids=["plain", "truncated"])
+def test_what_was_begun_is_continued_with_the_draws_that_come_next(changes: dict[str, Any]) -> None:
+    """R8: from any token on, what comes is what would have come, and its log-probs are those of the whole sequence."""
+    engine = engine_of(tiny_model("qwen3"))
+    whole = generate(engine, **changes)
+
+    async def rests(share: float) -> list[tuple[int, Completion]]:
+        asked = []
+        for k, completion in enumerate(whole):
+            num = int(share * len(completion.token_ids))
+            settings = sampling(k // 4, k % 4, **changes)
+            rest = replace(settings, max_new_tokens=settings.max_new_tokens - num, num_drawn=num)
+            asked.append((num, engine.generate(PROMPTS[k // 4] + completion.token_ids[:num], rest)))
+        return [(num, await rest) for num, rest in asked]
+
+    for share in (0.01, 0.4, 0.9):
+        for completion, (num, rest) in zip(whole, asyncio.run(rests(share)), strict=True):
+            assert rest.token_ids == completion.token_ids[num:]
+            assert rest.finish_reason == completion.finish_reason
+            assert rest.logprobs == pytest.approx(completion.logprobs[num:], abs=1e-4)
+            assert rest.kept_ids == completion.kept_ids[num:]
+
+
+def test_what_is_unfinished_is_the_beginning_of_what_comes_of_it() -> None:
+    """At every moment, over a change of weights, and with more requests than slots."""
+    model = tiny_model("qwen3")
+    engine = EmbeddedEngine(model, lambda ids: "", vocab_size=128, num_slots=5, in_flight=True)
+    changes = {"max_new_tokens": 30, **TRUNCATED}
+
+    async def watched() -> tuple[list[Completion], list[dict[int, Completion]]]:
+        asked = [
+            asyncio.create_task(engine.generate(p, sampling(i, j, **changes)))
+            for i, p in enumerate(PROMPTS)
+            for j in range(4)
+        ]
+        seen: list[dict[int, Completion]] = []
+        while not all(task.done() for task in asked):
+            seen.append(await engine.unfinished())
+            if len(seen) == 20:
+                await engine.update_weights(InProcessWeights(model), 1)
+            await asyncio.sleep(0)
+        return [task.result() for task in asked], seen
+
+    completions, seen = asyncio.run(watched())
+    by_seed = dict(zip([100 * i + j for i in range(3) for j in range(4)], completions, strict=True))
+    assert any(len(moment) == 5 for moment in seen)
+    assert asyncio.run(engine.unfinished()) == {}
+    for moment in seen:
+        for seed, made in moment.items():
+            whole, num = by_seed[seed], len(made.token_ids)
+            assert 0 < num < len(whole.token_ids)
+            assert made.finish_reason == "abort"
+            assert made.token_ids == whole.token_ids[:num]
+            assert made.logprobs == whole.logprobs[:num]
+            assert made.policy_versions == whole.policy_versions[:num]
+            assert made.kept_ids == whole.kept_ids[:num]
+    assert any(len(set(whole.policy_versions)) == 2 for whole in completions)
+
+
 def test_a_failing_model_fails_every_waiting_request(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
 

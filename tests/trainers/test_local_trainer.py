@@ -26,6 +26,8 @@ from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 from sluice.types import Sample
+from sluice.weights.broadcast import Address
+from sluice.weights.publication import WeightsMoved
 
 SETTINGS = OptimizerSettings(1e-3, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
 LENGTHS = (7, 21, 12, 2, 16, 9)
@@ -488,3 +490,25 @@ def test_a_saved_folder_loads_in_transformers_with_the_trained_weights(tmp_path:
     for name, parameter in model.model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("42").input_ids == tokenizer("42").input_ids
+
+
+def test_an_update_makes_older_handles_to_the_weights_stale_and_waits_while_they_are_sent():
+    """An engine that begins in between must get what was published, or be told that it is gone."""
+    packing = Packing(1, 1000, "packed")
+    trainer = trainer_of(tiny_model("qwen3"), packing)
+    handle, address = trainer.weights(), Address("127.0.0.1", 9, 0, (), 1.0)
+    forward_backward(trainer, make_minibatch(some_samples(), packing, row("cispo"), 0))
+
+    async def update() -> None:
+        async with handle.updates.weights.read():
+            stepping = asyncio.create_task(trainer.optim_step())
+            await asyncio.sleep(0.01)
+            assert not stepping.done()
+            assert await trainer.fingerprint() == before
+        await stepping
+        with pytest.raises(WeightsMoved):
+            await handle.broadcast(address, 0)
+
+    before = asyncio.run(trainer.fingerprint())
+    asyncio.run(update())
+    assert asyncio.run(trainer.fingerprint()) != before

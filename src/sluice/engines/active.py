@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sluice.engines.decoders import Decoder
 from sluice.engines.slots import Prefix, SlotCache, SlotState, Span, spans
-from sluice.types import Completion, Sampling
+from sluice.types import Completion, FinishReason, Sampling
 
 STEPS_BETWEEN_SORTS = 16
 """A sort copies the cache once, which is about what a step reads of it."""
@@ -33,9 +33,21 @@ class Request:
     """Of the weights: from which token on, which."""
 
     def policy_versions(self, count: int) -> list[int]:
-        """Of each of `count` tokens."""
+        """Of each of the first `count` tokens."""
         ends = [*(first for first, _ in self.versions[1:]), count]
-        return [v for (first, v), end in zip(self.versions, ends, strict=True) for _ in range(first, end)]
+        return [v for (first, v), end in zip(self.versions, ends, strict=True) for _ in range(first, end)][:count]
+
+    def completion(self, tokens: Tensor, logprobs: Tensor, reason: FinishReason) -> Completion:
+        """Of these tokens ([T] each), the first that it has."""
+        kept_ids = self.kept_ids[: len(tokens)]
+        return Completion(
+            token_ids=tokens.tolist(),
+            logprobs=logprobs.tolist(),
+            finish_reason=reason,
+            policy_versions=self.policy_versions(len(tokens)),
+            temperature=self.sampling.temperature,
+            kept_ids=kept_ids if any(kept_ids) else [],
+        )
 
     def asks(self) -> Iterator[str]:
         """What costs something in every step, and is done only while somebody asks for it."""
@@ -155,7 +167,8 @@ class ActiveSlots:
             column[first:last] = torch.tensor(values, dtype=column.dtype, device=column.device)
         draws = torch.zeros(len(new), max(s.max_new_tokens for s in sampling))
         for row, s in zip(draws, sampling, strict=True):
-            torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed), out=row[: s.max_new_tokens])
+            drawn = torch.rand(s.num_drawn + s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
+            row[: s.max_new_tokens] = drawn[s.num_drawn :]
         self.state["uniform"][first:last, : draws.shape[1]] = draws.to(self.device)
         for request in new:
             self.requests.append(request)

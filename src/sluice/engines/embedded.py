@@ -11,7 +11,8 @@ import asyncio
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Sequence, Sized
+from contextlib import asynccontextmanager
 from itertools import islice
 
 import torch
@@ -56,6 +57,8 @@ class EmbeddedEngine:
         self.cache_bytes = cache_bytes
         self.in_flight = in_flight
         self.version = 0
+        self.num_steps = 0
+        """That were made: it grows as long as there is work and it gets done."""
         self._threads = StepThreads(model.device)
         self._decoder = decoder_for(model, self._threads)
         self._lags = model.device.type == "cuda"
@@ -64,6 +67,7 @@ class EmbeddedEngine:
         self._waiting: deque[Request] = deque()
         self._closed = False
         self._is_admitting = True
+        self._stepping = asyncio.Lock()
         self._none_active = asyncio.Event()
         self._wanted: Counter[bytes] = Counter()
         """How many waiting requests want each prompt; its prefix is kept as long as one does."""
@@ -91,7 +95,7 @@ class EmbeddedEngine:
             self._driver = asyncio.create_task(self._drive())
         return await request.done
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         """The weights are the model's own; what was copied from the old ones or computed with them is made anew or dropped."""
         if weights.model is not self.model:
             raise EngineError(
@@ -108,6 +112,23 @@ class EmbeddedEngine:
         self._prefixes.clear()
         self._decoder.refresh()
         self._head_weight = self.model.head_weight()
+        return 0
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None]:
+        """No token is made meanwhile."""
+        async with self._stepping:
+            yield
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """By the seed of its sampling, what each sequence that is decoded has so far."""
+        made: dict[int, Completion] = {}
+        counts = (self._active.state["count"] - self._active.state["done"].long()).tolist() if self._active else []
+        for slot, request in enumerate(self._active.requests):
+            if count := counts[slot]:  # the last token of one that is done is drawn again, and ends it again
+                tokens, logprobs = (self._active.state[name][slot, :count] for name in ("tokens", "logprobs"))
+                made[request.sampling.seed] = request.completion(tokens, logprobs, "abort")
+        return made
 
     async def finish_active(self) -> None:
         """Let the completions that are decoded end, and begin no others before the weights are new."""
@@ -115,6 +136,10 @@ class EmbeddedEngine:
         if self._active:
             self._none_active.clear()
             await self._none_active.wait()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._active or self._waiting)
 
     async def fingerprint(self) -> str:
         return fingerprint(self._decoder.named_weights())
@@ -144,8 +169,10 @@ class EmbeddedEngine:
         try:
             await settled(self._waiting)
             while self._waiting or self._active:
-                with self._threads.step():
-                    self._step()
+                async with self._stepping:
+                    with self._threads.step():
+                        self._step()
+                self.num_steps += 1
                 if not self._active:
                     self._none_active.set()
                 await asyncio.sleep(0)
@@ -323,18 +350,9 @@ class EmbeddedEngine:
         tokens, logprobs = state["tokens"][rows].cpu(), state["logprobs"][rows].cpu()
         for i, slot in enumerate(slots):
             request, count = self._active.requests[slot], counts[i]
-            reason: FinishReason = "stop" if stopped[i] else "length"
             if not request.done.done():
-                request.done.set_result(
-                    Completion(
-                        token_ids=tokens[i, :count].tolist(),
-                        logprobs=logprobs[i, :count].tolist(),
-                        finish_reason=reason,
-                        policy_versions=request.policy_versions(count),
-                        temperature=request.sampling.temperature,
-                        kept_ids=request.kept_ids if any(request.kept_ids) else [],
-                    )
-                )
+                reason: FinishReason = "stop" if stopped[i] else "length"
+                request.done.set_result(request.completion(tokens[i, :count], logprobs[i, :count], reason))
         for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
             self._active.free(slot)
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,11 @@ class Launch:
 @dataclass(frozen=True)
 class Stop:
     """Asks for the server's end."""
+
+
+def seen(gpus: Sequence[int]) -> dict[str, str]:
+    """The variable by which a server sees these GPUs only; none for all that there are."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
 
 
 def serve(fd: int, parent: int) -> None:

@@ -52,8 +52,13 @@ class ScriptedEngine:
             temperature=sampling.temperature,
         )
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> int:
         self.version = version
+        return 0
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """An answer is there as a whole or not at all."""
+        return {}
 
     def status(self) -> str:
         """What it does at the moment, for people."""

@@ -1,8 +1,10 @@
 """An engine that is a server of its own, vLLM or SGLang: started and stopped by us, or there already at some address.
 
-One that we started and that dies is started again with the weights that were published last, and asked again what it had not
-answered. Completions that live through a publication know of each token which weights made it: from the server where it says so,
-else because it gives back what it has at the publication, and the rest is asked for afterwards.
+One that dies fails what it was asked (EngineLostError); when it is given weights, or asked for their fingerprint, it is started again,
+with the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
+
+Completions that live through a publication know of each token which weights made it: from the server where it says so, else because it gives
+back what it has at the publication, and the rest is asked for afterwards.
 """
 
 from __future__ import annotations
@@ -10,21 +12,21 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from sluice.connection import Connection, Died
 from sluice.engines.guard import STOP_LIMIT_S, Launch, Stop
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.sampling import check_ids, check_room
-from sluice.errors import EngineError, SluiceError, boundary
+from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Process
 from sluice.types import Completion, FinishReason, Sampling
-from sluice.weights.folders import PublishedFolders
+from sluice.weights.disk import Disk
 
 LAUNCH_LIMIT_S = 60.0
 """For the guard to start the server's program, which then still has to load."""
@@ -36,8 +38,8 @@ LEAVE_LIMIT_S = 5.0
 BROKEN_ANSWERS = 3
 """How often one request may go wrong at a server that is alive."""
 POLL_S = 0.2
-
-T = TypeVar("T")
+TICKS = 10
+"""Times that it is looked at within `hang_timeout_s`."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Reply:
 
 
 class Dialect(Protocol):
-    """What one kind of server wants said, and how it says what it did."""
+    """What one kind of server wants said, and how it says what it did. All of it raises OSError, HttpError and TimeoutError."""
 
     name: str
 
@@ -72,13 +74,13 @@ class Dialect(Protocol):
         """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
         ...
 
-    async def load(self, http: HttpClient, folder: str, version: int) -> None:
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
         """Take over the weights of a folder; it is paused."""
         ...
 
     async def resume(self, http: HttpClient) -> None: ...
 
-    async def fingerprint(self, http: HttpClient, folder: str) -> str:
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
         """Of its own weights, which should be those of the folder."""
         ...
 
@@ -94,61 +96,67 @@ class Dialect(Protocol):
 class _Server:
     """One that runs, from its start to its end."""
 
-    def __init__(self, http: HttpClient, connection: Connection | None) -> None:
-        self.http = http
-        self.connection = connection
+    def __init__(self, url: str) -> None:
+        self.http = HttpClient(url)
+        self.connection: Connection | None = None
+        """With its guard, where we have started it."""
         self.version = -1
         """Of the weights that it has."""
         self.is_asleep = False
         self.over = asyncio.Event()
+        self.cause = ""
+        """Of its end."""
+        self.watching: asyncio.Task[None] | None = None
 
 
 class ServerEngine:
     def __init__(
         self,
         dialect: Dialect,
+        publication: Disk,
         *,
+        name: str,
         url: str | None,
         decode: Callable[[Sequence[int]], str],
         vocab_size: int,
         max_model_len: int,
-        folders: PublishedFolders,
         finish_limit_s: float | None,
         start_limit_s: float,
-        max_restarts: int,
+        hang_timeout_s: float,
         start: Callable[..., Process] = Process,
     ) -> None:
-        """With a `url` the server is there, and is never started; without one it is started through `start`, when weights are
-        published for the first time. `decode` turns ids into text, for stop strings only.
+        """With a `url` the server is there, and is never started; without one it is started through `start` when weights are published
+        for the first time. `name` is that of its log. `decode` turns ids into text, for stop strings only.
 
-        `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so
-        long at most; None: they go on with the new ones.
+        `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so long at
+        most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
-        self.version = 0
-        self.log: Path | None = None
-        """File for what the server prints; it is told before there is one."""
-        self.tell: Callable[[str, str], None] = lambda kind, text: None
-        """Takes kind and text of an event."""
-        self._dialect, self._url, self._start = dialect, url, start
+        self._dialect, self._publication, self._name, self._url, self._start = dialect, publication, name, url, start
+        self._log: Path | None = None
         self._decode, self._vocab_size, self._max_model_len = decode, vocab_size, max_model_len
-        self._folders = folders
         self._finish_limit_s, self._start_limit_s = finish_limit_s, start_limit_s
-        self._max_restarts = self._restarts_left = max_restarts
-        self._path, self._folder = list(sys.path), os.getcwd()
+        self._hang_timeout_s = hang_timeout_s
+        self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
+        self._link = publication.link(name)
         self._server: _Server | None = None
-        self._connecting = asyncio.Lock()
+        self._untold = ""
+        """How the last one ended, as long as nobody was told."""
+        self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
         self._may_begin = asyncio.Event()
         """Not while weights change."""
         self._num_open = self._num_asked = 0
+        """Completions that we owe, and requests that the server has."""
         self._none_asked = asyncio.Event()
         self._none_asked.set()
+        self._begun: dict[int, Completion] = {}
+        """By its seed, what a server has given back of a completion that is not whole."""
         self._closed = False
 
     # -- generation --
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Raises PromptTooLongError when prompt and completion do not fit the window, EngineError when the server refuses, cannot be
-        reached, or has died more often than it may. Cancelling the call aborts it at the server."""
+        """Raises PromptTooLongError when prompt and completion do not fit the window, EngineLostError when the server dies, cannot be
+        reached or is not there, EngineError when it refuses. Cancelling the call aborts it at the server."""
         check_room(prompt_ids, sampling, self._max_model_len)
         check_ids(prompt_ids, self._vocab_size)
         self._num_open += 1
@@ -156,6 +164,7 @@ class ServerEngine:
             return await self._whole(prompt_ids, sampling)
         finally:
             self._num_open -= 1
+            self._begun.pop(sampling.seed, None)
 
     async def _whole(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """In as many requests as publications come in between."""
@@ -166,8 +175,10 @@ class ServerEngine:
             self._extend(done, reply, version, sampling)
             given_up = given_up + 1 if version == last else 0
             if given_up == BROKEN_ANSWERS:
-                raise EngineError(f"{self._name} gave up a completion {given_up} times without new weights{self._see}")
+                raise EngineError(f"{self._who} gave up a completion {given_up} times without new weights{self._see}")
             last = version
+            if done.token_ids:
+                self._begun[sampling.seed] = done
         if not any(done.kept_ids):
             done.kept_ids = []
         return done
@@ -178,29 +189,33 @@ class ServerEngine:
         rest = replace(
             sampling,
             max_new_tokens=sampling.max_new_tokens - num_done,
-            seed=sampling.seed + num_done,  # what comes is not drawn as what came
+            seed=sampling.seed + sampling.num_drawn + num_done,  # what comes is not drawn as what came
         )
-        broken = 0
-        while True:
+        for broken in range(1, BROKEN_ANSWERS + 1):
             await self._may_begin.wait()
-            try:
-                server = await self._connected()
-            except Died:
-                continue  # as often as it may be started again
-            if not self._may_begin.is_set() or self._server is not server:
-                continue
+            server = self._server
+            if server is None:
+                raise (
+                    EngineError("the engine is closed")
+                    if self._closed
+                    else self._lost(self._untold or "it does not run")
+                )
             version = server.version
-            with self._asked():
-                try:
+            try:
+                with self._asked():
                     return await self._dialect.generate(server.http, [*prompt_ids, *done.token_ids], rest), version
-                except HttpError as error:
-                    if error.status < 500:
-                        raise EngineError(f"{self._name} refuses a completion: {error}{self._see}") from error
-                    cause: Exception = error
-                except OSError as error:
-                    cause = error
-            broken += 1
-            await self._seen_to(server, cause, last=broken == BROKEN_ANSWERS)
+            except HttpError as error:
+                if error.status < 500:
+                    raise EngineError(f"{self._who} refuses a completion: {error}{self._see}") from error
+                cause: Exception = error
+            except OSError as error:
+                cause = error
+            if await self._is_over(server, cause):
+                raise self._lost(server.cause) from cause
+            if broken == BROKEN_ANSWERS:
+                raise EngineError(f"{self._who} failed {broken} times in a row: {cause}{self._see}") from cause
+            await asyncio.sleep(POLL_S)
+        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def _asked(self) -> Generator[None]:
@@ -214,24 +229,8 @@ class ServerEngine:
             if not self._num_asked:
                 self._none_asked.set()
 
-    async def _seen_to(self, server: _Server, cause: Exception, last: bool) -> None:
-        """Returns when the request may be sent again. Raises EngineError when that has no sense."""
-        if server.connection and await self._ends(server):
-            return  # it is started again as long as it may be
-        if last:
-            raise EngineError(f"{self._name} failed {BROKEN_ANSWERS} times in a row: {cause}{self._see}") from cause
-        await asyncio.sleep(POLL_S)
-
-    async def _is_well(self, server: _Server) -> bool:
-        try:
-            await server.http.get("/health", STATUS_LIMIT_S)
-        except (OSError, HttpError, ValueError):
-            return False
-        return True
-
     def _extend(self, done: Completion, reply: Reply, version: int, sampling: Sampling) -> None:
-        joint = len(done.token_ids)
-        count = len(reply.token_ids)
+        joint, count = len(done.token_ids), len(reply.token_ids)
         end = joint + count
         done.token_ids += reply.token_ids
         done.logprobs += reply.logprobs
@@ -259,21 +258,66 @@ class ServerEngine:
                 return end
         return len(token_ids)
 
+    async def unfinished(self) -> dict[int, Completion]:
+        """Of those that were given back at a publication, what they had then; the server does not say more."""
+        copied = {
+            seed: (list(c.token_ids), list(c.logprobs), list(c.policy_versions), list(c.kept_ids), c.temperature)
+            for seed, c in self._begun.items()
+        }
+        return {
+            seed: Completion(tokens, logprobs, "abort", versions, temperature, kept_ids=kept if any(kept) else [])
+            for seed, (tokens, logprobs, versions, kept, temperature) in copied.items()
+        }
+
     # -- weights --
 
-    async def update_weights(self, weights: Weights, version: int) -> None:
-        """Raises EngineError when the server does not take them, or has died more often than it may."""
-        with boundary(EngineError, "the weights could not be written for the server"):
-            await self._folders.add(weights.save, version)
-        self.version = version
+    async def update_weights(self, weights: Weights, version: int) -> int:
+        """Starts a server if there is none. Raises EngineLostError when it dies, EngineError when it cannot be started, or does not take
+        the weights."""
+        num_bytes = await self._publication.publish(weights, version)
+        server = await self._connected()
+        await self._deliver(server)
+        return num_bytes
+
+    async def fingerprint(self) -> str | None:
+        """Starts and raises as `update_weights`."""
+        server = await self._connected()
+        await self._deliver(server)
+        said: list[str] = []
+
+        async def ask() -> None:
+            said.append(await self._dialect.fingerprint(server.http, self._publication.of(server.version)))
+
+        async with self._telling(server):
+            await self._link.deliver(server.version, ask)  # the folder stays as long as it is read
+        return said[0]
+
+    async def _deliver(self, server: _Server) -> None:
+        """The weights that were published last; and again, if others were while it took them over."""
+
+        async def take_over() -> None:
+            assert self._publication.version is not None
+            await self._load(server, self._publication.version)
+
+        async with self._delivering:
+            while (version := self._publication.version) not in (None, server.version):
+                async with self._telling(server):
+                    await self._link.deliver(version, take_over)
+
+    async def _load(self, server: _Server, version: int) -> None:
+        dialect, http = self._dialect, server.http
         self._may_begin.clear()
         try:
             if self._finish_limit_s is not None:
                 await self._finished(self._finish_limit_s)
-            await self._persistently(self._publish)
+            await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
+            await dialect.load(http, self._publication.of(version), version)
+            if server.is_asleep:
+                await dialect.wake(http, "kv_cache")
+            await dialect.resume(http)
+            server.is_asleep, server.version = False, version
         finally:
             self._may_begin.set()
-        self._folders.keep_newest()
 
     async def _finished(self, limit_s: float) -> None:
         try:
@@ -285,125 +329,94 @@ class ServerEngine:
                 "lets no weights be published before"
             ) from None
 
-    async def _publish(self, server: _Server) -> None:
-        if server.version != self.version:
-            await self._load(server)
-
-    async def _load(self, server: _Server) -> None:
-        """What is published, with nothing computed meanwhile."""
-        dialect, http = self._dialect, server.http
-        await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
-        await dialect.load(http, str(self._folders.newest), self.version)
-        if server.is_asleep:
-            await dialect.wake(http, "kv_cache")
-        await dialect.resume(http)
-        server.is_asleep, server.version = False, self.version
-
-    async def fingerprint(self) -> str | None:
-        folder = str(self._folders.newest)
-        return await self._persistently(lambda server: self._dialect.fingerprint(server.http, folder))
-
     async def sleep(self) -> None:
         """Give the device's memory to the trainer, until weights are published; what is asked for meanwhile waits."""
+        server = self._server
+        if server is None or server.is_asleep:
+            return
         self._may_begin.clear()
-        await self._persistently(self._put_to_sleep)
-
-    async def _put_to_sleep(self, server: _Server) -> None:
-        if not server.is_asleep:
+        async with self._telling(server):
             await self._dialect.sleep(server.http)
             server.is_asleep = True
 
     # -- the server --
 
-    async def _persistently(self, ask: Callable[[_Server], Awaitable[T]]) -> T:
-        """Of the next server too when one dies. Raises EngineError when one that is alive refuses."""
-        for _ in range(self._restarts_left + 2):
-            try:
-                server = await self._connected()
-            except Died:
-                continue
-            try:
-                return await ask(server)
-            except (HttpError, OSError, ValueError) as error:
-                refused = isinstance(error, HttpError) and error.status < 500
-                if server.connection is None or refused or not await self._ends(server):
-                    raise EngineError(f"{self._name}: {type(error).__name__}: {error}{self._see}") from error
-        raise self._died_too_often()
-
-    async def _ends(self, server: _Server) -> bool:
-        """Whether it is dying, now that an answer broke off."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_LIMIT_S):
-                await server.over.wait()
-        if not server.over.is_set() and server.connection and not await self._is_well(server):
-            server.connection.end("it answers no more")
-        return server.over.is_set()
+    @asynccontextmanager
+    async def _telling(self, server: _Server) -> AsyncGenerator[None]:
+        """Around requests: what goes wrong with them is that the server is lost (EngineLostError), or refuses (EngineError)."""
+        try:
+            yield
+        except (HttpError, OSError, ValueError) as error:
+            refused = isinstance(error, HttpError) and error.status < 500
+            if not refused and await self._is_over(server, error):
+                raise self._lost(server.cause) from error
+            raise EngineError(f"{self._who}: {type(error).__name__}: {error}{self._see}") from error
 
     async def _connected(self) -> _Server:
-        """Starts one if there is none. Raises EngineError when that cannot be done, or was done too often."""
+        """Starts one if there is none. Raises EngineError when that cannot be done."""
         async with self._connecting:
-            if self._closed:
-                raise EngineError("the engine is closed")
-            if self._server:
-                return self._server
-            if self._restarts_left < 0:
-                raise self._died_too_often()
-            server = await (self._found() if self._url else self._started())
-            self._server = server
-            return server
+            if self._server is None:
+                if self._closed:
+                    raise EngineError("the engine is closed")
+                if self._untold:
+                    raise self._lost(self._untold)
+                self._may_begin.clear()  # it has no weights yet
+                try:
+                    self._server = await (self._found(self._url) if self._url else self._started())
+                except Died as error:
+                    raise self._lost(str(error)) from None
+            return self._server
 
-    async def _found(self) -> _Server:
-        assert self._url
-        server = _Server(HttpClient(self._url), None)
+    async def _found(self, url: str) -> _Server:
+        server = _Server(url)
         try:
             await server.http.get("/health", STATUS_LIMIT_S)
             await self._dialect.check(server.http)
-        except EngineError:
-            server.http.close()
-            raise
         except (OSError, HttpError) as error:
             server.http.close()
-            raise EngineError(
-                f"no {self._dialect.name} server answers at engine.url={self._url}: {type(error).__name__}: {error}"
+            raise Died(
+                f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
             ) from error
+        except BaseException:
+            server.http.close()
+            raise
         return server
 
     async def _started(self) -> _Server:
-        with boundary(EngineError, f"{self._name} could not be started"):
+        """Raises Died when it ends before it answers, EngineError."""
+        with boundary(EngineError, f"{self._who} could not be started"):
             process = self._start(
-                "sluice.engines.guard", path=self._path, folder=self._folder, log=self.log, variables={}
+                "sluice.engines.guard", path=self._path, folder=self._folder, log=self._log, variables={}
             )
         try:
             reader, writer = await asyncio.open_connection(sock=process.socket)
         except BaseException:
             process.kill()
             raise
+        server: _Server | None = None
         over = asyncio.Event()
-        http: HttpClient | None = None
-        connection = Connection(
-            process, reader, writer, _no_requests, lambda ended, cause: self._ended(ended, cause, over)
-        )
+
+        def ended(_: Connection, cause: str) -> None:
+            over.set()
+            self._ended(server, cause)
+
+        connection = Connection(process, reader, writer, _no_requests, ended)
         try:
             port = await connection.ask(self._dialect.launch(), LAUNCH_LIMIT_S)
-            http = HttpClient(f"http://127.0.0.1:{port}")
-            server = _Server(http, connection)
-            server.over = over
+            server = _Server(f"http://127.0.0.1:{port}")
+            server.connection, server.over = connection, over
             await self._ready(server)
-            if self._folders.newest:
-                await self._load(server)
         except BaseException as error:
             connection.end(f"it did not start: {error}")
-            if http:
-                http.close()
-            if isinstance(error, Died):
-                raise
-            if isinstance(error, (SluiceError, HttpError, OSError)):
-                raise EngineError(f"{self._name} could not be started: {error}{self._see}") from error
+            if server:
+                server.http.close()
+            if isinstance(error, SluiceError) and not isinstance(error, Died):
+                raise EngineError(f"{self._who} could not be started: {error}{self._see}") from error
             raise
+        server.watching = asyncio.create_task(self._watch(server, connection))
         return server
 
     async def _ready(self, server: _Server) -> None:
-        """Wait until it answers. Raises Died when it ends before."""
         try:
             async with asyncio.timeout(self._start_limit_s):
                 while not server.over.is_set():
@@ -414,58 +427,93 @@ class ServerEngine:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise EngineError(f"it does not answer after {self._start_limit_s:g} s (engine.start_limit_s)") from None
-        raise Died("it ended while it started")
+        raise Died(self._untold or "it ended while it started")
 
-    def _ended(self, connection: Connection, cause: str, over: asyncio.Event) -> None:
-        over.set()
-        if self._server and self._server.connection is connection:
-            self._server.http.close()
-            self._server = None
-        if self._closed:
-            return
-        self._restarts_left -= 1
-        left = (
-            "it is not started again"
-            if self._restarts_left < 0
-            else f"it is started again, {self._restarts_left} more left"
-        )
-        self.tell(
-            "engine_died",
-            f"{self._name}: {cause}{self._see}; {self._num_open} completions were asked for; {left} (engine.max_restarts)",
-        )
+    async def _watch(self, server: _Server, connection: Connection) -> None:
+        """By ticks and not by the clock: while a step of the trainer holds up this event loop, answers lie unread."""
+        silent, tick_s = 0, self._hang_timeout_s / TICKS
+        while silent < TICKS:
+            began = asyncio.get_running_loop().time()
+            silent = 0 if await self._is_well(server, tick_s) else silent + 1
+            await asyncio.sleep(max(0.0, began + tick_s - asyncio.get_running_loop().time()))
+        connection.end(f"it gave no sign of life for {self._hang_timeout_s:g} s (engine.hang_timeout_s) and was killed")
 
-    def _died_too_often(self) -> EngineError:
-        times = "once" if self._max_restarts == 0 else f"{self._max_restarts + 1} times"
-        return EngineError(f"{self._name} died {times} (limit: engine.max_restarts){self._see}")
+    async def _is_well(self, server: _Server, limit_s: float) -> bool:
+        try:
+            await server.http.get("/health", limit_s)
+        except (OSError, HttpError, ValueError):
+            return False
+        return True
+
+    async def _is_over(self, server: _Server, cause: Exception) -> bool:
+        """Whether a server whose answer broke off is dead, or as good as that."""
+        if server.connection:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await server.over.wait()
+        if not server.over.is_set() and not await self._is_well(server, STATUS_LIMIT_S):
+            what = f"it answers no more ({type(cause).__name__}: {cause})"
+            if server.connection:
+                server.connection.end(what)
+            else:
+                server.over.set()
+                self._ended(server, what)
+        return server.over.is_set()
+
+    def _ended(self, server: _Server | None, cause: str) -> None:
+        if server:
+            server.cause = cause
+            server.http.close()
+            if server.watching and server.watching is not asyncio.current_task():
+                server.watching.cancel()
+            if server is self._server:
+                self._server = None
+                self._may_begin.set()  # who waits is told
+        if not self._closed:
+            self._untold = cause
+
+    def _lost(self, cause: str) -> EngineLostError:
+        self._untold = ""
+        return EngineLostError(f"{cause}{self._see}")
 
     async def close(self) -> None:
         self._closed = True
-        self._may_begin.set()  # who waits is told
         server, self._server = self._server, None
+        self._may_begin.set()  # who waits is told
         if server:
             if server.connection:
                 with suppress(Died):
                     await server.connection.ask(Stop(), 2 * STOP_LIMIT_S)
                 server.connection.end("the engine was closed")
-            server.http.close()
-        self._folders.close()
+            self._ended(server, "the engine was closed")
+        self._publication.close()
+
+    def belongs_to(self, folder: Path) -> None:
+        """A run with this folder; what the server prints goes to a file there."""
+        self._log = folder / f"{self._name}.log"
+        self._publication.belongs_to(folder)
 
     def status(self) -> str:
         """What it does at the moment, for people."""
-        absent = "it is starting" if self._connecting.locked() else "it does not run"
-        where = self._server.http.url if self._server else absent
+        server = self._server
+        if server is None:
+            return (
+                f"{self._who}, which is starting" if self._connecting.locked() else f"{self._who}, which does not run"
+            )
+        weights = f"weights of version {server.version}" if server.version >= 0 else "no weights yet"
+        asleep = "; it is asleep" if server.is_asleep else ""
         return (
-            f"{self._name}, {where}: {self._num_open} completions are asked for, {self._num_asked} of which it has; "
-            f"weights of version {self.version}"
+            f"the {self._dialect.name} server at {server.http.url}: {self._num_open} completions are asked for, {self._num_asked} of "
+            f"which it has; {weights}{asleep}"
         )
 
     @property
-    def _name(self) -> str:
+    def _who(self) -> str:
         return f"the {self._dialect.name} server" + (f" at {self._url}" if self._url else "")
 
     @property
     def _see(self) -> str:
-        return f"; see {self.log}" if self.log and not self._url else ""
+        return f"; see {self._log}" if self._log and self._log.exists() and self._log.stat().st_size else ""
 
 
 def _no_requests(number: int, answer: Any) -> None:

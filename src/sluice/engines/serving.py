@@ -14,27 +14,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.connection import Answer, failed, read, write
+from sluice.connection import Alive, Answer, Ping, failed, read, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
-from sluice.interfaces import LanguageModel
 from sluice.processes import belong_to
 from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
-from sluice.weights.shared_memory import SharedWeights
-
-Load = Callable[[LanguageModel], None]
-"""Puts the published weights into a model."""
+from sluice.weights.publication import Inlet
 
 
 @dataclass(frozen=True)
 class Begin:
-    """The first message."""
+    """The first message; the second brings weights."""
 
-    engine: Callable[[Load], EmbeddedEngine]
-    weights_fd: int
-    version: int
-    """Of the weights that are there."""
+    engine: Callable[[], EmbeddedEngine]
+    inlet: Inlet
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Update:
-    """Other weights are there."""
+    """Other weights are at the inlet."""
 
     version: int
     finish: bool
@@ -61,6 +55,11 @@ class Update:
 @dataclass(frozen=True)
 class Fingerprint:
     """Asks for it."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Asks for what is being made."""
 
 
 def serve(fd: int, parent: int) -> None:
@@ -89,7 +88,7 @@ class _Server:
     def __init__(self, writer: asyncio.StreamWriter, tasks: asyncio.TaskGroup) -> None:
         self.writer, self.tasks = writer, tasks
         self.engine: EmbeddedEngine
-        self.weights: SharedWeights
+        self.inlet: Inlet
         self.requests: dict[int, asyncio.Task[None]] = {}
 
     async def take(self, message: Any) -> None:
@@ -104,26 +103,27 @@ class _Server:
                     task.cancel()
             case Update(version, finish):
                 self.tasks.create_task(self._answered(self._update(version, finish)))
+            case Ping():
+                self._say(Alive(self.engine.is_busy, self.engine.num_steps))
             case Fingerprint():
                 await self._answered(self.engine.fingerprint())
+            case Unfinished():
+                await self._answered(self.engine.unfinished())
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
 
     async def _begin(self, message: Begin) -> None:
-        def load(model: LanguageModel) -> None:
-            self.weights = SharedWeights(model.named_weights(), message.weights_fd)
-            self.weights.read(model.named_weights())
-
-        self.engine = message.engine(load)
-        self.engine.version = message.version
+        self.engine, self.inlet = message.engine(), message.inlet
 
     async def _update(self, version: int, finish: bool) -> None:
+        """Read by a thread, so that what comes meanwhile is heard."""
         if finish:
             await self.engine.finish_active()
-        self.weights.read(self.engine.model.named_weights())
-        await self.engine.update_weights(InProcessWeights(self.engine.model), version)
+        async with self.engine.paused():
+            await asyncio.to_thread(self.inlet.read, self.engine.model, version)
+            await self.engine.update_weights(InProcessWeights(self.engine.model), version)
 
-    async def _answered(self, work: Awaitable[str | None]) -> None:
+    async def _answered(self, work: Awaitable[Any]) -> None:
         try:
             self._say(Answer(None, await work))
         except SluiceError as error:
@@ -139,5 +139,5 @@ class _Server:
             del self.requests[number]
         self._say(answer)
 
-    def _say(self, answer: Answer) -> None:
+    def _say(self, answer: Answer | Alive) -> None:
         write(self.writer, answer)

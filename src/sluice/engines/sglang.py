@@ -9,14 +9,15 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.guard import PORT, Launch
+from sluice.engines.guard import PORT, Launch, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.server import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.folders import fingerprint_of_folder
+from sluice.weights.disk import fingerprint_of_folder
 
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -38,6 +39,7 @@ class SglangServer:
     draft_tokens: int = 3
     draft_path: str | None = None
     can_sleep: bool = False
+    gpus: Sequence[int] = ()
     deterministic: bool = False
     arguments: Sequence[str] = field(default=())
 
@@ -61,7 +63,7 @@ class SglangServer:
         if self.deterministic:
             words += ["--enable-deterministic-inference"]
         offline = os.environ.get("HF_HUB_OFFLINE", "1")
-        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline})
+        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline} | seen(self.gpus))
 
 
 class Sglang:
@@ -123,8 +125,8 @@ class Sglang:
                 except HttpError:
                     await asyncio.sleep(POLL_S)
 
-    async def load(self, http: HttpClient, folder: str, version: int) -> None:
-        body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
         answer = await http.post("/update_weights_from_disk", body, PUBLISH_LIMIT_S)
         if not answer["success"]:
             raise EngineError(f"SGLang did not take the weights: {answer['message']}")
@@ -132,7 +134,7 @@ class Sglang:
     async def resume(self, http: HttpClient) -> None:
         await http.post("/continue_generation", {}, PUBLISH_LIMIT_S)
 
-    async def fingerprint(self, http: HttpClient, folder: str) -> str:
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
         """Of the published weights, if those that it computes with are others than at other publications, and the same as when these
         were published before: their checksum is SGLang's own, of tensors that it has joined, and says no more."""
         checksum, published = await self._checksum(http), await asyncio.to_thread(fingerprint_of_folder, folder)

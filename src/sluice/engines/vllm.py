@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.guard import PORT, Launch
+from sluice.engines.guard import PORT, Launch, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.server import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
 from sluice.errors import EngineError
@@ -45,6 +45,8 @@ class VllmServer:
     top_k: int
     """Of the run's sampling; so many ids are reported with each token."""
     num_threads: int
+    first_thread: int
+    """How many threads servers beside it have, on the last cores: its own are on those before."""
     cache_gb: int
     """10⁹ bytes of key-value cache, on the CPU."""
     tensor_parallel: int = 1
@@ -52,6 +54,7 @@ class VllmServer:
     quantization: str | None = None
     speculative: Mapping[str, Any] | None = None
     can_sleep: bool = False
+    gpus: Sequence[int] = ()
     compiles: bool = False
     arguments: Sequence[str] = field(default=())
 
@@ -78,21 +81,26 @@ class VllmServer:
         return Launch([*words, *self.arguments], self._variables())
 
     def _variables(self) -> dict[str, str]:
-        cores = sorted(os.sched_getaffinity(0))[-self.num_threads :]  # the trainer's threads are not bound
+        cores = sorted(os.sched_getaffinity(0), reverse=True)  # the trainer's threads are not bound
+        cores = cores[self.first_thread :][: self.num_threads] or cores
         of_ranks = [cores[rank :: self.tensor_parallel] or cores for rank in range(self.tensor_parallel)]
         path = os.environ.get("PYTHONPATH")
         eager = (
             {} if self.compiles else {"TORCH_COMPILE_DISABLE": "1"}
         )  # some of its sampling is compiled even when eager
-        return eager | {
-            "PYTHONPATH": os.pathsep.join([str(INSIDE), *([path] if path else [])]),
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in of_ranks),
-            "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
-            "OMP_NUM_THREADS": str(self.num_threads),
-            "HF_HUB_OFFLINE": "1",
-        }
+        return (
+            seen(self.gpus)
+            | eager
+            | {
+                "PYTHONPATH": os.pathsep.join([str(INSIDE), *([path] if path else [])]),
+                "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in of_ranks),
+                "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
+                "OMP_NUM_THREADS": str(self.num_threads),
+                "HF_HUB_OFFLINE": "1",
+            }
+        )
 
 
 class Vllm:
@@ -105,7 +113,7 @@ class Vllm:
         self._server = server
         self._repetition = repetition
         self._quantized = server is not None and server.quantization is not None
-        self._loaded: dict[str, list[Any]] = {}
+        self._loaded: dict[Path, list[Any]] = {}
         """What was read from the folder that was loaded last, by the folder."""
 
     def launch(self) -> Launch:
@@ -148,15 +156,15 @@ class Vllm:
         """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
 
-    async def load(self, http: HttpClient, folder: str, version: int) -> None:
-        (loaded, *_) = await self._call(http, "sluice_load", folder)
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        (loaded, *_) = await self._call(http, "sluice_load", str(folder))
         self._loaded = {folder: loaded}
         await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/resume", limit_s=PUBLISH_LIMIT_S)
 
-    async def fingerprint(self, http: HttpClient, folder: str) -> str:
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
         """Of what it computes with, read back under the names of the checkpoint. Of rounded weights that would be another one: there
         it is of what it read from the folder that it loaded last, whichever that is."""
         if self._quantized:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sluice.algorithms import Algorithm
@@ -16,15 +15,17 @@ from sluice.configengines import ServerEngine
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary, num_cores
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
+    from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.weights.publication import Publication
 
 
 def engine_and_trainer(
@@ -51,31 +52,64 @@ def engine_and_trainer(
     check_fits(config, model.config.vocab_size, model.max_length)
     if isinstance(config.engine, ServerEngine):
         from sluice.launch.colocated import ColocatedTrainer
-        from sluice.launch.servers import server_engine
+        from sluice.launch.servers import servers
 
-        server = server_engine(config, config.engine, model, chat)
+        engines = servers(config, config.engine, model, chat)
         if config.engine.sleep:
-            colocated = ColocatedTrainer(trainer, server, model.device.type)
+            colocated = ColocatedTrainer(trainer, engines.engines, model.device.type)
             return (
-                server,
+                engines,
                 cast("Trainer", colocated),
                 packing,
                 eos_ids,
             )  # what it does not say itself, it asks the trainer
-        return server, trainer, packing, eos_ids
+        return engines, trainer, packing, eos_ids
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
-    from sluice.engines.process import EngineProcess
+    return engines_apart(config, model), trainer, packing, eos_ids
 
-    apart = EngineProcess(
-        model.named_weights(),
-        partial(engine_apart, config),
-        synchronous=config.rollout.max_staleness == 0,
-        finish_limit_s=config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None,
-        max_restarts=config.engine.max_restarts,
-    )
-    return apart, trainer, packing, eos_ids
+
+def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
+    """Embedded engines, each in a process of its own."""
+    from sluice.engines.process import EngineProcess
+    from sluice.engines.router import Router
+
+    settings, rollout = config.engine, config.rollout
+    assert isinstance(settings, EmbeddedEngine)
+    synchronous = rollout.max_staleness == 0
+    finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
+    publication = publication_of(settings, model, finish_limit_s or 0.0)
+    engines = [
+        EngineProcess(
+            publication,
+            partial(engine_apart, config),
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
+            synchronous=synchronous,
+            finish_limit_s=finish_limit_s,
+            hang_timeout_s=settings.hang_timeout_s,
+        )
+        for k in range(settings.replicas)
+    ]
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
+
+
+def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun."""
+    match settings.publication:
+        case "shared_memory":
+            from sluice.weights.shared_memory import SharedMemory
+
+            return SharedMemory(model.named_weights())
+        case "broadcast":
+            from sluice.engines.process import PUBLISH_LIMIT_S
+            from sluice.weights.broadcast import Broadcast
+
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s)
+        case "disk":
+            from sluice.weights.disk import Disk
+
+            return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:
@@ -93,14 +127,13 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
     )
 
 
-def engine_apart(config: TrainConfig, load: Callable[[PolicyModel], None]) -> Embedded:
-    """In a process of its own, with weights that are loaded from elsewhere."""
+def engine_apart(config: TrainConfig) -> Embedded:
+    """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
     set_up_process(engine_threads(config.engine))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
-    load(model)
     return embedded_engine(config.engine, model, chat)
 
 
@@ -212,8 +245,8 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 
 
 def engine_threads(settings: EmbeddedEngine | ServerEngine) -> int:
-    """Of an engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2)
+    """Of each engine's own process."""
+    return settings.num_threads or max(1, num_cores() // 2 // settings.replicas)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
@@ -226,11 +259,7 @@ def trainer_threads(config: TrainConfig) -> int | None:
     )
     if config.run.num_threads or not apart or isinstance(engine, ScriptedEngine):
         return config.run.num_threads
-    return max(1, num_cores() - engine_threads(engine))
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return max(1, num_cores() - engine.replicas * engine_threads(engine))
 
 
 def set_up_process(num_threads: int | None) -> None:

@@ -18,6 +18,7 @@ from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
+from sluice.engines.router import Router
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
@@ -166,8 +167,9 @@ def _assembled(
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-    if hasattr(engine, "log"):  # it has a process of its own
-        engine.log, engine.tell = rundir.path / "engine.log", tracker.event
+    several = isinstance(engine, Router) and len(engine.engines) > 1
+    if isinstance(engine, Router):
+        engine.belongs_to(rundir.path, tracker.event)
     return Run(
         engine=engine,
         trainer=trainer,
@@ -200,6 +202,7 @@ def _assembled(
         max_length=model.max_length if model else None,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
+        meters=[engine.drain_metrics] if several else [],
     )
 
 
@@ -307,12 +310,20 @@ def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
 @contextmanager
 def _stopping_on_sigterm(run: Run) -> Generator[None]:
     """The first SIGTERM lets an update that has begun end, and no other begin; the second one ends the process."""
+    from sluice.checkpoint import note_unfinished
+
+    async def leave() -> None:
+        try:
+            await note_unfinished(run)  # before the workers end, and what they asked for with them
+        finally:
+            await run.buffer.stop()
+
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
     def stop(*_: object) -> None:  # not a handler of the loop's own: user code may block the loop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(run.buffer.stop())))
+        loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(leave())))
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may have handlers
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.config import TrainConfig
@@ -11,30 +12,41 @@ from sluice.launch.checked import window_of
 from sluice.launch.models import engine_threads
 
 if TYPE_CHECKING:
+    from sluice.engines.router import Router
     from sluice.engines.server import Dialect
-    from sluice.engines.server import ServerEngine as Engine
     from sluice.trainers.model import PolicyModel
 
 
-def server_engine(config: TrainConfig, settings: ServerEngine, model: PolicyModel, chat: Chat) -> Engine:
+def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, chat: Chat) -> Router:
+    """One server, or several of the same kind, each with its own copy of the weights."""
+    from sluice.engines.router import Router
     from sluice.engines.server import ServerEngine as Engine
-    from sluice.weights.folders import PublishedFolders
+    from sluice.weights.disk import Disk
 
-    window = window_of(config, model.max_length)
-    return Engine(
-        _dialect(config, settings, window),
-        url=settings.url,
-        decode=chat.decode,
-        vocab_size=model.config.vocab_size,
-        max_model_len=window,
-        folders=PublishedFolders(settings.weights_folder),
-        finish_limit_s=config.rollout.timeout_s if settings.on_new_weights == "finish" else None,
-        start_limit_s=settings.start_limit_s,
-        max_restarts=settings.max_restarts,
-    )
+    rollout, window = config.rollout, window_of(config, model.max_length)
+    publication = Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+    engines = [
+        Engine(
+            _dialect(config, settings, window, k),
+            publication,
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
+            url=settings.url,
+            decode=chat.decode,
+            vocab_size=model.config.vocab_size,
+            max_model_len=window,
+            finish_limit_s=rollout.timeout_s if settings.on_new_weights == "finish" else None,
+            start_limit_s=settings.start_limit_s,
+            hang_timeout_s=settings.hang_timeout_s,
+        )
+        for k in range(settings.replicas)
+    ]
+    synchronous = rollout.max_staleness == 0
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def _dialect(config: TrainConfig, settings: ServerEngine, window: int) -> Dialect:
+def _dialect(config: TrainConfig, settings: ServerEngine, window: int, k: int) -> Dialect:
+    """Of the k-th replica."""
+    of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,
         "model": config.model.path,
@@ -45,6 +57,7 @@ def _dialect(config: TrainConfig, settings: ServerEngine, window: int) -> Dialec
         "memory_fraction": settings.memory_fraction,
         "quantization": settings.quantization,
         "can_sleep": settings.sleep,
+        "gpus": settings.gpus[k * of_each : (k + 1) * of_each],
         "arguments": settings.arguments,
     }
     if isinstance(settings, SglangEngine):
@@ -58,6 +71,7 @@ def _dialect(config: TrainConfig, settings: ServerEngine, window: int) -> Dialec
         **shared,
         top_k=config.rollout.top_k,
         num_threads=engine_threads(settings),
+        first_thread=k * engine_threads(settings),
         cache_gb=settings.cache_gb,
         speculative=_drafting(settings),
         compiles=settings.compile,

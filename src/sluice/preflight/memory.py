@@ -67,10 +67,7 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
         return item
     free, where = found
     if where == RAM:
-        has_two = (
-            isinstance(config, TrainConfig) and config.engine.name == "embedded" and config.engine.process == "own"
-        )
-        total += (1 + has_two) * PROCESS_BYTES
+        total += (1 + (_engines_apart(config) if isinstance(config, TrainConfig) else 0)) * PROCESS_BYTES
     item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
     if fixed > free:
         item.fail(
@@ -111,19 +108,22 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
-        slots = min(config.engine.num_slots, groups * rollout.group_size)
+        apart = _engines_apart(config)
+        engines = max(1, apart)
+        slots = engines * min(config.engine.num_slots, -(-groups * rollout.group_size // engines))
         length = -(-longest // CACHE_STEP) * CACHE_STEP + CACHE_STEP // 4
         prefill = min(config.engine.prefill_tokens, groups * longest)
         cache = policy.cache_elements * width * slots * length
         if config.engine.cache_gb is not None:
-            cache = min(cache, config.engine.cache_gb * 1e9)
+            cache = min(cache, engines * config.engine.cache_gb * 1e9)
         elif device == "cuda" and (free := _cuda_free()) is not None:
             cache = min(cache, free / 2)
-        copies = decoder_bytes(policy, width, device)
-        if config.engine.process == "own":  # its own model, and what the trainer publishes through
-            copies += (2 if device == "cpu" else 1) * policy.num_parameters * width
+        copies = engines * decoder_bytes(policy, width, device)
+        if apart:  # each its own model, and all together what it is published through
+            between = device == "cpu" and config.engine.publication != "broadcast"
+            copies += (apart + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
-        parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
+        parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     if isinstance(config.engine, ServerEngine):
         parts += _server_parts(config.engine, policy.num_parameters * width, _in_ram(config.model))
@@ -131,14 +131,20 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
 
 
 def _server_parts(engine: ServerEngine, weights: float, in_ram: bool) -> list[Part]:
-    """Of a server that we start beside the trainer, and of what is published to it through memory. On a GPU the server's share is
-    its own affair."""
-    parts = [Part("published weights", 2 * weights)] if in_ram and engine.weights_folder is None else []
-    if in_ram and engine.python:
-        parts.append(Part("server's weights", weights))
-        if isinstance(engine, VllmEngine):
-            parts.append(Part("server's key-value cache", engine.cache_gb * 2**30))
-    return parts
+    """Of servers that we start beside the trainer. On a GPU their share is their own affair."""
+    if not in_ram or engine.url:
+        return []
+    cache = engine.cache_gb * 2**30 if isinstance(engine, VllmEngine) else 0
+    return [
+        Part("servers' weights", engine.replicas * weights),
+        Part("servers' key-value cache", engine.replicas * cache),
+    ]
+
+
+def _engines_apart(config: TrainConfig) -> int:
+    """In processes of their own."""
+    engine = config.engine
+    return engine.replicas if engine.name == "embedded" and engine.process == "own" else 0
 
 
 def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:

@@ -19,8 +19,8 @@ def check_server(settings: ServerEngine) -> Item:
         _check_address(settings.url, item)
     elif settings.python:
         _check_python(settings.python, settings.package, item)
-    if settings.weights_folder and not _writable(Path(settings.weights_folder)):
-        item.fail(f"engine.weights_folder={settings.weights_folder} cannot be written")
+    if settings.publication_folder and not _writable(Path(settings.publication_folder)):
+        item.fail(f"engine.publication_folder={settings.publication_folder} cannot be written")
     return item
 
 

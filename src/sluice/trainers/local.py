@@ -21,7 +21,7 @@ from sluice.trainers.model import PolicyModel, copied, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
 from sluice.weights.fingerprint import fingerprint
-from sluice.weights.in_process import InProcessWeights
+from sluice.weights.in_process import InProcessWeights, Updates
 
 
 class LocalTrainer:
@@ -48,6 +48,7 @@ class LocalTrainer:
         self.couples_tokens = couples_tokens
         self.entropy_gradient = entropy_gradient
         self._policy_has_gradient = False
+        self._updates = Updates()
         self._reference_moved = False
         self._first_reference: str | None = None
 
@@ -142,7 +143,10 @@ class LocalTrainer:
         policy_norm = self.optimizer.clip() if self._policy_has_gradient else None
         critic_norm = self.critic.optimizer.clip() if self.critic else None
         self._policy_has_gradient = False
-        metrics = Metrics() if policy_norm is None else self.optimizer.step(policy_norm)
+        metrics = Metrics()
+        if policy_norm is not None:
+            async with self._updates.another():
+                metrics += self.optimizer.step(policy_norm)
         if self.critic is not None and critic_norm is not None:
             metrics += self.critic.optim_step(critic_norm)
         return metrics
@@ -156,7 +160,7 @@ class LocalTrainer:
         self._reference_moved = True
 
     def weights(self) -> InProcessWeights:
-        return InProcessWeights(self.model)
+        return InProcessWeights(self.model, self._updates, self._updates.count)
 
     async def fingerprint(self) -> str:
         return fingerprint(self.model.named_weights())

@@ -1,12 +1,31 @@
-"""Publication by a trainer that has the whole model in this process."""
+"""The handle to the weights of a trainer that has the whole model in this process."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from sluice.interfaces import SharedMemory
+from sluice.weights.broadcast import Address, Sender
+from sluice.weights.publication import Place, WeightsMoved
+
+
+class Updates:
+    """Of a trainer's weights: how many there were. Each waits until other threads have sent the weights as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sender = Sender()
+        self.weights = Place()
+
+    @asynccontextmanager
+    async def another(self) -> AsyncGenerator[None]:
+        async with self.weights.written():
+            self.count += 1
+            yield
 
 
 @dataclass(frozen=True)
@@ -14,9 +33,20 @@ class InProcessWeights:
     """A handle to the live model: an engine in the same process generates with the very tensors that the trainer updates."""
 
     model: Any
+    updates: Updates = field(default_factory=Updates)
+    count: int = 0
+    """Updates that there were when the handle was made."""
 
     async def copy_to(self, shared: SharedMemory) -> None:
         shared.write(self.model.named_weights())
 
     async def save(self, folder: str) -> None:
         await asyncio.to_thread(self.model.export(), folder)
+
+    async def broadcast(self, address: Address, version: int) -> None:
+        async with self.updates.weights.read():
+            if self.updates.count != self.count:
+                raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
+            await asyncio.to_thread(
+                self.updates.sender.send, address, version, self.model.named_weights(), self.model.device
+            )

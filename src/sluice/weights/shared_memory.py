@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sluice.interfaces import LanguageModel, Weights
+from sluice.weights.publication import Place
 
 _ALIGNMENT = 64
 
@@ -45,3 +50,53 @@ class SharedWeights:
     def close(self) -> None:
         """The memory stays as long as a tensor of it does."""
         os.close(self.fd)
+
+
+class SharedMemory:
+    """Publication to engines of this machine, which all read one copy."""
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`weights` say what is published: names, shapes and dtypes; the numbers do not matter yet."""
+        self._shared = SharedWeights(weights)
+        self.fds: tuple[int, ...] = (self._shared.fd,)
+        self._place = Place()
+        self.version: int | None = None
+
+    def belongs_to(self, run: Path) -> None:
+        """Nothing is left there."""
+
+    async def publish(self, weights: Weights, version: int) -> int:
+        async with self._place.written():
+            if version == self.version:
+                return 0
+            await weights.copy_to(self._shared)
+            self.version = version
+            return self._shared.num_bytes
+
+    def link(self, engine: str) -> _SharedLink:
+        return _SharedLink(SharedInlet(self._shared.fd), self._place)
+
+    def close(self) -> None:
+        if self.fds:
+            self._shared.close()
+        self.fds = ()
+
+
+@dataclass(frozen=True)
+class _SharedLink:
+    inlet: SharedInlet
+    place: Place
+
+    async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
+        async with self.place.read():
+            await take_over()
+
+
+class SharedInlet:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._shared: SharedWeights | None = None
+
+    def read(self, model: LanguageModel, version: int) -> None:
+        self._shared = self._shared or SharedWeights(model.named_weights(), self.fd)
+        self._shared.read(model.named_weights())

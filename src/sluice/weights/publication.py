@@ -1,0 +1,91 @@
+"""How weights get from the trainer to engines with models of their own: what each of the ways offers.
+
+A publication is the trainer's side. It makes a link for each process of an engine, and the inlet of the link is what that process holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from sluice.errors import EngineError
+from sluice.interfaces import LanguageModel, Weights
+
+
+class WeightsMoved(EngineError):
+    """They are no longer those that were published; the next publication brings others."""
+
+
+class Inlet(Protocol):
+    """Goes to the process of an engine, by pickle."""
+
+    def read(self, model: LanguageModel, version: int) -> None:
+        """Put the weights of this version into a model; may block. What it raises ends the process, unless it is a SluiceError."""
+        ...
+
+
+class Link(Protocol):
+    """With one process of an engine, as long as it lives."""
+
+    @property
+    def inlet(self) -> Inlet: ...
+
+    async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
+        """While `take_over` has the process read its inlet. Raises WeightsMoved when the trainer has gone on, and what `take_over`
+        raises."""
+        ...
+
+
+class Publication(Protocol):
+    """One serves several engines."""
+
+    fds: tuple[int, ...]
+    """What their processes inherit."""
+    version: int | None
+    """Of what links deliver; None before anything was published."""
+
+    def belongs_to(self, run: Path) -> None:
+        """It is that of a run with this folder; told before anything is published."""
+        ...
+
+    async def publish(self, weights: Weights, version: int) -> int:
+        """Take these over: they are what links deliver from now on. Says how many bytes are moved for it; for a version that it
+        has, 0."""
+        ...
+
+    def link(self, engine: str) -> Link:
+        """With the process that the engine of this name has from now on."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Place:
+    """Where the trainer leaves weights for others to read: it is written while nobody reads it."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Lock()
+        self._num_readers = 0
+        self._no_readers = asyncio.Event()
+        self._no_readers.set()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncGenerator[None]:
+        async with self._open:  # after whoever waits to write
+            self._num_readers += 1
+            self._no_readers.clear()
+        try:
+            yield
+        finally:
+            self._num_readers -= 1
+            if not self._num_readers:
+                self._no_readers.set()
+
+    @asynccontextmanager
+    async def written(self) -> AsyncGenerator[None]:
+        async with self._open:
+            await self._no_readers.wait()
+            yield

@@ -1,0 +1,236 @@
+"""Each way in which weights reach an engine's process: what arrives is what was published, and who is gone is not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import tiny_model
+from sluice.errors import EngineError
+from sluice.trainers.model import PolicyModel
+from sluice.weights import broadcast
+from sluice.weights.broadcast import Broadcast, buckets
+from sluice.weights.disk import Disk
+from sluice.weights.fingerprint import fingerprint
+from sluice.weights.in_process import InProcessWeights, Updates
+from sluice.weights.publication import Publication, WeightsMoved
+from sluice.weights.shared_memory import SharedMemory
+
+LIMIT_S = 20.0
+WAYS: dict[str, Callable[[PolicyModel], Publication]] = {
+    "shared memory": lambda model: SharedMemory(model.named_weights()),
+    "broadcast": lambda model: Broadcast(model.named_weights(), limit_s=LIMIT_S),
+    "disk": lambda model: Disk(None),
+}
+
+
+class Engine:
+    """What the process of an engine does with its inlet, which came to it by pickle."""
+
+    def __init__(self, publication: Publication, model: PolicyModel, name: str = "engine") -> None:
+        self.link, self.model = publication.link(name), model
+        self.inlet = pickle.loads(pickle.dumps(self.link.inlet))
+
+    async def take(self, version: int) -> None:
+        await self.link.deliver(version, lambda: asyncio.to_thread(self.inlet.read, self.model, version))
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model.named_weights())
+
+
+def move(model: PolicyModel) -> None:
+    with torch.no_grad():
+        for _, weight in model.named_weights():
+            weight.add_(torch.randn_like(weight))
+
+
+def whole(work: Awaitable[Any]) -> Any:
+    async def limited() -> Any:
+        async with asyncio.timeout(3 * LIMIT_S):
+            return await work
+
+    return asyncio.run(limited())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_what_arrives_is_what_was_published(
+    way: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """To two engines, again and again, and to a process that takes the place of another in between. Bit for bit: tied weights too."""
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 5000)  # no multiple of any tensor
+    trainer = tiny_model(architecture)
+    publication = WAYS[way](trainer)
+    updates = Updates()
+
+    async def run() -> None:
+        publication.belongs_to(tmp_path)
+        engines = [Engine(publication, tiny_model(architecture), name) for name in ("engine", "other")]
+        moved = 0
+        for version in range(4):
+            move(trainer)
+            if version == 2:
+                engines[0] = Engine(publication, tiny_model(architecture))
+            handle = InProcessWeights(trainer, updates)
+            moved = await publication.publish(handle, version)
+            await asyncio.gather(*(engine.take(version) for engine in engines))
+            assert [engine.fingerprint for engine in engines] == 2 * [fingerprint(trainer.named_weights())]
+        size = sum(weight.nbytes for _, weight in trainer.named_weights())
+        assert size <= moved <= 1.2 * size + 10_000
+        publication.close()
+
+    whole(run())
+
+
+def test_a_version_that_is_there_is_not_published_twice(tmp_path: Path):
+    """Several engines share one publication, and each asks for it."""
+    for way in ("shared memory", "disk"):
+        trainer = tiny_model("qwen3")
+        publication = WAYS[way](trainer)
+        publication.belongs_to(tmp_path)
+        moved = [whole(publication.publish(InProcessWeights(trainer), 1)) for _ in range(2)]
+        assert moved[0] > 0
+        assert moved[1] == 0
+
+
+def test_buckets_are_bounded_and_hold_everything_in_order():
+    parts = [torch.arange(n, dtype=torch.uint8) for n in (3, 0, 10, 1, 7, 4)]
+    found = list(buckets(parts, 4))
+    assert all(sum(map(len, bucket)) == 4 for bucket in found[:-1])
+    assert torch.cat([part for bucket in found for part in bucket]).equal(torch.cat(parts))
+
+
+def test_a_version_on_disk_appears_whole_and_the_one_before_goes(tmp_path: Path):
+    trainer, disk = tiny_model("qwen3"), Disk(tmp_path / "shared")
+    disk.belongs_to(Path("runs/some"))
+    folder = tmp_path / "shared/some-weights"
+    seen: list[list[str]] = []
+
+    class Watched(InProcessWeights):
+        async def save(self, to: str) -> None:
+            await super().save(to)
+            seen.append(sorted(path.name for path in folder.iterdir()))
+
+    for version in range(3):
+        whole(disk.publish(Watched(trainer), version))
+    assert seen[2] == [".version-000002.partial", "version-000001"]
+    assert [path.name for path in folder.iterdir()] == ["version-000002"]
+    disk.close()
+    assert not folder.exists()
+
+
+def test_an_engine_that_does_not_see_the_folder_says_so(tmp_path: Path):
+    disk = Disk(tmp_path)
+    disk.belongs_to(Path("runs/some"))
+    engine = Engine(disk, tiny_model("qwen3"))
+    with pytest.raises(EngineError, match=r"does not see .*version-000000; set engine\.publication_folder"):
+        whole(engine.take(0))
+
+
+def test_weights_are_not_written_while_an_engine_reads_them():
+    """One that was started again reads the last version while the next one is published to the others."""
+    trainer = tiny_model("qwen3")
+    publication = SharedMemory(trainer.named_weights())
+    order: list[str] = []
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer), 0)
+
+        async def read() -> None:
+            await asyncio.sleep(0.05)
+            order.append("read")
+
+        reading = asyncio.create_task(publication.link("engine").deliver(0, read))
+        await asyncio.sleep(0.01)
+        await publication.publish(InProcessWeights(trainer), 1)
+        order.append("written")
+        await reading
+
+    whole(run())
+    assert order == ["read", "written"]
+
+
+def test_other_weights_are_refused_by_name():
+    publication = Broadcast(tiny_model("qwen3").named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("llama"))
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(tiny_model("qwen3")), 0)
+        await engine.take(0)
+
+    start = time.monotonic()
+    with pytest.raises(
+        EngineError, match=r"other weights than the trainer's: model\.layers\.0\.mlp\.gate_proj\.weight \[64, 32\]"
+    ):
+        whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2, "the trainer waited for it"
+
+
+def test_a_dead_engine_does_not_hold_the_trainer_up():
+    """It dies before it has read anything: what the trainer waits for is told it."""
+    trainer = tiny_model("qwen3")
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer), 0)
+
+        async def dies() -> None:
+            await asyncio.sleep(0.2)
+            raise EngineError("it has died")
+
+        await publication.link("engine").deliver(0, dies)
+
+    start = time.monotonic()
+    with pytest.raises(EngineError, match="it has died"):
+        whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
+
+
+def test_weights_that_have_moved_are_not_sent_and_the_engine_is_told():
+    """An engine that is started while the trainer updates must not get half an update under the name of the last version."""
+    trainer, updates = tiny_model("qwen3"), Updates()
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+    before = engine.fingerprint
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer, updates, updates.count), 0)
+        async with updates.another():
+            move(trainer)
+        with pytest.raises(WeightsMoved):
+            await engine.take(0)
+        assert engine.fingerprint == before
+        await publication.publish(InProcessWeights(trainer, updates, updates.count), 1)
+        await engine.take(1)
+        assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+    start = time.monotonic()
+    whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
+
+
+def test_an_update_waits_for_weights_that_are_being_sent():
+    trainer, updates = tiny_model("qwen3"), Updates()
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+    published = fingerprint(trainer.named_weights())
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer, updates, updates.count), 0)
+        taking = asyncio.create_task(engine.take(0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # now it has the lock
+        async with updates.another():
+            move(trainer)
+        await taking
+
+    whole(run())
+    assert engine.fingerprint == published
