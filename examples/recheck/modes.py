@@ -17,10 +17,14 @@ from statistics import mean, median
 from demo import ROOT, metrics_of, train
 
 RECIPE = ["run.num_steps=40", "run.stop_at_reward=0.85", "run.num_threads=1"]
+VLLM = ["engine.name=vllm", "engine.python=.venv-vllm/bin/python", "engine.num_threads=1"]
+"""`make vllm` makes what it runs in."""
 MODES = {
     "sync": [],
     "async_1": ["engine.process=own", "engine.num_threads=1", "rollout.max_staleness=1"],
     "async_2": ["engine.process=own", "engine.num_threads=1", "rollout.max_staleness=2"],
+    "vllm": [*VLLM],
+    "vllm_async_1": [*VLLM, "rollout.max_staleness=1"],
 }
 """Settings of each, besides `RECIPE`."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeInt, Section
-from sluice.configengines import EmbeddedEngine, ScriptedEngine
+from sluice.configengines import EmbeddedEngine, ScriptedEngine, ServerEngine, SglangEngine, VllmEngine
 from sluice.configplacement import LocalPlacement, RayPlacement
 from sluice.configsafety import CheckpointSection, ChecksSection, WatchdogSection
 from sluice.configtraining import (
@@ -196,7 +196,9 @@ class TrainConfig(Section):
     model: ModelSection
     data: PromptData
     rollout: RolloutSection = RolloutSection()
-    engine: Annotated[EmbeddedEngine | ScriptedEngine, Field(discriminator="name")] = EmbeddedEngine()
+    engine: Annotated[EmbeddedEngine | VllmEngine | SglangEngine | ScriptedEngine, Field(discriminator="name")] = (
+        EmbeddedEngine()
+    )
     algorithm: AlgorithmSection = AlgorithmSection()
     reference: ReferenceSection = ReferenceSection()
     critic: CriticSection = CriticSection()
@@ -218,6 +220,9 @@ class TrainConfig(Section):
         if isinstance(self.placement, RayPlacement):
             has_ranks = isinstance(self.trainer, FsdpTrainer)
             self.placement.check_fits(self.has_engine_apart(), has_ranks, self.weights_go_by())
+        if isinstance(self.engine, ServerEngine):
+            rollout = self.rollout
+            self.engine.check_run(rollout.max_staleness, rollout.top_p, rollout.top_k, self.model.device)
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -225,7 +230,8 @@ class TrainConfig(Section):
             )
         if self.trainer.name == "dry" and self.engine.name != "scripted":
             raise ValueError(
-                "trainer.name=dry loads no model, and engine.name=embedded needs the trainer's; set engine.name=scripted, or trainer.name=local"
+                f"trainer.name=dry loads no model, and engine.name={self.engine.name} needs the trainer's; set engine.name=scripted, or "
+                "trainer.name=local"
             )
         if self.trainer.name == "dry" and self.algorithm.old_logprobs == "recomputed":
             raise ValueError(
@@ -319,6 +325,8 @@ class TrainConfig(Section):
         if self.engine.name == "scripted":
             why = "engine.name=scripted has no weights and says log-prob 0 for every token"
             idle |= {"weights_match": why, "first_update_ratio": why}
+        if isinstance(self.engine, ServerEngine) and self.engine.quantization:
+            idle["first_update_ratio"] = f"engine.quantization={self.engine.quantization} rounds the engine's weights"
         if self.trainer.name == "dry":
             idle |= dict.fromkeys(("padded_packed", "entropy"), "trainer.name=dry has no model")
         if self.rollout.group_size == 1:

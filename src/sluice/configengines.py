@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from sluice.configbase import DottedPath, NonNegativeFloat, NonNegativeInt, Section
+from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
 class EmbeddedEngine(Section):
@@ -86,3 +86,156 @@ class ScriptedEngine(Section):
     """Each completion takes a random time up to this."""
     max_model_len: PositiveInt = 4096
     """Longest prompt + completion."""
+
+
+class ServerEngine(Section):
+    """What vLLM and SGLang have in common."""
+
+    package: ClassVar[str]
+    """What is installed in its Python."""
+    python: str | None = None
+    """Python that has the server installed, which is started with it, e.g. `.venv-vllm/bin/python`. Either this or url."""
+    url: Annotated[str, Field(pattern=r"^https?://[\w.\-\[\]:]+$")] | None = None
+    """`http://host:port` of a server that runs already. What is said of starting one has then no effect."""
+    replicas: PositiveInt = 1
+    """Servers, each with its own copy of the weights, between which requests are shared out."""
+    publication_folder: str | None = None
+    """Folder in which weights are published, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
+    `weights` in the run folder."""
+    on_new_weights: Literal["continue", "finish"] = "continue"
+    """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
+    finish: they end with those that they began with, and the publication waits for them."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt + completion; left out, the model's own limit."""
+    max_restarts: NonNegativeInt = 3
+    """Times in a run that a server is started again, or looked for again, after it was lost. One that is lost once more is given up, and
+    the run ends when none is left."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A server that does not answer for so long, when it is asked whether it is well, is killed and started again."""
+    start_limit_s: PositiveFloat = 900.0
+    """Longest time until a server that is started answers."""
+    num_slots: PositiveInt = 256
+    """Completions decoded at once."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of each server; left out, these have half of the cores together."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs over which each server splits the model."""
+    gpus: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
+    """Numbers of the GPUs that servers use, tensor_parallel for each replica in turn; left out, each sees all and takes the first ones."""
+    memory_fraction: Fraction | None = None
+    """Share of the GPU's memory for weights and key-value cache; left out, the server decides."""
+    quantization: Literal["fp8"] | None = None
+    """fp8: weights are rounded to 8 bits as they are loaded. Then the trainer's log-probs differ from the engine's."""
+    speculative: str | None = None
+    """Speculative decoding, by the server's name of the method: several tokens are drafted, and those kept that the policy would have
+    drawn. `ngram` drafts from the completion itself; `eagle`, `eagle3`, `mtp` … by a model."""
+    draft_tokens: PositiveInt = 3
+    """Tokens that speculative decoding drafts at once."""
+    draft_path: str | None = None
+    """Folder of the model that drafts; left out, the method needs none, or the policy has one in it."""
+    sleep: bool = False
+    """Whether the server gives the GPU's memory back while the trainer computes, with which it shares the GPU."""
+    arguments: tuple[str, ...] = Field(default=(), strict=False)
+    """Further words of the server's command line, as they are."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServerEngine:
+        if (self.python is None) == (self.url is None):
+            raise ValueError(
+                "one of engine.python (the Python that the server is started with) and engine.url (a server that runs) is wanted, "
+                "and not both"
+            )
+        drafting = [key for key in ("draft_tokens", "draft_path") if key in self.changed()]
+        if drafting and self.speculative is None:
+            raise ValueError(
+                f"engine.{drafting[0]} has no effect without engine.speculative; leave it out, or name the method there"
+            )
+        if self.url:
+            of_start = (
+                *("replicas", "hang_timeout_s", "start_limit_s", "num_slots", "num_threads", "tensor_parallel"),
+                *("gpus", "memory_fraction", "quantization", "speculative", "sleep", "arguments"),
+            )
+            if name := next((key for key in of_start if key in self.changed()), None):
+                raise ValueError(
+                    f"engine.{name} has no effect with engine.url, whose server runs already; give it to that server, and leave it out "
+                    "here"
+                )
+            local = any(f"//{host}" in self.url for host in ("127.0.0.1", "localhost", "[::1]"))
+            if not local and self.publication_folder is None:
+                raise ValueError(
+                    f"engine.url={self.url} is another machine; set engine.publication_folder to a folder that both see under one path"
+                )
+        if self.gpus and len(self.gpus) != self.replicas * self.tensor_parallel:
+            raise ValueError(
+                f"engine.gpus names {len(self.gpus)} GPUs, and engine.replicas={self.replicas} servers with engine.tensor_parallel="
+                f"{self.tensor_parallel} take {self.replicas * self.tensor_parallel}; name as many"
+            )
+        return self
+
+    def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
+        """Raises ValueError for what cannot work with the rest of the config."""
+        if max_staleness == 0 and self.on_new_weights == "finish":
+            raise ValueError(
+                "engine.on_new_weights=finish has no effect with rollout.max_staleness=0, where nothing is unfinished when weights "
+                "are published; leave it out"
+            )
+        if self.sleep and max_staleness > 0:
+            raise ValueError(
+                f"engine.sleep=true cannot work with rollout.max_staleness={max_staleness}: the server would sleep while it is to "
+                "sample; leave one of them out"
+            )
+        if self.sleep and device == "cpu":
+            raise ValueError(
+                "engine.sleep=true has no effect on the CPU, where the server has no memory to give back; leave it out"
+            )
+
+
+class VllmEngine(ServerEngine):
+    package = "vllm"
+    name: Literal["vllm"]
+    """A vLLM server generates, in an environment of its own."""
+    cache_gb: PositiveInt = 1
+    """10⁹ bytes of key-value cache, on the CPU; on a GPU memory_fraction decides."""
+    compile: bool = False
+    """Whether vLLM compiles the model and captures CUDA graphs: faster, after a minute or more at every start."""
+    max_repetitions: Annotated[int, Field(ge=2)] | None = None
+    """A completion that says a pattern so many times in a row is ended, with the finish reason `repetition`; left out, none is."""
+    repetition_tokens: PositiveInt = 32
+    """Longest pattern of max_repetitions, in tokens."""
+
+    def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
+        super().check_run(max_staleness, top_p, top_k, device)
+        if self.max_repetitions is None and "repetition_tokens" in self.changed():
+            raise ValueError(
+                "engine.repetition_tokens has no effect without engine.max_repetitions; set it, or leave this out"
+            )
+        if top_p < 1 and not 0 < top_k <= MOST_KEPT:
+            raise ValueError(
+                f"rollout.top_p={top_p:g} with engine.name=vllm needs rollout.top_k between 1 and {MOST_KEPT}: all log-probs are over the "
+                "ids that were kept, and vLLM reports so many at most"
+            )
+        if top_k > MOST_KEPT:
+            raise ValueError(
+                f"rollout.top_k={top_k} with engine.name=vllm may be {MOST_KEPT} at most: all log-probs are over the ids that were kept, "
+                "and vLLM reports so many at most"
+            )
+
+
+class SglangEngine(ServerEngine):
+    package = "sglang"
+    name: Literal["sglang"]
+    """An SGLang server generates, in an environment of its own."""
+    deterministic: bool = False
+    """Whether what a request draws depends on its seed only, for which SGLang takes slower kernels. Without it seeds have no effect."""
+
+    def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
+        super().check_run(max_staleness, top_p, top_k, device)
+        if top_p < 1 or top_k > 0:
+            raise ValueError(
+                "rollout.top_p and rollout.top_k cannot be had with engine.name=sglang: all log-probs are over the ids that were kept, "
+                "and SGLang does not say which; leave them out, or set engine.name=vllm"
+            )
+
+
+MOST_KEPT = 1024
+"""Ids that vLLM is asked to report with each token, at most."""

@@ -132,6 +132,7 @@ _PATTERNS = {
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "text that looks like module:function",
     r"^(auto|[^/]+:\d+)$": "auto, HOST:PORT",
     r"^\w[\w.-]*$": "text of letters, digits and _ . - (neither . nor - first)",
+    r"^https?://[\w.\-\[\]:]+$": "text that looks like http://host:port",
 }
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sluice.algorithms import Algorithm
 from sluice.config import (
@@ -20,6 +20,7 @@ from sluice.config import (
     SftConfig,
     TrainConfig,
 )
+from sluice.configengines import ServerEngine
 from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
@@ -66,6 +67,12 @@ def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placem
         trainer = policy_trainer(config, checked.algorithm, chat, packing)
         model = trainer.model
     engine = _engine(config, checked, chat, placement, model)
+    if isinstance(config.engine, ServerEngine) and config.engine.sleep:
+        from sluice.launch.colocated import ColocatedTrainer
+
+        assert model is not None
+        # what it does not say itself, it asks the trainer
+        trainer = cast("Trainer", ColocatedTrainer(trainer, cast("Router", engine).engines, model.device.type))
     if model is None:
         return Parts(engine, trainer, packing, chat.eos_ids, None, None)
     return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)
@@ -85,6 +92,10 @@ def _engine(
 
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
+    if isinstance(config.engine, ServerEngine):
+        from sluice.launch.servers import servers
+
+        return servers(config, config.engine, model, chat)
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat)
 
@@ -298,25 +309,30 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
+def engines_here(config: TrainConfig) -> EmbeddedEngine | ServerEngine | None:
+    """Engines whose own processes share this machine with the trainer."""
+    engine, placement = config.engine, config.placement
+    if isinstance(engine, ServerEngine):
+        return engine if engine.python else None
+    elsewhere = isinstance(placement, RayPlacement) and placement.address
+    return engine if isinstance(engine, EmbeddedEngine) and engine.process == "own" and not elsewhere else None
+
+
 def engine_threads(config: TrainConfig) -> int:
     """Of each engine's own process."""
-    assert isinstance(config.engine, EmbeddedEngine)
-    own_cores = num_cores() // 2 // config.engine.replicas
-    placement = config.placement
-    return config.engine.num_threads or max(1, int(placement.engine_cpus) if placement.name == "ray" else own_cores)
+    engine, placement = config.engine, config.placement
+    assert not isinstance(engine, ScriptedEngine)
+    reserved = isinstance(placement, RayPlacement) and isinstance(engine, EmbeddedEngine)
+    cores = int(placement.engine_cpus) if reserved else num_cores() // 2 // engine.replicas
+    return engine.num_threads or max(1, cores)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
     """Of the trainer's process: those that engines beside it leave; None: as many as torch takes, which is all cores."""
-    elsewhere = isinstance(config.placement, RayPlacement) and config.placement.address
-    if (
-        config.run.num_threads
-        or elsewhere
-        or not isinstance(config.engine, EmbeddedEngine)
-        or not config.has_engine_apart()
-    ):
+    engine = engines_here(config)
+    if config.run.num_threads or engine is None:
         return config.run.num_threads
-    return max(1, num_cores() - config.engine.replicas * engine_threads(config))
+    return max(1, num_cores() - engine.replicas * engine_threads(config))
 
 
 def set_up_process(num_threads: int | None) -> None:
@@ -333,6 +349,14 @@ def set_up_process(num_threads: int | None) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_unused_memory() -> None:
+    """Of the GPU: what tensors have left behind."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

@@ -13,6 +13,7 @@ from sluice.errors import ConfigError
 from sluice.launch.checked import check_heads, check_second, check_vocabulary, num_cores
 from sluice.launch.models import (
     engine_threads,
+    engines_here,
     learner,
     load_policy,
     optimizer_settings,
@@ -140,11 +141,12 @@ def _sharded(
 
 def rank_threads(config: TrainConfig) -> int:
     """Of each rank of the trainer."""
-    settings, engine, placement = config.trainer, config.engine, config.placement
+    settings, placement = config.trainer, config.placement
     assert isinstance(settings, FsdpTrainer)
     if isinstance(placement, RayPlacement):
         return settings.num_threads or max(1, int(placement.rank_cpus))
-    used = engine.replicas * engine_threads(config) if engine.name == "embedded" else 0
+    engine = engines_here(config)
+    used = engine.replicas * engine_threads(config) if engine else 0
     return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
+from sluice.configengines import ServerEngine
 from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet
 from sluice.describe import algorithm_of
@@ -32,6 +33,7 @@ from sluice.preflight.folder import ModelFolder, read_chat, read_folder
 from sluice.preflight.gold import check_gold
 from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
 from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
+from sluice.preflight.server import check_server
 from sluice.preflight.trial import Trial
 
 Rows = TypeVar("Rows", bound=Sized)
@@ -64,6 +66,8 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
             yield check_gold(config, prompts, chat, num_rows)
         else:
             yield Item.skipped("rewards", _needs("rows, a tokeniser and rewards"))
+        if isinstance(config.engine, ServerEngine):
+            yield check_server(config.engine)
         if policy is not None:
             window = window_of(config, policy.max_length)
             yield check_memory(config, training_parts(config, models, longest or window, window))
@@ -171,7 +175,7 @@ def _model(
             with item.failing():
                 check_vocabulary(f"model.path={settings.path}", len(chat.tokenizer), policy.vocab_size)
     if isinstance(config, TrainConfig):
-        if policy and config.engine.name == "embedded":
+        if policy and config.engine.name != "scripted":
             with item.failing():
                 check_fits(config, policy.vocab_size, policy.max_length)
         if policy:
@@ -180,7 +184,7 @@ def _model(
                 check_heads(config, heads, getattr(policy.config, "num_key_value_heads", None) or heads)
         if policy and algorithm is not None:
             _second_models(item, config, algorithm, models, chat)
-        if chat is not None and config.engine.name == "embedded":
+        if chat is not None and config.engine.name != "scripted":
             check_ends(item, config, chat, policy.eos_ids if policy else frozenset())
     return item, chat, models
 

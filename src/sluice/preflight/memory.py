@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
+from sluice.configengines import ServerEngine, VllmEngine
 from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer, FsdpTrainer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
@@ -120,6 +121,8 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
+    if isinstance(config.engine, ServerEngine):
+        parts += _server_parts(config.engine, policy.num_parameters * width, _in_ram(config.model))
     return parts
 
 
@@ -161,6 +164,17 @@ def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Bat
     if "reference" in models:
         parts.append(Part("reference", share * models["reference"].num_parameters * width, fixed=True))
     return parts
+
+
+def _server_parts(engine: ServerEngine, weights: float, in_ram: bool) -> list[Part]:
+    """Of servers that we start beside the trainer. On a GPU their share is their own affair."""
+    if not in_ram or engine.url:
+        return []
+    cache = engine.cache_gb * 2**30 if isinstance(engine, VllmEngine) else 0
+    return [
+        Part("servers' weights", engine.replicas * weights),
+        Part("servers' key-value cache", engine.replicas * cache),
+    ]
 
 
 def _engines_apart(config: TrainConfig) -> int:

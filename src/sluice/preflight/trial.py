@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from sluice.config import SftConfig, TrainConfig
+from sluice.configengines import ServerEngine
 from sluice.data.prompts import SftSet
 from sluice.preflight.findings import Item
 from sluice.tracking.ledger import read_step
@@ -101,6 +102,8 @@ class Trial:
         what = "one update" if isinstance(self._config, SftConfig) else "two samples, one update"
         seconds = time.monotonic() - self._start
         item.summary = f"{what} and a checkpoint with {end['model']}, {seconds:.0f} s after its start"
+        if isinstance(self._config, TrainConfig) and isinstance(self._config.engine, ServerEngine):
+            item.note(f"the embedded engine sampled in place of engine.name={self._config.engine.name}")
         for event in read_lines(run.events) if run.events.exists() else []:
             if event["kind"] != "prompt_skipped":
                 item.warn(f"{event['message']} ({event['kind']})")
@@ -171,6 +174,11 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
         changes["reference"] = {"update_every_steps": 1}
     small = set_by_user | {key: set_by_user.get(key, {}) | change for key, change in changes.items()}
     small.pop("placement", None)  # its files are on this machine
+    if isinstance(
+        config.engine, ServerEngine
+    ):  # which takes a minute to start, and may not take the tiny model's shapes
+        apart = {"process": "own"} if config.rollout.max_staleness else {}
+        small["engine"] = {"name": "embedded", "num_slots": 2, **apart}
     return small | {"reward_workers": 1}
 
 

@@ -8,8 +8,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from sluice.errors import EngineError, boundary
 from sluice.interfaces import LanguageModel, Weights
+from sluice.weights.fingerprint import Part, combined, parts
 from sluice.weights.publication import Place
 
 
@@ -33,7 +36,7 @@ class Disk:
         async with self._place.written():
             if version == self.version:
                 return 0
-            final = self._of(version)
+            final = self.of(version)
             unfinished = final.with_name(f".{final.name}.partial")
             with boundary(EngineError, f"the weights of version {version} cannot be published in {self.folder}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,7 +53,8 @@ class Disk:
             if other != final:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _of(self, version: int) -> Path:
+    def of(self, version: int) -> Path:
+        """The folder of a version."""
         return self.folder / f"version-{version:06d}"
 
     def link(self, engine: str) -> _DiskLink:
@@ -83,3 +87,12 @@ class DiskInlet:
             )
         with boundary(EngineError, f"the weights in {folder}"):
             model.load_weights(str(folder))
+
+
+def fingerprint_of_folder(folder: Path) -> str:
+    """Of the weights in its files."""
+    found: list[Part] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found += parts((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - it is no mapping
+    return combined(found)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Part = tuple[str, Sequence[int], str, int]
+"""Of one tensor: name, shape, dtype, and the sum of its bits."""
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -17,10 +20,22 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     Each tensor's bits are summed as whole numbers, modulo 2**64: a pass over the memory and no more. Values that only
     changed places within a tensor go unseen.
     """
-    seen = [(f"{name} {tuple(t.shape)} {t.dtype}", _sum_of_bits(t)) for name, t in weights]
-    sums = torch.stack([total for _, total in seen]).tolist() if seen else []
-    lines = sorted(f"{what} {total}\n" for (what, _), total in zip(seen, sums, strict=True))
-    return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
+    return combined(parts(weights))
+
+
+def parts(weights: Iterable[tuple[str, Tensor]]) -> list[Part]:
+    """What the fingerprint is made of. The sum over a tensor is that of the sums over its shards, modulo 2**64."""
+    seen = [
+        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in weights
+    ]  # which may exist one at a time only
+    sums: list[int] = torch.stack([total for *_, total in seen]).tolist() if seen else []
+    return [(name, shape, dtype, total) for (name, shape, dtype, _), total in zip(seen, sums, strict=True)]
+
+
+def combined(found: Iterable[Part]) -> str:
+    """The fingerprint of which these are the parts, each name once."""
+    text = "".join(f"{name} {tuple(shape)} {dtype} {total}\n" for name, shape, dtype, total in sorted(found))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

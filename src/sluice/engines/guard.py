@@ -1,0 +1,91 @@
+"""What runs beside an inference server that we start: it starts the server, and sees that it does not outlive us.
+
+The server is another's program, in an environment of its own, which knows nothing of us; it belongs to the guard's process group,
+and that ends with its parent. The parent's side is `sluice.engines.server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sluice.connection import Answer, failed, read, write
+from sluice.errors import EngineError
+from sluice.processes import belong_to
+
+STOP_LIMIT_S = 10.0
+"""For the server to end by itself, and tidy up; then it is killed."""
+PORT = "{port}"
+"""Stands for the port in a command."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The first message; the answer is the port, on which the server will listen some time later."""
+
+    command: list[str]
+    variables: dict[str, str]
+    """Of its environment, beside those that are there."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Asks for the server's end."""
+
+
+def seen(gpus: Sequence[int]) -> dict[str, str]:
+    """The variable by which a server sees these GPUs only; none for all that there are."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+
+
+def serve(fd: int, parent: int) -> None:
+    pipe = belong_to(parent, fd)
+    code = asyncio.run(_serve(pipe))
+    if code < 0:  # so that who started us is told the signal
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+async def _serve(pipe: socket.socket) -> int:
+    """The exit code of the server, or minus the signal that ended it."""
+    reader, writer = await asyncio.open_connection(sock=pipe)
+    launch: Launch = await read(reader)
+    port = _free_port()
+    command = [word.replace(PORT, str(port)) for word in launch.command]
+    print(f"$ {' '.join(command)}", flush=True)
+    try:
+        server = await asyncio.create_subprocess_exec(*command, env={**os.environ, **launch.variables})
+    except OSError as error:
+        write(writer, failed(None, EngineError(f"{command[0]} cannot be started: {error.strerror}")))
+        await writer.drain()
+        return 1
+    write(writer, Answer(None, port))
+    listening = asyncio.create_task(_listen(reader, server))
+    try:
+        return await server.wait()
+    finally:
+        listening.cancel()
+
+
+async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Process) -> None:
+    try:
+        message: Any = await read(reader)
+        assert isinstance(message, Stop)
+        server.terminate()
+        await asyncio.sleep(STOP_LIMIT_S)
+    except EOFError:  # the parent closed its end, or died
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,131 @@
+"""What sluice adds to vLLM's worker processes: loading published weights, and reading back those that they compute with.
+
+It runs in vLLM's own environment, which has no sluice: the folder of this file is put on its `PYTHONPATH`, and vLLM is started
+with `--worker-extension-cls sluice_worker.Weights`. Its methods are called through `/collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+_READ_ROWS = 1024
+"""Columns of a packed weight that are computed at once."""
+
+
+def _fingerprint_module() -> Any:
+    """`sluice.weights.fingerprint`, which needs nothing of sluice: so that both sides sum in the same way."""
+    path = Path(__file__).resolve().parents[2] / "weights/fingerprint.py"
+    spec = importlib.util.spec_from_file_location("sluice_fingerprint", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Weights:
+    """Becomes a base of vLLM's worker class."""
+
+    def sluice_ready(self) -> list[Any]:
+        """That it is there."""
+        return []
+
+    def sluice_load(self, folder: str) -> list[Any]:
+        """Take over the weights of a Hugging Face folder, whatever format the server was started with.
+
+        Gives the parts of the fingerprint of what was read from the files.
+        """
+        read: list[Any] = []
+        parts = _fingerprint_module().parts
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                        tensor = opened.get_tensor(name)
+                        read.extend(parts([(name, tensor)]))
+                        yield name, tensor
+
+        self.model_runner.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
+        return read
+
+    def sluice_parts(self) -> list[Any]:
+        """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
+        the ranks are to be added."""
+        parts = _fingerprint_module().parts
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        found: list[Any] = []
+        for name, tensor, shape in checkpoint_tensors(model, _rank()):
+            ((_, _, dtype, total),) = parts([(name, tensor)])
+            found.append([name, shape, dtype, total])
+        return found
+
+
+def _rank() -> int:
+    """Of the tensor parallelism."""
+    from vllm.distributed import get_tensor_model_parallel_rank  # pyright: ignore[reportMissingImports]
+
+    return get_tensor_model_parallel_rank()
+
+
+def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """Name in the checkpoint, this rank's share, and the shape of the whole. A share that another rank has as well is left out."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        for kind, weight in module.named_parameters(recurse=False):
+            ranks: Any = getattr(module, "tp_size", 1)
+            if ranks == 1 and rank > 0:
+                continue
+            weight = read_back(module, weight) if kind == "weight" and not weight.numel() else weight
+            parent, _, own = path.rpartition(".")
+            if own in packed:
+                for part, (rows, copies) in zip(packed[own], _rows_of_parts(module), strict=True):
+                    share, weight = weight[:rows], weight[rows:]
+                    if rank % copies == 0:
+                        yield f"{parent}.{part}.{kind}", share, [rows * ranks // copies, *share.shape[1:]]
+                continue
+            shape = list(weight.shape)
+            dim = _sharded_dim(module, kind)
+            if hasattr(module, "org_vocab_size"):  # its last rows are padding
+                shard: Any = module.shard_indices
+                weight = weight[: shard.org_vocab_end_index - shard.org_vocab_start_index]
+                shape = [module.org_vocab_size, *shape[1:]]
+            elif dim is not None:
+                shape[dim] *= ranks
+            elif rank > 0:  # as the bias behind split rows
+                continue
+            yield f"{path}.{kind}" if path else kind, weight, shape
+
+
+def _rows_of_parts(module: Any) -> list[tuple[int, int]]:
+    """Of the matrices that are stacked in one: rows on this rank, and how many ranks have the same ones."""
+    if hasattr(module, "num_kv_head_replicas"):
+        copies = module.num_kv_head_replicas
+        sizes = (module.head_size, module.v_head_size)
+        return [(module.num_heads * sizes[0], 1), *((module.num_kv_heads * size, copies) for size in sizes)]
+    return [(size // module.tp_size, 1) for size in module.output_sizes]
+
+
+def _sharded_dim(module: Any, kind: str) -> int | None:
+    names = {cls.__name__ for cls in type(module).__mro__}
+    if "ColumnParallelLinear" in names:
+        return 0
+    return 1 if "RowParallelLinear" in names and kind == "weight" else None
+
+
+def read_back(module: Any, weight: Tensor) -> Tensor:
+    """A weight that vLLM has packed away for its CPU kernels, from what the layer makes of unit vectors: each product is one
+    number of the weight times 1, and all others times 0."""
+    width = module.input_size_per_partition if hasattr(module, "input_size_per_partition") else module.input_size
+    columns = [
+        module.cpu_linear(rows, weight, None).t()
+        for rows in torch.eye(width, dtype=weight.dtype, device=weight.device).split(_READ_ROWS)
+    ]
+    return torch.cat(columns, dim=1).contiguous()

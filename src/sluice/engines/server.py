@@ -1,0 +1,520 @@
+"""An engine that is a server of its own, vLLM or SGLang: started and stopped by us, or there already at some address.
+
+One that dies fails what it was asked (EngineLostError); when it is given weights, or asked for their fingerprint, it is started again,
+with the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
+
+Completions that live through a publication know of each token which weights made it: from the server where it says so, else because it gives
+back what it has at the publication, and the rest is asked for afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sluice.connection import Connection, Died
+from sluice.engines.guard import STOP_LIMIT_S, Launch, Stop
+from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.sampling import check_ids, check_room
+from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
+from sluice.interfaces import Weights
+from sluice.processes import Process
+from sluice.types import Completion, FinishReason, Sampling
+from sluice.weights.disk import Disk
+
+LAUNCH_LIMIT_S = 60.0
+"""For the guard to start the server's program, which then still has to load."""
+PUBLISH_LIMIT_S = 600.0
+"""For each request by which a server takes over weights."""
+STATUS_LIMIT_S = 10.0
+LEAVE_LIMIT_S = 5.0
+"""How long a server whose answer broke off may take to end, before it is held to be alive."""
+BROKEN_ANSWERS = 3
+"""How often one request may go wrong at a server that is alive."""
+POLL_S = 0.2
+TICKS = 10
+"""Times that it is looked at within `hang_timeout_s`."""
+
+
+@dataclass
+class Reply:
+    """What a server made of one request: as in a `Completion`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    """`abort`: it gave back what it had, because weights are published."""
+    policy_versions: list[int] | None = None
+    """None: all by the weights that the server had when it was asked."""
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+
+
+class Dialect(Protocol):
+    """What one kind of server wants said, and how it says what it did. All of it raises OSError, HttpError and TimeoutError."""
+
+    name: str
+
+    def launch(self) -> Launch:
+        """The command that starts one, with random weights."""
+        ...
+
+    async def check(self, http: HttpClient) -> None:
+        """Raises EngineError for a server that cannot serve a run."""
+        ...
+
+    async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply: ...
+
+    async def pause(self, http: HttpClient) -> None:
+        """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
+        ...
+
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        """Take over the weights of a folder; it is paused."""
+        ...
+
+    async def resume(self, http: HttpClient) -> None: ...
+
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+        """Of its own weights, which should be those of the folder."""
+        ...
+
+    async def sleep(self, http: HttpClient) -> None:
+        """Give back the device's memory, the weights' too: others are on their way."""
+        ...
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of these again."""
+        ...
+
+
+class _Server:
+    """One that runs, from its start to its end."""
+
+    def __init__(self, url: str) -> None:
+        self.http = HttpClient(url)
+        self.connection: Connection | None = None
+        """With its guard, where we have started it."""
+        self.version = -1
+        """Of the weights that it has."""
+        self.is_asleep = False
+        self.over = asyncio.Event()
+        self.cause = ""
+        """Of its end."""
+        self.watching: asyncio.Task[None] | None = None
+
+
+class ServerEngine:
+    def __init__(
+        self,
+        dialect: Dialect,
+        publication: Disk,
+        *,
+        name: str,
+        url: str | None,
+        decode: Callable[[Sequence[int]], str],
+        vocab_size: int,
+        max_model_len: int,
+        finish_limit_s: float | None,
+        start_limit_s: float,
+        hang_timeout_s: float,
+        start: Callable[..., Process] = Process,
+    ) -> None:
+        """With a `url` the server is there, and is never started; without one it is started through `start` when weights are published
+        for the first time. `name` is that of its log. `decode` turns ids into text, for stop strings only.
+
+        `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so long at
+        most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
+        """
+        self._dialect, self._publication, self._name, self._url, self._start = dialect, publication, name, url, start
+        self._log: Path | None = None
+        self._decode, self._vocab_size, self._max_model_len = decode, vocab_size, max_model_len
+        self._finish_limit_s, self._start_limit_s = finish_limit_s, start_limit_s
+        self._hang_timeout_s = hang_timeout_s
+        self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
+        self._link = publication.link(name)
+        self._server: _Server | None = None
+        self._untold = ""
+        """How the last one ended, as long as nobody was told."""
+        self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
+        self._may_begin = asyncio.Event()
+        """Not while weights change."""
+        self._num_open = self._num_asked = 0
+        """Completions that we owe, and requests that the server has."""
+        self._none_asked = asyncio.Event()
+        self._none_asked.set()
+        self._begun: dict[int, Completion] = {}
+        """By its seed, what a server has given back of a completion that is not whole."""
+        self._closed = False
+
+    # -- generation --
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Raises PromptTooLongError when prompt and completion do not fit the window, EngineLostError when the server dies, cannot be
+        reached or is not there, EngineError when it refuses. Cancelling the call aborts it at the server."""
+        check_room(prompt_ids, sampling, self._max_model_len)
+        check_ids(prompt_ids, self._vocab_size)
+        self._num_open += 1
+        try:
+            return await self._whole(prompt_ids, sampling)
+        finally:
+            self._num_open -= 1
+            self._begun.pop(sampling.seed, None)
+
+    async def _whole(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """In as many requests as publications come in between."""
+        done = Completion([], [], "abort", [], sampling.temperature)
+        last, given_up = -1, 0
+        while done.finish_reason == "abort":
+            reply, version = await self._reply(prompt_ids, sampling, done)
+            self._extend(done, reply, version, sampling)
+            given_up = given_up + 1 if version == last else 0
+            if given_up == BROKEN_ANSWERS:
+                raise EngineError(f"{self._who} gave up a completion {given_up} times without new weights{self._see}")
+            last = version
+            if done.token_ids:
+                self._begun[sampling.seed] = done
+        if not any(done.kept_ids):
+            done.kept_ids = []
+        return done
+
+    async def _reply(self, prompt_ids: Sequence[int], sampling: Sampling, done: Completion) -> tuple[Reply, int]:
+        """To the prompt and what is done of the completion, and the version that the server had when it was asked."""
+        num_done = len(done.token_ids)
+        rest = replace(
+            sampling,
+            max_new_tokens=sampling.max_new_tokens - num_done,
+            seed=sampling.seed + sampling.num_drawn + num_done,  # what comes is not drawn as what came
+        )
+        for broken in range(1, BROKEN_ANSWERS + 1):
+            await self._may_begin.wait()
+            server = self._server
+            if server is None:
+                raise (
+                    EngineError("the engine is closed")
+                    if self._closed
+                    else self._lost(self._untold or "it does not run")
+                )
+            version = server.version
+            try:
+                with self._asked():
+                    return await self._dialect.generate(server.http, [*prompt_ids, *done.token_ids], rest), version
+            except HttpError as error:
+                if error.status < 500:
+                    raise EngineError(f"{self._who} refuses a completion: {error}{self._see}") from error
+                cause: Exception = error
+            except OSError as error:
+                cause = error
+            if await self._is_over(server, cause):
+                raise self._lost(server.cause) from cause
+            if broken == BROKEN_ANSWERS:
+                raise EngineError(f"{self._who} failed {broken} times in a row: {cause}{self._see}") from cause
+            await asyncio.sleep(POLL_S)
+        raise AssertionError("the last try returns or raises")
+
+    @contextmanager
+    def _asked(self) -> Generator[None]:
+        """Counts a request while the server has it."""
+        self._num_asked += 1
+        self._none_asked.clear()
+        try:
+            yield
+        finally:
+            self._num_asked -= 1
+            if not self._num_asked:
+                self._none_asked.set()
+
+    def _extend(self, done: Completion, reply: Reply, version: int, sampling: Sampling) -> None:
+        joint, count = len(done.token_ids), len(reply.token_ids)
+        end = joint + count
+        done.token_ids += reply.token_ids
+        done.logprobs += reply.logprobs
+        done.policy_versions += reply.policy_versions or [version] * count
+        done.kept_ids += reply.kept_ids or [[]] * count
+        done.finish_reason = reply.finish_reason
+        if sampling.stop:
+            end = self._stopped_at(done.token_ids, sampling, joint, reply.finish_reason)
+        if end < joint + count or (reply.finish_reason == "abort" and end == sampling.max_new_tokens):
+            done.finish_reason = "stop" if end < joint + count else "length"
+        for column in (done.token_ids, done.logprobs, done.policy_versions, done.kept_ids):
+            del column[end:]
+
+    def _stopped_at(self, token_ids: list[int], sampling: Sampling, joint: int, reason: FinishReason) -> int:
+        """How many tokens complete the first stop string that ends behind the joint, or all of them.
+
+        A server does not see one that began before the tokens it was asked for, and where it draws several tokens at once it may
+        give some behind the end.
+        """
+        reach = max(len(text.encode()) for text in sampling.stop) + 4  # tokens that may hold one: see EmbeddedEngine
+        first = joint if joint else max(0, len(token_ids) - 2 * reach if reason == "stop" else len(token_ids))
+        for end in range(first + 1, len(token_ids) + 1):
+            text = self._decode(token_ids[max(0, end - reach) : end])
+            if any(stop in text for stop in sampling.stop):
+                return end
+        return len(token_ids)
+
+    async def unfinished(self) -> dict[int, Completion]:
+        """Of those that were given back at a publication, what they had then; the server does not say more."""
+        copied = {
+            seed: (list(c.token_ids), list(c.logprobs), list(c.policy_versions), list(c.kept_ids), c.temperature)
+            for seed, c in self._begun.items()
+        }
+        return {
+            seed: Completion(tokens, logprobs, "abort", versions, temperature, kept_ids=kept if any(kept) else [])
+            for seed, (tokens, logprobs, versions, kept, temperature) in copied.items()
+        }
+
+    # -- weights --
+
+    async def update_weights(self, weights: Weights, version: int) -> int:
+        """Starts a server if there is none. Raises EngineLostError when it dies, EngineError when it cannot be started, or does not take
+        the weights."""
+        num_bytes = await self._publication.publish(weights, version)
+        server = await self._connected()
+        await self._deliver(server)
+        return num_bytes
+
+    async def fingerprint(self) -> str | None:
+        """Starts and raises as `update_weights`."""
+        server = await self._connected()
+        await self._deliver(server)
+        said: list[str] = []
+
+        async def ask() -> None:
+            said.append(await self._dialect.fingerprint(server.http, self._publication.of(server.version)))
+
+        async with self._telling(server):
+            await self._link.deliver(server.version, ask)  # the folder stays as long as it is read
+        return said[0]
+
+    async def _deliver(self, server: _Server) -> None:
+        """The weights that were published last; and again, if others were while it took them over."""
+
+        async def take_over() -> None:
+            assert self._publication.version is not None
+            await self._load(server, self._publication.version)
+
+        async with self._delivering:
+            while (version := self._publication.version) not in (None, server.version):
+                async with self._telling(server):
+                    await self._link.deliver(version, take_over)
+
+    async def _load(self, server: _Server, version: int) -> None:
+        dialect, http = self._dialect, server.http
+        self._may_begin.clear()
+        try:
+            if self._finish_limit_s is not None:
+                await self._finished(self._finish_limit_s)
+            await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
+            await dialect.load(http, self._publication.of(version), version)
+            if server.is_asleep:
+                await dialect.wake(http, "kv_cache")
+            await dialect.resume(http)
+            server.is_asleep, server.version = False, version
+        finally:
+            self._may_begin.set()
+
+    async def _finished(self, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._none_asked.wait()
+        except TimeoutError:
+            raise EngineError(
+                f"{self._num_asked} completions did not end within {limit_s:g} s (rollout.timeout_s), and engine.on_new_weights=finish "
+                "lets no weights be published before"
+            ) from None
+
+    async def sleep(self) -> None:
+        """Give the device's memory to the trainer, until weights are published; what is asked for meanwhile waits."""
+        server = self._server
+        if server is None or server.is_asleep:
+            return
+        self._may_begin.clear()
+        async with self._telling(server):
+            await self._dialect.sleep(server.http)
+            server.is_asleep = True
+
+    # -- the server --
+
+    @asynccontextmanager
+    async def _telling(self, server: _Server) -> AsyncGenerator[None]:
+        """Around requests: what goes wrong with them is that the server is lost (EngineLostError), or refuses (EngineError)."""
+        try:
+            yield
+        except (HttpError, OSError, ValueError) as error:
+            refused = isinstance(error, HttpError) and error.status < 500
+            if not refused and await self._is_over(server, error):
+                raise self._lost(server.cause) from error
+            raise EngineError(f"{self._who}: {type(error).__name__}: {error}{self._see}") from error
+
+    async def _connected(self) -> _Server:
+        """Starts one if there is none. Raises EngineError when that cannot be done."""
+        async with self._connecting:
+            if self._server is None:
+                if self._closed:
+                    raise EngineError("the engine is closed")
+                if self._untold:
+                    raise self._lost(self._untold)
+                self._may_begin.clear()  # it has no weights yet
+                try:
+                    self._server = await (self._found(self._url) if self._url else self._started())
+                except Died as error:
+                    raise self._lost(str(error)) from None
+            return self._server
+
+    async def _found(self, url: str) -> _Server:
+        server = _Server(url)
+        try:
+            await server.http.get("/health", STATUS_LIMIT_S)
+            await self._dialect.check(server.http)
+        except (OSError, HttpError) as error:
+            server.http.close()
+            raise Died(
+                f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
+            ) from error
+        except BaseException:
+            server.http.close()
+            raise
+        return server
+
+    async def _started(self) -> _Server:
+        """Raises Died when it ends before it answers, EngineError."""
+        with boundary(EngineError, f"{self._who} could not be started"):
+            process = self._start(
+                "sluice.engines.guard", path=self._path, folder=self._folder, log=self._log, variables={}
+            )
+        try:
+            reader, writer = await asyncio.open_connection(sock=process.socket)
+        except BaseException:
+            process.kill()
+            raise
+        server: _Server | None = None
+        over = asyncio.Event()
+
+        def ended(_: Connection, cause: str) -> None:
+            over.set()
+            self._ended(server, cause)
+
+        connection = Connection(process, reader, writer, _no_requests, ended)
+        try:
+            port = await connection.ask(self._dialect.launch(), LAUNCH_LIMIT_S)
+            server = _Server(f"http://127.0.0.1:{port}")
+            server.connection, server.over = connection, over
+            await self._ready(server)
+        except BaseException as error:
+            connection.end(f"it did not start: {error}")
+            if server:
+                server.http.close()
+            if isinstance(error, SluiceError) and not isinstance(error, Died):
+                raise EngineError(f"{self._who} could not be started: {error}{self._see}") from error
+            raise
+        server.watching = asyncio.create_task(self._watch(server, connection))
+        return server
+
+    async def _ready(self, server: _Server) -> None:
+        try:
+            async with asyncio.timeout(self._start_limit_s):
+                while not server.over.is_set():
+                    with suppress(OSError, HttpError):
+                        await server.http.get("/health", STATUS_LIMIT_S)
+                        await self._dialect.check(server.http)
+                        return
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise EngineError(f"it does not answer after {self._start_limit_s:g} s (engine.start_limit_s)") from None
+        raise Died(self._untold or "it ended while it started")
+
+    async def _watch(self, server: _Server, connection: Connection) -> None:
+        """By ticks and not by the clock: while a step of the trainer holds up this event loop, answers lie unread."""
+        silent, tick_s = 0, self._hang_timeout_s / TICKS
+        while silent < TICKS:
+            began = asyncio.get_running_loop().time()
+            silent = 0 if await self._is_well(server, tick_s) else silent + 1
+            await asyncio.sleep(max(0.0, began + tick_s - asyncio.get_running_loop().time()))
+        connection.end(f"it gave no sign of life for {self._hang_timeout_s:g} s (engine.hang_timeout_s) and was killed")
+
+    async def _is_well(self, server: _Server, limit_s: float) -> bool:
+        try:
+            await server.http.get("/health", limit_s)
+        except (OSError, HttpError, ValueError):
+            return False
+        return True
+
+    async def _is_over(self, server: _Server, cause: Exception) -> bool:
+        """Whether a server whose answer broke off is dead, or as good as that."""
+        if server.connection:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await server.over.wait()
+        if not server.over.is_set() and not await self._is_well(server, STATUS_LIMIT_S):
+            what = f"it answers no more ({type(cause).__name__}: {cause})"
+            if server.connection:
+                server.connection.end(what)
+            else:
+                server.over.set()
+                self._ended(server, what)
+        return server.over.is_set()
+
+    def _ended(self, server: _Server | None, cause: str) -> None:
+        if server:
+            server.cause = cause
+            server.http.close()
+            if server.watching and server.watching is not asyncio.current_task():
+                server.watching.cancel()
+            if server is self._server:
+                self._server = None
+                self._may_begin.set()  # who waits is told
+        if not self._closed:
+            self._untold = cause
+
+    def _lost(self, cause: str) -> EngineLostError:
+        self._untold = ""
+        return EngineLostError(f"{cause}{self._see}")
+
+    async def close(self) -> None:
+        self._closed = True
+        server, self._server = self._server, None
+        self._may_begin.set()  # who waits is told
+        if server:
+            if server.connection:
+                with suppress(Died):
+                    await server.connection.ask(Stop(), 2 * STOP_LIMIT_S)
+                server.connection.end("the engine was closed")
+            self._ended(server, "the engine was closed")
+        self._publication.close()
+
+    def belongs_to(self, folder: Path) -> None:
+        """A run with this folder; what the server prints goes to a file there."""
+        self._log = folder / f"{self._name}.log"
+        self._publication.belongs_to(folder)
+
+    def status(self) -> str:
+        """What it does at the moment, for people."""
+        server = self._server
+        if server is None:
+            return (
+                f"{self._who}, which is starting" if self._connecting.locked() else f"{self._who}, which does not run"
+            )
+        weights = f"weights of version {server.version}" if server.version >= 0 else "no weights yet"
+        asleep = "; it is asleep" if server.is_asleep else ""
+        return (
+            f"the {self._dialect.name} server at {server.http.url}: {self._num_open} completions are asked for, {self._num_asked} of "
+            f"which it has; {weights}{asleep}"
+        )
+
+    @property
+    def _who(self) -> str:
+        return f"the {self._dialect.name} server" + (f" at {self._url}" if self._url else "")
+
+    @property
+    def _see(self) -> str:
+        return f"; see {self._log}" if self._log and self._log.exists() and self._log.stat().st_size else ""
+
+
+def _no_requests(number: int, answer: Any) -> None:
+    raise AssertionError(f"the guard answered a request {number} that nobody made: {answer!r}")

@@ -1,0 +1,154 @@
+"""SGLang as an engine: token ids in and out, and weights from disk between a pause and its end.
+
+Written from its documentation (0.5.23) and its weight checker; it has no build for CPUs, so it was run against a stand-in only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sluice.engines.guard import PORT, Launch, seen
+from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.server import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
+from sluice.errors import EngineError
+from sluice.types import FinishReason, Sampling
+from sluice.weights.disk import fingerprint_of_folder
+
+REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+@dataclass(frozen=True)
+class SglangServer:
+    """How one is started; everything is the config's `engine`."""
+
+    python: str
+    model: str
+    """Folder with `config.json` and a tokeniser; its weights are not read."""
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    tensor_parallel: int = 1
+    memory_fraction: float | None = None
+    quantization: str | None = None
+    speculative: str | None = None
+    draft_tokens: int = 3
+    draft_path: str | None = None
+    can_sleep: bool = False
+    gpus: Sequence[int] = ()
+    deterministic: bool = False
+    arguments: Sequence[str] = field(default=())
+
+    def launch(self) -> Launch:
+        words = [self.python, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", PORT]
+        words += ["--model-path", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
+        words += ["--dtype", self.dtype, "--context-length", str(self.max_model_len)]
+        words += ["--max-running-requests", str(self.max_num_seqs), "--sampling-defaults", "openai"]
+        if self.tensor_parallel > 1:
+            words += ["--tp-size", str(self.tensor_parallel)]
+        if self.memory_fraction is not None:
+            words += ["--mem-fraction-static", str(self.memory_fraction)]
+        if self.quantization:
+            words += ["--quantization", self.quantization]
+        if self.speculative:
+            words += ["--speculative-algorithm", self.speculative.upper()]
+            words += ["--speculative-num-draft-tokens", str(self.draft_tokens)]
+            words += ["--speculative-draft-model-path", self.draft_path] if self.draft_path else []
+        if self.can_sleep:
+            words += ["--enable-memory-saver"]
+        if self.deterministic:
+            words += ["--enable-deterministic-inference"]
+        offline = os.environ.get("HF_HUB_OFFLINE", "1")
+        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline} | seen(self.gpus))
+
+
+class Sglang:
+    """The dialect."""
+
+    name = "SGLang"
+
+    def __init__(self, server: SglangServer | None, deterministic: bool) -> None:
+        """Without a `server` it cannot be started. `deterministic`: it obeys seeds."""
+        self._server = server
+        self._deterministic = deterministic
+        self._held: dict[str, str] = {}
+        """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
+
+    def launch(self) -> Launch:
+        assert self._server
+        return self._server.launch()
+
+    async def check(self, http: HttpClient) -> None:
+        await http.get("/get_model_info", STATUS_LIMIT_S)
+        if not self._held:
+            self._held[await self._checksum(http)] = "those it was started with"
+
+    async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
+        params: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted(sampling.stop_token_ids),
+            "ignore_eos": True,  # what ends a completion is among the ids above
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+        }
+        if self._deterministic:
+            params["sampling_seed"] = sampling.seed % 2**31
+        body = {"input_ids": list(prompt_ids), "sampling_params": params, "return_logprob": True}
+        answer = await http.post("/generate", body)
+        try:
+            about = answer["meta_info"]
+            drawn = about.get("output_token_logprobs") or ()
+            return Reply(
+                token_ids=[token for _, token, *_ in drawn],
+                logprobs=[logprob for logprob, *_ in drawn],
+                finish_reason=REASONS[about["finish_reason"]["type"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"SGLang's answer is none: {type(error).__name__}: {error}") from error
+
+    async def pause(self, http: HttpClient) -> None:
+        """What is unfinished is given back as far as it is; then nothing holds the cache, without which no weights are taken."""
+        await http.post("/pause_generation", {"mode": "abort"}, PUBLISH_LIMIT_S)
+        async with asyncio.timeout(PUBLISH_LIMIT_S):
+            while True:
+                try:
+                    await http.post("/flush_cache", limit_s=STATUS_LIMIT_S)
+                    return
+                except HttpError:
+                    await asyncio.sleep(POLL_S)
+
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        answer = await http.post("/update_weights_from_disk", body, PUBLISH_LIMIT_S)
+        if not answer["success"]:
+            raise EngineError(f"SGLang did not take the weights: {answer['message']}")
+
+    async def resume(self, http: HttpClient) -> None:
+        await http.post("/continue_generation", {}, PUBLISH_LIMIT_S)
+
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+        """Of the published weights, if those that it computes with are others than at other publications, and the same as when these
+        were published before: their checksum is SGLang's own, of tensors that it has joined, and says no more."""
+        checksum, published = await self._checksum(http), await asyncio.to_thread(fingerprint_of_folder, folder)
+        known = {of for held, of in self._held.items() if held != checksum}
+        if published in known and checksum not in self._held:
+            return f"of SGLang's checksum {checksum}"
+        return self._held.setdefault(checksum, published)
+
+    async def sleep(self, http: HttpClient) -> None:
+        await http.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, PUBLISH_LIMIT_S)
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        await http.post("/resume_memory_occupation", {"tags": [what]}, PUBLISH_LIMIT_S)
+
+    async def _checksum(self, http: HttpClient) -> str:
+        answer = await http.post("/weights_checker", {"action": "checksum"}, PUBLISH_LIMIT_S)
+        return answer["per_engine_checksum"]

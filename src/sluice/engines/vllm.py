@@ -1,0 +1,214 @@
+"""vLLM as an engine: token ids in and out, and weights by its interface for reinforcement learning.
+
+Written for, and run with, vLLM 0.32. It wants `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out` (token ids in and out),
+`--logprobs-mode processed_logprobs` (of the policy that was drawn from) and our extension of its workers
+(`engines/inside_vllm/sluice_worker.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sluice.engines.guard import PORT, Launch, seen
+from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.server import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
+from sluice.errors import EngineError
+from sluice.types import FinishReason, Sampling
+from sluice.weights.fingerprint import combined
+
+INSIDE = Path(__file__).with_name("inside_vllm")
+DROPPED = -9000.0
+"""vLLM says -9999 for the log-prob of an id that top-p or top-k dropped."""
+REASONS: Mapping[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "repetition": "repetition",
+    "abort": "abort",
+}
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """How one is started. Everything but the log-probs' mode and what publication needs is the config's `engine`."""
+
+    python: str
+    model: str
+    """Folder with `config.json` and a tokeniser; its weights are not read."""
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    top_k: int
+    """Of the run's sampling; so many ids are reported with each token."""
+    num_threads: int
+    first_thread: int
+    """How many threads servers beside it have, on the last cores: its own are on those before."""
+    cache_gb: int
+    """10⁹ bytes of key-value cache, on the CPU."""
+    tensor_parallel: int = 1
+    memory_fraction: float | None = None
+    quantization: str | None = None
+    speculative: Mapping[str, Any] | None = None
+    can_sleep: bool = False
+    gpus: Sequence[int] = ()
+    compiles: bool = False
+    arguments: Sequence[str] = field(default=())
+
+    def launch(self) -> Launch:
+        words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", PORT]
+        words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
+        words += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
+        words += ["--max-num-seqs", str(self.max_num_seqs), "--generation-config", "vllm"]
+        words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max(1, self.top_k))]
+        words += ["--enable-scale-out", "--worker-extension-cls", "sluice_worker.Weights"]
+        words += ["--disable-uvicorn-access-log"]
+        if self.tensor_parallel > 1:
+            words += ["--tensor-parallel-size", str(self.tensor_parallel)]
+        if self.memory_fraction is not None:
+            words += ["--gpu-memory-utilization", str(self.memory_fraction)]
+        if self.quantization:
+            words += ["--quantization", self.quantization]
+        if self.speculative:
+            words += ["--speculative-config", json.dumps(self.speculative)]
+        if self.can_sleep:
+            words += ["--enable-sleep-mode"]
+        if not self.compiles:
+            words += ["--enforce-eager"]
+        return Launch([*words, *self.arguments], self._variables())
+
+    def _variables(self) -> dict[str, str]:
+        cores = sorted(os.sched_getaffinity(0), reverse=True)  # the trainer's threads are not bound
+        cores = cores[self.first_thread :][: self.num_threads] or cores
+        of_ranks = [cores[rank :: self.tensor_parallel] or cores for rank in range(self.tensor_parallel)]
+        path = os.environ.get("PYTHONPATH")
+        eager = (
+            {} if self.compiles else {"TORCH_COMPILE_DISABLE": "1"}
+        )  # some of its sampling is compiled even when eager
+        return (
+            seen(self.gpus)
+            | eager
+            | {
+                "PYTHONPATH": os.pathsep.join([str(INSIDE), *([path] if path else [])]),
+                "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in of_ranks),
+                "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
+                "OMP_NUM_THREADS": str(self.num_threads),
+                "HF_HUB_OFFLINE": "1",
+            }
+        )
+
+
+class Vllm:
+    """The dialect."""
+
+    name = "vLLM"
+
+    def __init__(self, server: VllmServer | None, repetition: Mapping[str, int] | None = None) -> None:
+        """Without a `server` it cannot be started. `repetition`: of what size a pattern and how many times in a row end a completion."""
+        self._server = server
+        self._repetition = repetition
+        self._quantized = server is not None and server.quantization is not None
+        self._loaded: dict[Path, list[Any]] = {}
+        """What was read from the folder that was loaded last, by the folder."""
+
+    def launch(self) -> Launch:
+        assert self._server
+        return self._server.launch()
+
+    async def check(self, http: HttpClient) -> None:
+        try:
+            await http.get("/weight_info", STATUS_LIMIT_S)
+            await self._call(http, "sluice_ready")
+        except HttpError as error:
+            raise EngineError(
+                f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
+                "VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --worker-extension-cls sluice_worker.Weights"
+            ) from error
+
+    async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
+        params: dict[str, Any] = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted(sampling.stop_token_ids),
+            "ignore_eos": True,  # what ends a completion is among the ids above
+            "detokenize": bool(sampling.stop),
+            "logprobs": sampling.top_k,
+        }
+        if self._repetition:
+            params["repetition_detection"] = dict(self._repetition)
+        body = {"token_ids": list(prompt_ids), "sampling_params": params, "output_mode": "tokens"}
+        answer = await http.post("/inference/v1/generate", body)
+        try:
+            return _reply(answer["choices"][0], sampling.top_k > 0)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineError(f"vLLM's answer is none: {type(error).__name__}: {error}") from error
+
+    async def pause(self, http: HttpClient) -> None:
+        """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
+        await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
+
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        (loaded, *_) = await self._call(http, "sluice_load", str(folder))
+        self._loaded = {folder: loaded}
+        await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
+
+    async def resume(self, http: HttpClient) -> None:
+        await http.post("/resume", limit_s=PUBLISH_LIMIT_S)
+
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+        """Of what it computes with, read back under the names of the checkpoint. Of rounded weights that would be another one: there
+        it is of what it read from the folder that it loaded last, whichever that is."""
+        if self._quantized:
+            return combined(map(tuple, next(iter(self._loaded.values()), [])))
+        return combined(_added(await self._call(http, "sluice_parts")))
+
+    async def sleep(self, http: HttpClient) -> None:
+        await http.post("/sleep?level=2", limit_s=PUBLISH_LIMIT_S)
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
+
+    async def _call(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
+        """Of all its workers: what each of them answers."""
+        answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, PUBLISH_LIMIT_S)
+        return answer["results"]
+
+
+def _reply(choice: Mapping[str, Any], truncated: bool) -> Reply:
+    token_ids: list[int] = choice["token_ids"]
+    content: list[dict[str, Any]] = choice["logprobs"]["content"] if token_ids else []
+    versions: list[int] = []
+    for span in choice["weight_versions"] or ():
+        versions += [int(span["version"])] * (span["end"] - span["start"])
+    return Reply(
+        token_ids=token_ids,
+        logprobs=[said["logprob"] for said in content],
+        finish_reason=REASONS[choice["finish_reason"]],
+        policy_versions=versions,
+        kept_ids=[[top["token_id"] for top in said["top_logprobs"] if top["logprob"] > DROPPED] for said in content]
+        if truncated
+        else [],
+    )
+
+
+def _added(ranks: Sequence[Sequence[Sequence[Any]]]) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """The parts of the whole from those of its shards."""
+    whole: dict[str, tuple[tuple[int, ...], str, int]] = {}
+    for name, shape, dtype, total in (part for rank in ranks for part in rank):
+        before = whole[name][2] if name in whole else 0
+        whole[name] = tuple(shape), dtype, _wrapped(before + total)
+    return [(name, *rest) for name, rest in whole.items()]
+
+
+def _wrapped(total: int) -> int:
+    """As 64 bits with a sign, in which the sums are taken."""
+    return (total + 2**63) % 2**64 - 2**63

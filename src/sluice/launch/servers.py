@@ -1,0 +1,107 @@
+"""From a config to an engine that is a server: vLLM or SGLang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sluice.config import TrainConfig
+from sluice.configengines import ServerEngine, SglangEngine, VllmEngine
+from sluice.data.chat import Chat
+from sluice.launch.checked import window_of
+from sluice.launch.models import engine_threads
+
+if TYPE_CHECKING:
+    from sluice.engines.router import Router
+    from sluice.engines.server import Dialect
+    from sluice.trainers.model import PolicyModel
+
+
+def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, chat: Chat) -> Router:
+    """One server, or several of the same kind, each with its own copy of the weights."""
+    from sluice.engines.router import Router
+    from sluice.engines.server import ServerEngine as Engine
+    from sluice.weights.disk import Disk
+
+    rollout, window = config.rollout, window_of(config, model.max_length)
+    publication = Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+    engines = [
+        Engine(
+            _dialect(config, settings, window, k),
+            publication,
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
+            url=settings.url,
+            decode=chat.decode,
+            vocab_size=model.config.vocab_size,
+            max_model_len=window,
+            finish_limit_s=rollout.timeout_s if settings.on_new_weights == "finish" else None,
+            start_limit_s=settings.start_limit_s,
+            hang_timeout_s=settings.hang_timeout_s,
+        )
+        for k in range(settings.replicas)
+    ]
+    synchronous = rollout.max_staleness == 0
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
+
+
+def _dialect(config: TrainConfig, settings: ServerEngine, window: int, k: int) -> Dialect:
+    """Of the k-th replica."""
+    of_each = settings.tensor_parallel
+    shared: dict[str, Any] = {
+        "python": settings.python,
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "max_model_len": window,
+        "max_num_seqs": settings.num_slots,
+        "tensor_parallel": settings.tensor_parallel,
+        "memory_fraction": settings.memory_fraction,
+        "quantization": settings.quantization,
+        "can_sleep": settings.sleep,
+        "gpus": settings.gpus[k * of_each : (k + 1) * of_each],
+        "arguments": settings.arguments,
+    }
+    if isinstance(settings, SglangEngine):
+        return _sglang(settings, shared)
+    assert isinstance(settings, VllmEngine)
+    from sluice.engines.vllm import Vllm, VllmServer
+
+    if settings.url:
+        return Vllm(None, _repetition(settings))
+    server = VllmServer(
+        **shared,
+        top_k=config.rollout.top_k,
+        num_threads=engine_threads(config),
+        first_thread=k * engine_threads(config),
+        cache_gb=settings.cache_gb,
+        speculative=_drafting(settings),
+        compiles=settings.compile,
+    )
+    return Vllm(server, _repetition(settings))
+
+
+def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
+    from sluice.engines.sglang import Sglang, SglangServer
+
+    if settings.url:
+        return Sglang(None, settings.deterministic)
+    server = SglangServer(
+        **shared,
+        speculative=settings.speculative,
+        draft_tokens=settings.draft_tokens,
+        draft_path=settings.draft_path,
+        deterministic=settings.deterministic,
+    )
+    return Sglang(server, settings.deterministic)
+
+
+def _drafting(settings: VllmEngine) -> dict[str, str | int] | None:
+    if settings.speculative is None:
+        return None
+    path = {"model": settings.draft_path} if settings.draft_path else {}
+    return {"method": settings.speculative, "num_speculative_tokens": settings.draft_tokens, **path}
+
+
+def _repetition(settings: VllmEngine) -> dict[str, int] | None:
+    if settings.max_repetitions is None:
+        return None
+    return {"max_pattern_size": settings.repetition_tokens, "min_count": settings.max_repetitions}

@@ -1,0 +1,418 @@
+"""vLLM and SGLang as engines, by the same tests: real vLLM in `make proof`, stand-ins for both always."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
+
+from sluice.engines.server import Reply
+from sluice.errors import EngineError, EngineLostError, PromptTooLongError
+from sluice.types import Completion
+from sluice.weights.fingerprint import fingerprint
+from sluice.weights.in_process import InProcessWeights
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for most tests: each start of one takes its time."""
+    with served(request.param, tmp_path_factory.mktemp("served"), step_s=0.005) as made:
+        yield made
+
+
+@pytest.fixture
+def one(running: Served) -> Served:
+    """With the weights `model(1)` as version 0."""
+    running.publish(model(1), 0)
+    return running
+
+
+def same(found: list[float], expected: list[float], tolerance: float = 1e-5) -> bool:
+    return len(found) == len(expected) and all(abs(a - b) < tolerance for a, b in zip(found, expected, strict=True))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Asked in a thread, so that the engine goes on meanwhile."""
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - what is waited for happens elsewhere
+            await asyncio.sleep(0.01)
+
+
+# Sampling
+
+
+def test_log_probs_are_those_of_the_tempered_policy(one: Served):
+    """To 1e-5 of transformers', for several completions at once."""
+
+    async def several() -> list[Completion]:
+        return await asyncio.gather(*(one.engine.generate(PROMPT, sampling(seed=i)) for i in range(6)))
+
+    completions = one.run(several())
+    assert len({tuple(said.token_ids) for said in completions}) > 1
+    for said in completions:
+        assert same(said.logprobs, logprobs_of(model(1), PROMPT, said))
+        assert said.policy_versions == [0] * len(said.token_ids)
+        assert said.finish_reason == ("stop" if said.token_ids[-1] == 1 else "length")
+
+
+def test_a_seed_is_all_that_decides(one: Served):
+    """Whatever is sampled beside it."""
+
+    async def twice() -> list[Completion]:
+        first = await one.engine.generate(PROMPT, sampling(seed=3))
+        beside = [one.engine.generate([9, 9], sampling(30, seed=i)) for i in range(4)]
+        return [first, *(await asyncio.gather(one.engine.generate(PROMPT, sampling(seed=3)), *beside))[:1]]
+
+    first, second = one.run(twice())
+    assert first.token_ids == second.token_ids
+
+
+def test_a_stop_id_is_kept_and_ends_it(one: Served):
+    free = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop_token_ids=frozenset())))
+    assert (len(free.token_ids), free.finish_reason) == (20, "length")
+    stop = free.token_ids[6]
+    ended = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop_token_ids=frozenset({stop}))))
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+def test_a_stop_text_ends_with_the_token_that_completes_it(one: Served):
+    free = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop_token_ids=frozenset())))
+    text = one.chat.decode(free.token_ids[5:7])
+    ended = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop=(text,), stop_token_ids=frozenset())))
+    assert ended.finish_reason == "stop"
+    assert one.chat.decode(ended.token_ids).endswith(text)
+    assert ended.token_ids == free.token_ids[: len(ended.token_ids)]
+    assert len(ended.logprobs) == len(ended.token_ids) <= 7
+
+
+def test_greedy_takes_the_likeliest(one: Served):
+    if one.kind != "real vllm":
+        pytest.skip("stand-ins only draw")
+    first, second = (one.run(one.engine.generate(PROMPT, sampling(8, temperature=0.0, seed=i))) for i in (1, 2))
+    assert first.token_ids == second.token_ids
+
+
+def test_the_ids_that_top_k_kept_are_told(one: Served):
+    if one.kind == "sglang":
+        pytest.skip("the config refuses it")
+    said = one.run(one.engine.generate(PROMPT, sampling(seed=4, top_k=5)))
+    assert all(len(set(ids)) == 5 for ids in said.kept_ids)
+    assert same(said.logprobs, logprobs_of(model(1), PROMPT, said, kept=True))
+
+
+def test_repetition_is_a_reason_to_end(one: Served):
+    """Of a greedy policy, which repeats itself soon."""
+    if one.kind != "real vllm":
+        pytest.skip("stand-ins do not look for it")
+    said = one.run(one.engine.generate(PROMPT, sampling(190, temperature=0.0, stop_token_ids=frozenset())))
+    assert said.finish_reason == "repetition"
+    assert len(said.token_ids) < 190
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"),
+    [
+        ([5] * (WINDOW - 3), PromptTooLongError, "window"),
+        ([], EngineError, "empty prompt"),
+        ([5, 128], EngineError, "token id 128"),
+    ],
+)
+def test_prompts_that_cannot_be_sampled_from_are_refused(one: Served, prompt: list[int], error: type, words: str):
+    with pytest.raises(error, match=words):
+        one.run(one.engine.generate(prompt, sampling()))
+
+
+def test_what_nobody_waits_for_is_given_up_by_the_server(one: Served):
+    async def cancelled() -> None:
+        asked = [
+            asyncio.ensure_future(one.engine.generate(PROMPT, sampling(190, stop_token_ids=frozenset())))
+            for _ in range(3)
+        ]
+        await until(lambda: one.num_running() == 3)
+        for task in asked:
+            task.cancel()
+        await until(lambda: one.num_running() == 0)
+
+    one.run(cancelled())
+
+
+# Weights
+
+
+def test_its_own_reading_of_its_weights_is_the_trainers(one: Served):
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
+
+
+@pytest.mark.parametrize("finish", [False, True], ids=["continue", "finish"])
+def test_completions_that_live_through_a_publication(one: Served, finish: bool, monkeypatch: pytest.MonkeyPatch):
+    """Each token's log-prob is that of the weights that it names; with `finish` each completion has those that it began with."""
+    policies = [model(1), model(2), model(3)]
+    monkeypatch.setattr(one.engine, "_finish_limit_s", 60.0 if finish else None)
+
+    async def through() -> list[Completion]:
+        wants, asked = sampling(150, stop_token_ids=frozenset()), []
+        for prompt in prompts:
+            asked.append(asyncio.ensure_future(one.engine.generate(prompt, wants)))
+            if prompt[-1] % 2:
+                await asyncio.sleep(0.1)
+                version = prompt[-1] // 2
+                await one.engine.update_weights(InProcessWeights(policies[version]), version)
+        return await asyncio.gather(*asked)
+
+    prompts = [[5, 6, i] for i in range(7)]  # weights are published after those with an odd end
+    seen: set[int] = set()
+    mixed = False
+    for prompt, said in zip(prompts, one.run(through()), strict=True):
+        assert (len(said.token_ids), said.finish_reason) == (150, "length")
+        assert said.policy_versions == sorted(said.policy_versions)
+        seen |= {*said.policy_versions}
+        mixed |= len({*said.policy_versions}) > 1
+        for version, policy in enumerate(policies):
+            own = [t for t, made_by in enumerate(said.policy_versions) if made_by == version]
+            expected = logprobs_of(policy, prompt, said)
+            assert same([said.logprobs[t] for t in own], [expected[t] for t in own], 1e-4)
+    assert mixed != finish
+    assert seen == {0, 1, 2}
+
+
+def test_a_stop_text_is_found_across_a_publication(one: Served):
+    """A server that gives back what it has sees only what it makes afterwards."""
+    free = one.run(one.engine.generate(PROMPT, sampling(20, seed=5, stop_token_ids=frozenset())))
+    stop = one.chat.decode(free.token_ids[8:11])
+    whole = Completion([], [], "abort", [], 0.7)
+    for part, reason in ((slice(0, 10), "abort"), (slice(10, 20), "length")):
+        reply = Reply(free.token_ids[part], free.logprobs[part], reason)
+        one.engine._extend(whole, reply, 0, sampling(20, stop=(stop,)))
+    assert whole.finish_reason == "stop"
+    assert whole.token_ids == free.token_ids[:11]
+    assert len(whole.logprobs) == len(whole.policy_versions) == 11
+
+
+def test_an_engine_with_stale_weights_says_so(one: Served, monkeypatch: pytest.MonkeyPatch):
+    """Planted: it takes no weights, and answers that it did."""
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
+
+    async def forgetful(http: Any, folder: Path, version: int) -> None:
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine._dialect, "load", forgetful)
+        one.publish(model(2), 1)
+        assert one.run(one.engine.fingerprint()) != fingerprint(model(2).named_weights())
+    one.publish(model(2), 2)
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(2).named_weights())
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_one_that_never_took_weights_says_so(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It still has the random ones that it was started with."""
+
+    async def forgetful(http: Any, folder: Path, version: int) -> None:
+        pass
+
+    with served(kind, tmp_path) as made:
+        monkeypatch.setattr(made.engine._dialect, "load", forgetful)
+        made.publish(model(2), 0)
+        assert made.run(made.engine.fingerprint()) != fingerprint(model(2).named_weights())
+
+
+def test_one_that_sleeps_wakes_with_the_next_weights(one: Served):
+    """What is asked for meanwhile waits; put to sleep twice, it sleeps."""
+    if one.kind == "real vllm":
+        pytest.skip("needs a GPU")
+
+    async def asleep() -> Completion:
+        await one.engine.sleep()
+        await one.engine.sleep()
+        asked = asyncio.ensure_future(one.engine.generate(PROMPT, sampling()))
+        await asyncio.sleep(0.1)
+        assert not asked.done()
+        await one.engine.update_weights(InProcessWeights(model(2)), 1)
+        return await asked
+
+    said = one.run(asleep())
+    assert same(said.logprobs, logprobs_of(model(2), PROMPT, said))
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(2).named_weights())
+
+
+# Processes
+
+
+def processes_with(word: str) -> list[int]:
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if word.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def server_pids(made: Served) -> list[int]:
+    return processes_with(str(made.folder / "model"))
+
+
+def test_a_killed_server_loses_what_it_was_asked_and_comes_back(one: Served):
+    """kill -9 while it samples: all are told that it is lost; another one has the weights that were published last, and says what the
+    first one would have said."""
+    one.publish(model(2), 0)
+    one.publish(model(1), 1)
+    wants = [sampling(100, seed=i, stop_token_ids=frozenset()) for i in range(4)]
+
+    async def completions() -> list[Completion | BaseException]:
+        return await asyncio.gather(*(one.engine.generate(PROMPT, want) for want in wants), return_exceptions=True)
+
+    async def through() -> list[Completion | BaseException]:
+        asked = asyncio.ensure_future(completions())
+        await until(lambda: one.num_running() == 4)
+        os.kill(min(server_pids(one)), signal.SIGKILL)  # its first process
+        return await asked
+
+    whole, lost = one.run(completions()), one.run(through())
+    assert all(isinstance(error, EngineLostError) and "SIGKILL" in str(error) for error in lost)
+    assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
+    for said, before in zip(one.run(completions()), whole, strict=True):
+        assert isinstance(said, Completion)
+        assert isinstance(before, Completion)
+        assert said.token_ids == before.token_ids
+        assert same(said.logprobs, logprobs_of(model(1), PROMPT, said))
+        assert said.policy_versions == [1] * 100
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_one_that_stands_still_is_killed(kind: str, tmp_path: Path):
+    """SIGSTOP of its process: it answers nothing any more."""
+    with served(kind, tmp_path, hang_timeout_s=2.0, step_s=0.01) as made:
+        made.publish(model(1), 0)
+
+        async def through() -> None:
+            asked = asyncio.ensure_future(made.engine.generate(PROMPT, sampling(100, stop_token_ids=frozenset())))
+            await until(lambda: made.num_running() == 1)
+            for pid in server_pids(made):
+                os.kill(pid, signal.SIGSTOP)
+            await asked
+
+        with pytest.raises(EngineLostError, match=r"no sign of life for 2 s \(engine.hang_timeout_s\)"):
+            made.run(through())
+        assert not server_pids(made)
+
+
+def instead(code: str, monkeypatch: pytest.MonkeyPatch, made: Served) -> None:
+    """Another program is started in the server's place."""
+    launch = replace(made.engine._dialect.launch(), command=[sys.executable, "-c", code])
+    monkeypatch.setattr(made.engine._dialect, "launch", lambda: launch)
+
+
+def test_one_that_ends_while_it_starts_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served("vllm", tmp_path) as made:
+        instead("print('no memory'); raise SystemExit(3)", monkeypatch, made)
+        with pytest.raises(EngineLostError, match=r"its process ended with exit code 3; see .*engine\.log"):
+            made.publish(model(1), 0)
+        assert "no memory" in (made.folder / "run/engine.log").read_text()
+
+
+def test_one_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served("vllm", tmp_path, start_limit_s=1.0) as made:
+        instead("import time; time.sleep(600)", monkeypatch, made)
+        with pytest.raises(EngineError, match=r"1 s \(engine.start_limit_s\)"):
+            made.publish(model(1), 0)
+
+
+def test_a_python_that_is_not_there_is_told(tmp_path: Path):
+    def wrong(made: Any) -> Any:
+        made._server = replace(made._server, python="/nowhere/python")
+        return made
+
+    with (
+        served("vllm", tmp_path, change=wrong) as made,
+        pytest.raises(EngineError, match="/nowhere/python cannot be started"),
+    ):
+        made.publish(model(1), 0)
+
+
+DRIVER = """\
+import asyncio, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from servers import model, served
+
+with served("vllm", Path({folder!r})) as made:
+    made.publish(model(1), 0)
+    print("ready", flush=True)
+    made.run(asyncio.sleep(100))
+"""
+
+
+def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
+    path = [str(STANDINS.parent), str(STANDINS.parent / "engines"), str(STANDINS.parent.parent / "src")]
+    code = DRIVER.format(path=path, folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout
+            assert driver.stdout.readline() == "ready\n"
+            assert processes_with(str(tmp_path / "model"))
+        finally:
+            driver.kill()
+    limit = time.monotonic() + 20
+    while processes_with(str(tmp_path / "model")):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
+    with served(kind, tmp_path) as owner:
+        owner.publish(model(1), 0)
+        with served(kind, tmp_path, url=owner.url) as guest:
+            gone = owner.url
+            guest.publish(model(2), 5)
+            said = guest.run(guest.engine.generate(PROMPT, sampling()))
+            assert same(said.logprobs, logprobs_of(model(2), PROMPT, said))
+            assert said.policy_versions == [5] * len(said.token_ids)
+        assert owner.run(owner.engine.generate(PROMPT, sampling()))
+    with (
+        served(kind, tmp_path, url=gone) as guest,
+        pytest.raises(EngineLostError, match=r"no .* server answers at engine\.url"),
+    ):
+        guest.publish(model(2), 6)
+
+
+def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
+    """It could sample, and could not be given weights."""
+    with served("vllm", tmp_path) as owner:
+        launch = owner.engine._dialect.launch()
+        assert "sluice_worker.Weights" in launch.command
+    words = [word for word in launch.command if word not in ("--worker-extension-cls", "sluice_worker.Weights")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}
+    bare = subprocess.Popen([word.replace("{port}", str(port)) for word in words], env=environment)
+    try:
+        with served("vllm", tmp_path, url=f"http://127.0.0.1:{port}") as guest:
+            limit = time.monotonic() + 60
+            while True:
+                with pytest.raises(EngineError) as refused:
+                    guest.publish(model(1), 0)
+                if "no vLLM server answers" not in str(refused.value):
+                    break
+                assert time.monotonic() < limit
+                time.sleep(0.2)
+            assert "--worker-extension-cls sluice_worker.Weights" in str(refused.value)
+    finally:
+        bare.kill()
+        bare.wait()

@@ -1,0 +1,158 @@
+"""What the stand-ins for inference servers are made of: a tiny model that samples for many requests at once, and HTTP.
+
+They are processes that are started as the real ones are (`python -m sglang.launch_server …`), and answer what those would; log-probs
+and weights are real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+Handler = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
+STEP_S = float(os.environ.get("STANDIN_STEP_S", "0"))
+"""How long a token takes besides its computation."""
+
+
+class Sampler:
+    """Draws a token of every request in turn."""
+
+    def __init__(self, path: str) -> None:
+        logging.disable_progress_bar()
+        torch.set_num_threads(1)
+        torch.manual_seed(1234)  # the weights are no model's until some are loaded
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.version = "default"
+        self.asleep: set[str] = set()
+        self.running = asyncio.Event()
+        self.running.set()
+        self.active: dict[object, asyncio.Event] = {}
+        """By request: whether it is to be given up."""
+
+    def sleep(self) -> None:
+        """Without its weights, which are gone."""
+        assert not self.active
+        self.asleep = {"weights", "kv_cache"}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
+
+    def load(self, folder: str) -> None:
+        assert "weights" not in self.asleep
+        weights: dict[str, Any] = {}
+        for file in Path(folder).glob("*.safetensors"):
+            weights |= load_file(file)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}  # tied
+
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        *,
+        limit: int,
+        temperature: float,
+        top_k: int,
+        seed: int | None,
+        stop: Sequence[str],
+        ends: set[int],
+    ) -> dict[str, Any]:
+        """Token ids, their log-probs, those of the ids that were kept, the version of each, and why it ended."""
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        found: dict[str, Any] = {"ids": [], "logprobs": [], "kept": [], "versions": [], "reason": "length"}
+        number = object()
+        given_up = self.active[number] = asyncio.Event()
+        try:
+            while len(found["ids"]) < limit:
+                await asyncio.sleep(STEP_S)
+                if given_up.is_set():
+                    found["reason"] = "abort"
+                    break
+                if not self.running.is_set():
+                    await self.running.wait()
+                    continue
+                self._draw(prompt, found, temperature, top_k, generator)
+                if found["ids"][-1] in ends or any(s in self.tokenizer.decode(found["ids"]) for s in stop):
+                    found["reason"] = "stop"
+                    break
+        finally:
+            del self.active[number]
+        return found
+
+    @torch.inference_mode()
+    def _draw(
+        self, prompt: Sequence[int], found: dict[str, Any], temperature: float, top_k: int, generator: Any
+    ) -> None:
+        assert not self.asleep
+        logits = self.model(torch.tensor([[*prompt, *found["ids"]]])).logits[0, -1] / temperature
+        if top_k > 0:
+            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+        logp = logits.log_softmax(-1)
+        token = int(torch.multinomial(logp.exp(), 1, generator=generator))
+        found["ids"].append(token)
+        found["logprobs"].append(float(logp[token]))
+        kept = [token, *(i for i in logp.isfinite().nonzero()[:, 0].tolist() if i != token)] if top_k > 0 else []
+        found["kept"].append([(i, float(logp[i])) for i in kept])
+        found["versions"].append(self.version)
+
+
+async def serve(port: int, handlers: dict[str, Handler]) -> None:
+    """HTTP/1.1 on localhost; a handler gets the request's JSON and query, and is cancelled when who asked has gone."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                target = urlsplit(head.split()[1])
+                length = int(
+                    next(
+                        (
+                            line.split(":")[1]
+                            for line in head.split("\r\n")
+                            if line.lower().startswith("content-length")
+                        ),
+                        0,
+                    )
+                )
+                body = json.loads(await reader.readexactly(length) or b"{}") | dict(parse_qsl(target.query))
+                handler = handlers.get(target.path)
+                work = asyncio.ensure_future(handler(body)) if handler else None
+                gone = asyncio.ensure_future(reader.read(1))
+                if work:
+                    await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+                    if not work.done():
+                        work.cancel()
+                        return
+                gone.cancel()
+                with suppress(asyncio.CancelledError):
+                    await gone
+                status, value = work.result() if work else (404, {"detail": "Not Found"})
+                text = json.dumps(value).encode() if not isinstance(value, str) else value.encode()
+                kind = "text/plain" if isinstance(value, str) else "application/json"
+                writer.write(
+                    f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(text)}\r\n\r\n".encode()
+                    + text
+                )
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", port)
+    async with server:
+        await server.serve_forever()
+
+
+def option(name: str, default: str = "") -> str:
+    """What follows an option of the command line."""
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default

@@ -1,0 +1,119 @@
+"""Stands in for vLLM's server where that is not installed: the part of its HTTP interface that sluice uses."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from serving import Sampler, option, serve
+
+from sluice.weights.fingerprint import parts
+
+SAMPLER = Sampler(option("--model"))
+
+
+async def health(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, ""
+
+
+async def weight_info(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, {"weight_version": SAMPLER.version}
+
+
+async def generate(body: dict[str, Any]) -> tuple[int, Any]:
+    wanted = body["sampling_params"]
+    if max(body["token_ids"]) >= SAMPLER.model.config.vocab_size:
+        return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
+    found = await SAMPLER.sample(
+        body["token_ids"],
+        limit=wanted["max_tokens"],
+        temperature=wanted["temperature"],
+        top_k=wanted["top_k"],
+        seed=wanted["seed"],
+        stop=wanted["stop"],
+        ends=set(wanted["stop_token_ids"]),
+    )
+    spans: list[dict[str, Any]] = []
+    for version, tokens in groupby(found["versions"]):
+        start = spans[-1]["end"] if spans else 0
+        spans.append({"version": version, "start": start, "end": start + len(list(tokens))})
+    content = [
+        {
+            "token_id": token,
+            "logprob": logprob,
+            "rank": 1,
+            "top_logprobs": [{"token_id": i, "logprob": logp, "rank": 1} for i, logp in kept],
+        }
+        for token, logprob, kept in zip(found["ids"], found["logprobs"], found["kept"], strict=True)
+    ]
+    choice = {"index": 0, "finish_reason": found["reason"], "stop_reason": None, "token_ids": found["ids"]}
+    return 200, {"choices": [choice | {"weight_versions": spans, "logprobs": {"content": content}}]}
+
+
+async def pause(body: dict[str, Any]) -> tuple[int, Any]:
+    assert body["mode"] == "keep"
+    SAMPLER.running.clear()
+    return 200, {"status": "paused"}
+
+
+async def resume(body: dict[str, Any]) -> tuple[int, Any]:
+    SAMPLER.running.set()
+    return 200, {"status": "resumed"}
+
+
+async def update_weight_version(body: dict[str, Any]) -> tuple[int, Any]:
+    SAMPLER.version = body["new_version"]
+    return 200, {"success": True, "new_version": body["new_version"]}
+
+
+async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
+    if "--worker-extension-cls" not in sys.argv:
+        return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
+    match body["method"], body.get("args", []):
+        case "sluice_ready", []:
+            return 200, {"results": [[]]}
+        case "sluice_load", [folder]:
+            assert not SAMPLER.running.is_set()
+            SAMPLER.load(folder)
+            return 200, {"results": [parts(SAMPLER.model.named_parameters())]}
+        case "sluice_parts", []:
+            return 200, {"results": [parts(SAMPLER.model.named_parameters())]}
+    return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
+
+
+async def sleep(body: dict[str, Any]) -> tuple[int, Any]:
+    assert body["level"] == "2"
+    SAMPLER.running.clear()
+    SAMPLER.sleep()
+    return 200, {"status": "sleeping", "level": 2}
+
+
+async def wake_up(body: dict[str, Any]) -> tuple[int, Any]:
+    SAMPLER.asleep.discard(body["tags"])
+    return 200, {"status": "sleeping" if SAMPLER.asleep else "awake", "tags": [body["tags"]]}
+
+
+async def metrics(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, f'vllm:num_requests_running{{engine="0"}} {len(SAMPLER.active)}\n'
+
+
+HANDLERS = {
+    "/metrics": metrics,
+    "/health": health,
+    "/weight_info": weight_info,
+    "/inference/v1/generate": generate,
+    "/pause": pause,
+    "/resume": resume,
+    "/update_weight_version": update_weight_version,
+    "/collective_rpc": collective_rpc,
+    "/sleep": sleep,
+    "/wake_up": wake_up,
+}
+
+if __name__ == "__main__":
+    asyncio.run(serve(int(option("--port")), HANDLERS))
