@@ -65,7 +65,7 @@ def told_of(run: Run, folder: Path, until: Callable[[Told], bool], warn_after_s:
     run.tracker = told
 
     async def watched() -> None:
-        with Watchdog(run.waits, told, RunDir(folder), warn_after_s, {}).watching():
+        with Watchdog(run.waits, told, RunDir(folder), warn_after_s, {"engine": run.engine.status}).watching():
             work = asyncio.create_task(train(run))
             async with asyncio.timeout(10):
                 while not until(told) and not work.done():  # noqa: ASYNC110
@@ -132,8 +132,10 @@ def test_an_environment_that_blocks_the_event_loop_is_named_with_its_line(worksh
 
 
 def test_an_engine_that_never_answers_is_named(workshop: Workshop, tmp_path: Path):
+    """With what it says itself, such as the number of its process."""
     told = told_of(workshop.run(engine=StuckEngine(workshop)), tmp_path, once)
     assert re.match(r"0\.\d s on rollout \d+\.0, turn 1, engine, prompt q7; ", told.messages[0])
+    assert "; the engine: 0 completions wait for their delay; weights of version" in told.messages[0]
 
 
 def test_a_reward_that_hangs_is_named_and_not_those_that_wait_for_its_process(

@@ -15,8 +15,10 @@ class EmbeddedEngine(Section):
     process: Literal["trainer", "own"] = "trainer"
     """Where it generates. trainer: in the trainer's process, in turn with it. own: in a process of its own with its own copy of the
     weights, beside it; so rollout.max_staleness may be above 0."""
+    replicas: PositiveInt = 1
+    """Engines, each in a process of its own with its own copy of the weights, between which requests are shared out."""
     num_threads: PositiveInt | None = None
-    """CPU threads of its own process; left out, half of the cores."""
+    """CPU threads of each process of its own; left out, these have half of the cores together."""
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
@@ -26,7 +28,11 @@ class EmbeddedEngine(Section):
     publication_folder: str | None = None
     """Where publication=disk puts that folder; left out, `weights` in the run folder."""
     max_restarts: NonNegativeInt = 3
-    """Times in a run that its own process is started again after it died; then the run fails."""
+    """Times in a run that a process of its own is started again after it died. One that dies once more is given up, and the run ends
+    when none is left."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A process of its own that gives no sign of life for so long, or gets none of its work done, is killed and started again. Long
+    prompts, and the first steps on a GPU, may take minutes."""
     num_slots: PositiveInt = 256
     """Completions decoded at once; a finished one's slot is taken at once."""
     max_model_len: PositiveInt | None = None
@@ -46,7 +52,15 @@ class EmbeddedEngine(Section):
                     "trainer's own weights, so nothing can be sampled while they change; set engine.process=own, or "
                     "rollout.max_staleness=0"
                 )
-            for name in ("num_threads", "on_new_weights", "publication", "publication_folder", "max_restarts"):
+            for name in (
+                "replicas",
+                "num_threads",
+                "on_new_weights",
+                "publication",
+                "publication_folder",
+                "max_restarts",
+                "hang_timeout_s",
+            ):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
                         f"engine.{name} has no effect with engine.process=trainer; leave it out, or set engine.process=own"

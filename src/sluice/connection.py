@@ -16,9 +16,26 @@ from typing import Any
 from sluice.errors import SluiceError
 from sluice.processes import Process
 
+TICKS = 10
+"""In which the limit of a sign of life is counted."""
+
 
 class Died(SluiceError):
     """The process did, before it answered."""
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Asks for a sign of life."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """It is."""
+
+    is_busy: bool
+    num_done: int
+    """Grows with everything that it gets done."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,9 @@ class Connection:
         self._writer, self._take, self._tell_end = writer, take, ended
         self._asked: deque[asyncio.Future[Any]] = deque()
         self._is_over = False
-        self._listener = asyncio.create_task(self._listen(reader))
+        self._sign: Alive | None = None
+        """Its answer to the last `Ping`."""
+        self._tasks = [asyncio.create_task(self._listen(reader))]
 
     def send(self, message: Any) -> None:
         if not self._is_over:
@@ -88,11 +107,33 @@ class Connection:
             self.end(what)
             raise Died(what) from None
 
+    def watch(self, limit_s: float) -> None:
+        """From now on, end it when it gives no sign of life for so long, or has work for so long and gets none of it done."""
+        self._tasks.append(asyncio.create_task(self._watch(limit_s)))
+
+    async def _watch(self, limit_s: float) -> None:
+        """By ticks of its own and not by the clock: while a step of the trainer holds up this event loop, answers lie unread."""
+        silent = stuck = 0
+        before = None
+        while max(silent, stuck) < TICKS:
+            self._sign = None
+            self.send(Ping())
+            await asyncio.sleep(limit_s / TICKS)
+            sign = self._sign
+            silent = 0 if sign else silent + 1
+            if sign:
+                stuck = stuck + 1 if sign.is_busy and sign == before else 0
+                before = sign
+        what = "gave no sign of life" if silent else "got nothing of its work done"
+        self.end(f"it {what} for {limit_s:g} s (engine.hang_timeout_s) and was killed")
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with suppress(EOFError, pickle.UnpicklingError):
             while True:
-                answer: Answer = await read(reader)
-                if answer.number is not None:
+                answer: Answer | Alive = await read(reader)
+                if isinstance(answer, Alive):
+                    self._sign = answer
+                elif answer.number is not None:
                     self._take(answer.number, answer)
                 elif not (asked := self._asked.popleft()).done():
                     asked.set_exception(answer.error) if answer.error else asked.set_result(answer.value)
@@ -105,8 +146,9 @@ class Connection:
         if self._is_over:
             return
         self._is_over = True
-        if self._listener is not asyncio.current_task():
-            self._listener.cancel()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
         self._writer.transport.abort()
         self.process.kill()
         for answer in self._asked:

@@ -26,6 +26,14 @@ class EngineError(RolloutError):
     """The engine could not generate."""
 
 
+class EngineLostError(EngineError):
+    """The engine died, or cannot be reached: what it was asked may be asked of another one, or of it when it is back."""
+
+
+class EngineGoneError(EngineError):
+    """There is no engine, and there will be none."""
+
+
 class PromptTooLongError(EngineError):
     """A prompt that leaves no room for the completion that was asked for."""
 

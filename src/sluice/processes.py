@@ -6,6 +6,7 @@ Not `multiprocessing`: its workers import the user's main script again, and with
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PARENT_CHECK_S = 0.5
+_PR_SET_PDEATHSIG = 1
 _ENTRY = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop())
@@ -97,9 +99,20 @@ def belong_to(parent: int, fd: int) -> socket.socket:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
         faulthandler.register(signal.SIGUSR1)  # says in the log where it is
+    _wake_with_parents_death()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.set_inheritable(fd, False)
     return socket.socket(fileno=fd)
+
+
+def _wake_with_parents_death() -> None:
+    """On Linux: one that was stopped (SIGSTOP) goes on when its parent dies, and so can end.
+
+    Not SIGKILL: what this process has started would be left; and the kernel sends it already when the thread that started it ends,
+    of which rewards have many.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another system
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def _end_with(parent: int) -> None:

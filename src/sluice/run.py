@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -95,6 +95,8 @@ class Run:
     stop_at_reward: float | None
     checkpoints: Any
     """`await checkpoints.after_step(run, metrics)` copies the state when it is time, and writes it while the run goes on."""
+    meters: Sequence[Callable[[], Metrics]] = ()
+    """Each gives, once a step, what it has measured since it was asked last."""
 
     step: int = 0
     """Finished steps, which is also the version of the weights that the engine holds."""

@@ -136,6 +136,8 @@ async def after_step(run: Run, groups: Sequence[Group], samples: Sequence[Sample
     metrics["perf/step_s"] = Mean(step_s)
     metrics["perf/publish_bytes"] = Last(run.published_bytes)
     metrics["perf/tokens_per_s"] = Mean(metrics["rollout/num_tokens"].value() / step_s)
+    for measured in run.meters:
+        metrics += measured()
     values = metrics.values_by_name()
     run.tracker.log(run.step, values)
     with run.timer("checks"):

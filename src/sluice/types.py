@@ -43,6 +43,9 @@ class Sampling:
     """Token ids that end the completion; the id is kept as the last token."""
     seed: int = 0
     """Seeds this completion alone: which draws it gets does not depend on what is sampled beside it."""
+    session: tuple[int, int] = (0, 0)
+    """Group and attempt that it is a turn of. Those of a group begin with one prompt, and those of an attempt go on where the last
+    one ended: what has computed the one had best compute the other. It changes nothing in what is sampled."""
     num_drawn: int = 0
     """Of its draws, those that are used up: the last tokens of the prompt were drawn with them, and the completion goes on from there."""
 

@@ -27,6 +27,8 @@ from sluice.waits import Standing, Waits
 LOOK_EVERY_S = 1.0
 END_LIMIT_S = 10.0
 """For the thread to end: a disk that hangs may hold it."""
+ASK_THE_ENGINE = ("engine", "publish")
+"""Stages of which the engine can say more."""
 SETTLE_S = 0.05
 """For a handler to write all stacks."""
 
@@ -110,6 +112,8 @@ class Watchdog:
         if others:
             counts = ", ".join(f"{count} {stage}" for stage, count in others.most_common())
             parts.append(f"{others.total()} others: {counts}")
+        if named.stage.name in ASK_THE_ENGINE and (engine := self._sections.get("engine")):
+            parts.append(f"the engine: {engine()}".replace("\n", ", "))
         place = innermost_place(frame)
         if place:
             parts.append(f"the event loop has not run for {silent_s:.0f} s and is at {place}")

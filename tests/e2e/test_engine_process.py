@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from processes import engines
 from sluice import connection
 from sluice.engines.serving import Begin, Fingerprint, Generate, Update
 from sluice.launch import models
@@ -34,17 +35,6 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def children() -> list[int]:
-    """Engine processes of this one."""
-    found: list[int] = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"sluice.engines.serving" in (stat.parent / "cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-    return found
-
-
 def rows_of(run: Path, steps: int) -> list[dict[str, Any]]:
     return [row for step in range(1, steps + 1) for row in ledger_of(run, step)]
 
@@ -60,7 +50,7 @@ def test_without_staleness_it_is_the_same_run_to_the_last_bit(ready: Path):
     inside, apart = finished(*words), finished(*words, *APART, name="apart")
     assert rows_of(inside, 20) == rows_of(apart, 20)
     assert without_timings(metrics_of(inside)) == without_timings(metrics_of(apart))
-    assert not children()
+    assert not engines()
 
 
 def test_it_is_given_what_adapters_make_of_the_weights(ready: Path):
@@ -160,7 +150,7 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type, times: Container[int]
     killed: list[int] = []
 
     def kill() -> None:
-        for pid in children():
+        for pid in engines():
             killed.append(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -189,7 +179,7 @@ def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: i
         run = finished("train", "config.yaml", *options)
     assert killed
     died = [event for event in events_of(run) if event["kind"] == "engine_died"]
-    assert len(died) == len(killed)
+    assert len(died) in (len(killed), len(killed) - 1)  # one that answered before it died, in the end, is not missed
     rows = [row for row in rows_of(run, 6) if row["trained"]]
     assert Counter((row["group"], row["index"]) for row in rows) == Counter(
         {(group, index): 1 for group in range(24) for index in range(4)}
@@ -200,7 +190,7 @@ def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: i
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in whole]
     if instant != "decoding":  # what is decoded side by side decides the last bit
         assert rows == whole
-    assert not children()
+    assert not engines()
 
 
 def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.CaptureFixture[str]):
@@ -214,7 +204,7 @@ def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.Captur
             sluice("train", "config.yaml", *APART, "engine.max_restarts=1", "run.name=test", "run.num_threads=1") == 1
         )
     said = capsys.readouterr().err
-    assert "engine's process died 2 times (limit: engine.max_restarts)" in said
+    assert "the engine died 2 times (limit: engine.max_restarts)" in said
     assert "engine.log" in said
 
 

@@ -57,6 +57,8 @@ class EmbeddedEngine:
         self.cache_bytes = cache_bytes
         self.in_flight = in_flight
         self.version = 0
+        self.num_steps = 0
+        """That were made: it grows as long as there is work and it gets done."""
         self._threads = StepThreads(model.device)
         self._decoder = decoder_for(model, self._threads)
         self._lags = model.device.type == "cuda"
@@ -135,6 +137,10 @@ class EmbeddedEngine:
             self._none_active.clear()
             await self._none_active.wait()
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._active or self._waiting)
+
     async def fingerprint(self) -> str:
         return fingerprint(self._decoder.named_weights())
 
@@ -166,6 +172,7 @@ class EmbeddedEngine:
                 async with self._stepping:
                     with self._threads.step():
                         self._step()
+                self.num_steps += 1
                 if not self._active:
                     self._none_active.set()
                 await asyncio.sleep(0)

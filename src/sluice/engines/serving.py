@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.connection import Answer, failed, read, write
+from sluice.connection import Alive, Answer, Ping, failed, read, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
 from sluice.processes import belong_to
@@ -103,6 +103,8 @@ class _Server:
                     task.cancel()
             case Update(version, finish):
                 self.tasks.create_task(self._answered(self._update(version, finish)))
+            case Ping():
+                self._say(Alive(self.engine.is_busy, self.engine.num_steps))
             case Fingerprint():
                 await self._answered(self.engine.fingerprint())
             case Unfinished():
@@ -137,5 +139,5 @@ class _Server:
             del self.requests[number]
         self._say(answer)
 
-    def _say(self, answer: Answer) -> None:
+    def _say(self, answer: Answer | Alive) -> None:
         write(self.writer, answer)

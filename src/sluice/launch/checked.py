@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def prompts_of(config: TrainConfig) -> PromptSet:
 
 
 def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
-    """Whether window and stop tokens fit a model of so many ids and positions. Raises ConfigError."""
+    """Whether window and stop tokens fit a model of so many ids and positions, and threads this machine. Raises ConfigError."""
     window = window_of(config, max_length)
     if window > max_length:
         raise ConfigError(
@@ -97,6 +98,16 @@ def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the window of {window} "
             "tokens (engine.max_model_len, or else the model's positions); lower it"
         )
+    threads = getattr(config.engine, "num_threads", None) or 1
+    if threads > num_cores():
+        raise ConfigError(
+            f"engine.num_threads={threads} is more than the {num_cores()} cores that this process may use, and threads that share a core "
+            "wait for each other; lower it, or leave it out"
+        )
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def window_of(config: TrainConfig, max_length: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -15,11 +14,12 @@ from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfi
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary, num_cores
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.engines.embedded import EmbeddedEngine as Embedded
+    from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
@@ -52,17 +52,31 @@ def engine_and_trainer(
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
 
-    from sluice.engines.process import EngineProcess
+    return engines_apart(config, model), trainer, packing, eos_ids
 
-    finish_limit_s = config.rollout.timeout_s if config.engine.on_new_weights == "finish" else None
-    apart = EngineProcess(
-        publication_of(config.engine, model, finish_limit_s or 0.0),
-        partial(engine_apart, config),
-        synchronous=config.rollout.max_staleness == 0,
-        finish_limit_s=finish_limit_s,
-        max_restarts=config.engine.max_restarts,
-    )
-    return apart, trainer, packing, eos_ids
+
+def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
+    """Embedded engines, each in a process of its own."""
+    from sluice.engines.process import EngineProcess
+    from sluice.engines.router import Router
+
+    settings, rollout = config.engine, config.rollout
+    assert isinstance(settings, EmbeddedEngine)
+    synchronous = rollout.max_staleness == 0
+    finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
+    publication = publication_of(settings, model, finish_limit_s or 0.0)
+    engines = [
+        EngineProcess(
+            publication,
+            partial(engine_apart, config),
+            name=f"engine-{k}" if settings.replicas > 1 else "engine",
+            synchronous=synchronous,
+            finish_limit_s=finish_limit_s,
+            hang_timeout_s=settings.hang_timeout_s,
+        )
+        for k in range(settings.replicas)
+    ]
+    return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
 def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
@@ -216,8 +230,8 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 
 
 def engine_threads(settings: EmbeddedEngine) -> int:
-    """Of an engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2)
+    """Of each engine's own process."""
+    return settings.num_threads or max(1, num_cores() // 2 // settings.replicas)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
@@ -225,11 +239,7 @@ def trainer_threads(config: TrainConfig) -> int | None:
     engine = config.engine
     if config.run.num_threads or engine.name != "embedded" or engine.process == "trainer":
         return config.run.num_threads
-    return max(1, num_cores() - engine_threads(engine))
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return max(1, num_cores() - engine.replicas * engine_threads(engine))
 
 
 def set_up_process(num_threads: int | None) -> None:

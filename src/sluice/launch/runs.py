@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import EmbeddedEngine, RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
+from sluice.engines.router import Router
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
@@ -166,7 +167,8 @@ def _assembled(
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
     tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-    if isinstance(config.engine, EmbeddedEngine) and config.engine.process == "own":
+    several = isinstance(engine, Router) and len(engine.engines) > 1
+    if isinstance(engine, Router):
         engine.belongs_to(rundir.path, tracker.event)
     return Run(
         engine=engine,
@@ -200,6 +202,7 @@ def _assembled(
         max_length=model.max_length if model else None,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
+        meters=[engine.drain_metrics] if several else [],
     )
 
 

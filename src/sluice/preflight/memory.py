@@ -66,10 +66,7 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
         return item
     free, where = found
     if where == RAM:
-        has_two = (
-            isinstance(config, TrainConfig) and config.engine.name == "embedded" and config.engine.process == "own"
-        )
-        total += (1 + has_two) * PROCESS_BYTES
+        total += (1 + (_engines_apart(config) if isinstance(config, TrainConfig) else 0)) * PROCESS_BYTES
     item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
     if fixed > free:
         item.fail(
@@ -110,22 +107,30 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
-        slots = min(config.engine.num_slots, groups * rollout.group_size)
+        apart = _engines_apart(config)
+        engines = max(1, apart)
+        slots = engines * min(config.engine.num_slots, -(-groups * rollout.group_size // engines))
         length = -(-longest // CACHE_STEP) * CACHE_STEP + CACHE_STEP // 4
         prefill = min(config.engine.prefill_tokens, groups * longest)
         cache = policy.cache_elements * width * slots * length
         if config.engine.cache_gb is not None:
-            cache = min(cache, config.engine.cache_gb * 1e9)
+            cache = min(cache, engines * config.engine.cache_gb * 1e9)
         elif device == "cuda" and (free := _cuda_free()) is not None:
             cache = min(cache, free / 2)
-        copies = decoder_bytes(policy, width, device)
-        if config.engine.process == "own":  # its own model, and what it is published through
+        copies = engines * decoder_bytes(policy, width, device)
+        if apart:  # each its own model, and all together what it is published through
             between = device == "cpu" and config.engine.publication != "broadcast"
-            copies += (1 + between) * policy.num_parameters * width
+            copies += (apart + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
-        parts.append(Part("key-value cache", cache + policy.cache_elements * width * prefill))
+        parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     return parts
+
+
+def _engines_apart(config: TrainConfig) -> int:
+    """In processes of their own."""
+    engine = config.engine
+    return engine.replicas if engine.name == "embedded" and engine.process == "own" else 0
 
 
 def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
-from sluice.errors import EngineError, PromptTooLongError, boundary
+from sluice.errors import EngineError, EngineGoneError, PromptTooLongError, boundary
 from sluice.rollout.calls import joined, rest_of
 from sluice.run import Run
 from sluice.types import Completion, Message, Sampling, Turn
@@ -15,20 +15,23 @@ from sluice.waits import Wait
 
 
 class SamplingPolicy:
-    """One per trajectory, of the attempt `index` at the prompt of a ticket. `wait` is told when it waits for the engine."""
+    """One per trajectory, which is the attempt `index` at the prompt of `ticket`: the two seed its calls, one after the other.
+
+    `wait` is told when they wait for the engine.
+    """
 
     def __init__(self, run: Run, ticket: int, index: int, wait: Wait) -> None:
         self.turns: list[Turn] = []
         self._run = run
-        self._ticket = ticket
-        self._seed = f"{run.seed}/{ticket}/{index}"  # of its calls, one after the other
+        self._session = ticket, index
         self._wait = wait
         self._num_calls = 0
         self._num_open = 0
         self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
 
     async def respond(self, messages: Sequence[Message]) -> Message:
-        """Raises PromptTooLongError for a conversation without room, EngineError when every try failed."""
+        """Raises PromptTooLongError for a conversation without room, EngineError when every try failed, and EngineGoneError, which
+        ends the run, when there is nothing left to try."""
         chat = self._run.chat
         messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
         prompt_ids = chat.encode_next(*self._last, messages) if self._last else None
@@ -41,10 +44,12 @@ class SamplingPolicy:
         return reply
 
     async def _generate(self, prompt_ids: list[int]) -> Completion:
-        sampling = replace(self._run.sampling, seed=seed_of(f"{self._seed}/{self._num_calls}"))
+        ticket, index = self._session
+        seed = seed_of(f"{self._run.seed}/{ticket}/{index}/{self._num_calls}")
+        sampling = replace(self._run.sampling, seed=seed, session=self._session)
         self._num_calls += 1  # not the number of turns: calls may run side by side
         calls = self._run.buffer.calls
-        begun, is_all = calls.begin(self._ticket, prompt_ids, sampling)
+        begun, is_all = calls.begin(ticket, prompt_ids, sampling)
         if is_all:
             return begun
         self._wait.at("engine", f"turn {self._num_calls}")
@@ -69,7 +74,7 @@ class SamplingPolicy:
             try:
                 with boundary(EngineError, "the engine"):
                     return await self._run.engine.generate(prompt_ids, sampling)
-            except PromptTooLongError:
+            except (PromptTooLongError, EngineGoneError):
                 raise
             except EngineError as error:
                 if not retries_left:

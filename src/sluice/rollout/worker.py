@@ -9,7 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from sluice.algorithms import why_rejected
-from sluice.errors import DataError, EngineError, EnvironmentError_, PromptTooLongError, boundary, first_error
+from sluice.errors import (
+    DataError,
+    EngineError,
+    EngineGoneError,
+    EnvironmentError_,
+    PromptTooLongError,
+    boundary,
+    first_error,
+)
 from sluice.hooks import raised_at
 from sluice.rollout.policy import SamplingPolicy
 from sluice.rollout.trainable import check_trainable, sound_turns
@@ -40,7 +48,8 @@ async def _worker(run: Run) -> None:
 async def rollout_group(run: Run, ticket: int, prompt: Prompt) -> Group:
     """All attempts at one prompt, scored; `rejected` says why when it is not to be trained on.
 
-    Raises what ends a run: a filter that raises, and a prompt without room unless such prompts are to be skipped.
+    Raises what ends a run: a filter that raises, a prompt without room unless such prompts are to be skipped, and that there is no
+    engine any more.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -108,6 +117,8 @@ async def _played(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajector
         raise PromptTooLongError(
             f"prompt {prompt.id} ({prompt.where}): {error}; or skip such prompts with data.long_prompts=skip"
         ) from None
+    except EngineGoneError:
+        raise
     except EngineError as error:
         tries = f"tried {run.engine_retries + 1} times (rollout.engine_retries)"
         return failed("engine", f"prompt {prompt.id}: {error}; {tries}")

@@ -38,9 +38,10 @@ class Address:
 
     host: str
     port: int
-    """Of the store, which each engine has for itself."""
+    """Of the store."""
+    engine: str
     process: int
-    """Which of the engine's, one after the other; the group of another one is another."""
+    """Which process of this engine's; the group of another one is another."""
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     """Names, shapes and dtypes of what is sent, in this order."""
     limit_s: float
@@ -51,12 +52,12 @@ class Address:
         whole = dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.limit_s)
         )
-        return dist.PrefixStore(f"{self.process}", whole)
+        return dist.PrefixStore(f"{self.engine}/{self.process}", whole)
 
 
 class Broadcast:
-    """Publication to one engine, without a copy of the weights: an engine's process that was started while the trainer updates has
-    to wait for the next ones."""
+    """Publication to each engine for itself, without a copy of the weights: a process that was started while the trainer updates
+    has to wait for the next ones."""
 
     fds = ()
 
@@ -72,16 +73,17 @@ class Broadcast:
         self._host, self._limit_s = host, limit_s
         self._processes = count()
         self._weights: Weights | None = None
+        self.version: int | None = None
 
     def belongs_to(self, run: Path) -> None:
         """Nothing is left there."""
 
     async def publish(self, weights: Weights, version: int) -> int:
-        self._weights = weights
+        self._weights, self.version = weights, version
         return self._num_bytes
 
-    def link(self) -> _BroadcastLink:
-        address = Address(self._host, self._port, next(self._processes), self._tensors, self._limit_s)
+    def link(self, engine: str) -> _BroadcastLink:
+        address = Address(self._host, self._port, engine, next(self._processes), self._tensors, self._limit_s)
         return _BroadcastLink(BroadcastInlet(address), self)
 
     async def deliver(self, address: Address, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
@@ -92,11 +94,13 @@ class Broadcast:
             await asyncio.wait([sending, taking], return_when=asyncio.FIRST_EXCEPTION)
             if not (sending.done() and taking.done()):
                 for end in ("trainer", "engine"):  # neither need wait for the other
-                    self._store.set(f"{address.process}/{version}/{end}", GONE)
+                    self._store.set(f"{address.engine}/{address.process}/{version}/{end}", GONE)
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
             errors = [task.exception() for task in (taking, sending) if task.done()]
             for error in sorted(filter(None, errors), key=lambda error: not isinstance(error, WeightsMoved)):
-                with boundary(EngineError, f"the weights of version {version} could not be broadcast"):
+                with boundary(
+                    EngineError, f"the weights of version {version} could not be broadcast to {address.engine}"
+                ):
                     raise error
         finally:
             for task in (sending, taking):
@@ -140,12 +144,12 @@ class Sender:
     """The trainer's end of all groups."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[str, int], _Group] = {}
-        """Of the process that each engine has at present, by the address of its store."""
+        self._groups: dict[tuple[str, int, str], _Group] = {}
+        """Of the process that each engine has at present, by the address of the store and its name."""
 
     def send(self, address: Address, version: int, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
         """Blocks until the engine has them all. Raises EngineError when it is gone."""
-        engine = address.host, address.port
+        engine = address.host, address.port, address.engine
         group = self._groups.pop(engine, None)
         if group is None or group.address != address:
             group = _Group(address, SENDER)

@@ -23,7 +23,7 @@ class Disk:
         self._parent = parent
         self.folder = Path()
         self._place = Place()
-        self._version: int | None = None
+        self.version: int | None = None
 
     def belongs_to(self, run: Path) -> None:
         """Only versions of weights are in its folder."""
@@ -31,7 +31,7 @@ class Disk:
 
     async def publish(self, weights: Weights, version: int) -> int:
         async with self._place.written():
-            if version == self._version:
+            if version == self.version:
                 return 0
             final = self._of(version)
             unfinished = final.with_name(f".{final.name}.partial")
@@ -40,7 +40,7 @@ class Disk:
                 unfinished.mkdir(parents=True)
                 await weights.save(str(unfinished))
                 await asyncio.to_thread(self._put_in_place, unfinished, final)
-            self._version = version
+            self.version = version
             return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
 
     def _put_in_place(self, unfinished: Path, final: Path) -> None:
@@ -53,7 +53,7 @@ class Disk:
     def _of(self, version: int) -> Path:
         return self.folder / f"version-{version:06d}"
 
-    def link(self) -> _DiskLink:
+    def link(self, engine: str) -> _DiskLink:
         return _DiskLink(DiskInlet(str(self.folder)), self._place)
 
     def close(self) -> None:

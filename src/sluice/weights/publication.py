@@ -44,6 +44,8 @@ class Publication(Protocol):
 
     fds: tuple[int, ...]
     """What their processes inherit."""
+    version: int | None
+    """Of what links deliver; None before anything was published."""
 
     def belongs_to(self, run: Path) -> None:
         """It is that of a run with this folder; told before anything is published."""
@@ -54,7 +56,9 @@ class Publication(Protocol):
         has, 0."""
         ...
 
-    def link(self) -> Link: ...
+    def link(self, engine: str) -> Link:
+        """With the process that the engine of this name has from now on."""
+        ...
 
     def close(self) -> None: ...
 

@@ -60,20 +60,20 @@ class SharedMemory:
         self._shared = SharedWeights(weights)
         self.fds: tuple[int, ...] = (self._shared.fd,)
         self._place = Place()
-        self._version: int | None = None
+        self.version: int | None = None
 
     def belongs_to(self, run: Path) -> None:
         """Nothing is left there."""
 
     async def publish(self, weights: Weights, version: int) -> int:
         async with self._place.written():
-            if version == self._version:
+            if version == self.version:
                 return 0
             await weights.copy_to(self._shared)
-            self._version = version
+            self.version = version
             return self._shared.num_bytes
 
-    def link(self) -> _SharedLink:
+    def link(self, engine: str) -> _SharedLink:
         return _SharedLink(SharedInlet(self._shared.fd), self._place)
 
     def close(self) -> None:
