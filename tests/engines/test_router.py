@@ -208,6 +208,35 @@ def test_one_that_comes_back_with_old_weights_stays_out_until_it_has_new_ones():
     finish(run())
 
 
+def test_one_that_is_lost_while_it_takes_weights_over_is_given_them_again():
+    """It has them, dies, is told of by a request, and is back with old ones, all before it is asked for its fingerprint."""
+    asked: list[asyncio.Task[Completion]] = []
+
+    class Interrupted(Replica):
+        async def update_weights(self, weights: Any, version: int) -> int:
+            await super().update_weights(weights, version)
+            if self.num_published == 2:
+                asked.append(asyncio.create_task(router.generate([1], sampling(0))))
+                await moment()
+                self.returns_with = 0
+                self.lost.set()
+                await moment()
+            return 0
+
+    engine = Interrupted(0, max_delay_s=0.5)
+    router = router_over([engine])
+
+    async def run() -> None:
+        await router.update_weights(WEIGHTS, 0)
+        await router.update_weights(WEIGHTS, 1)
+        assert engine.num_published == 3
+        assert await router.fingerprint() == "weights 1"
+        assert (await asked[0]).policy_versions == [1]
+        await router.close()
+
+    finish(run())
+
+
 @pytest.mark.parametrize("synchronous", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_who_is_asked_after_a_publication_has_its_weights(
