@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/simulate.py --gpus 8 64 --groups 16 --only-scaling
 
 # What benchmarks compare with, each in an environment of its own.
 peers: .venv-peers/.ready

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from sluice import run as run_module
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.tracking.tracker import FileTracker
 from small_runs import workplace
@@ -87,6 +88,7 @@ def test_every_script_that_make_bench_runs_is_tried_here():
         "precision",
         "head",
         "profiling",
+        "simulate",
     }
     scripts = {path.stem for path in BENCHMARKS.glob("*.py") if "reported(" in path.read_text()} - {"measuring", "gpu"}
     assert scripts == tested
@@ -199,3 +201,77 @@ def test_overhead(run: Ran):
     said = run("overhead", "--steps", "2", "--settings", *small, rounds=1)
     (result,) = said["results"]
     assert all(set(result[what]) == FIGURES for what in ("step_s", "checks_share", "both_over_neither"))
+
+
+SMALL_CLUSTERS = ["--groups", "4", "--group-size", "4", "--steps", "2", "--jobs", "1"]
+
+
+def test_simulate(run: Ran):
+    """The three tables, for clusters with one layout and with several."""
+    said = run(
+        "simulate",
+        "--gpus",
+        "4",
+        "64",
+        "--max-staleness",
+        "0",
+        "1",
+        "--agent-gpus",
+        "4",
+        "--failure-steps",
+        "200",
+        *SMALL_CLUSTERS,
+    )
+    by_table = {what: [r for r in said["results"] if r["what"] == what] for what in ("scaling", "failures", "agents")}
+    assert [row["layout"] for row in by_table["scaling"]] == 2 * ["in turn", "apart, stale 0", "apart, stale 1"]
+    for row in by_table["scaling"]:
+        assert 0 <= row["staleness"] <= row["max_staleness"]
+        assert 0 < row["engines_busy"] <= 1
+        assert row["over_in_turn"] > 0
+    quiet, *failing = by_table["failures"]
+    assert quiet["happened"] == 0
+    assert failing[-1]["happened"] > 0
+    assert failing[-1]["tokens_per_s"] < quiet["tokens_per_s"]
+    (agents,) = by_table["agents"]
+    assert 0 < agents["tools_at_once"] <= agents["most_tools_at_once"] <= agents["environments_open"]
+
+
+def test_simulate_says_what_does_not_fit(run: Ran):
+    said = run("simulate", "--gpus", "8", "--model", "32B", "--only-scaling", *SMALL_CLUSTERS)
+    assert said["results"] == []
+    assert said["skipped"] == ["8 GPUs, which are too few for 32B"]
+
+
+@pytest.fixture
+def few_real_runs(run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How good the prediction is depends on the machine, and on longer runs than these."""
+    calibration = importlib.import_module("calibration")
+    short = calibration.LogNormal(4, 8, 8)
+    monkeypatch.setattr(calibration, "SIZE", "tiny")
+    monkeypatch.setattr(calibration, "FITTED", [calibration.Case(n, 2, short, 4) for n in (2, 3)])
+    monkeypatch.setattr(calibration, "PREDICTED", [calibration.Case(2, 3, short, 8)])
+
+
+@pytest.mark.parametrize(
+    ("words", "num_predicted"), [(["--cpu-time"], 1), pytest.param([], 3, marks=pytest.mark.proof)]
+)
+@pytest.mark.usefixtures("few_real_runs")
+def test_simulate_calibrated(run: Ran, words: list[str], num_predicted: int):
+    """Real runs, with the engine in both places and asynchronous, and a prediction beside each; clock and engines are put back."""
+    before = FileTracker.log, EmbeddedEngine.generate, run_module.time
+    said = run("simulate", "--calibrate", "--steps", "1", *words, rounds=1)
+    (result,) = said["results"]
+    assert len(result["predicted_over_measured"]) == num_predicted
+    for case in result["last"].values():
+        assert case["measured_s"] > 0
+        assert case["predicted_s"] > 0
+    assert (FileTracker.log, EmbeddedEngine.generate, run_module.time) == before
+
+
+def test_simulate_driver(run: Ran):
+    said = run("simulate", "--driver", "--tokens", "2048", "--steps", "1", rounds=1)
+    one, two = said["results"]
+    assert (one["reward_workers"], two["reward_workers"]) == (1, 2)
+    assert one["groups_per_s"]["median"] > 0
+    assert {"rollout", "checks", "record"} <= set(one["phases_s"])
+    assert two["functions"]

@@ -51,6 +51,30 @@ def test_a_template_is_used_with_the_generation_prompt(chats):
     assert ids.count(1) == 2  # the template's <eos> is the token, not its letters
 
 
+@pytest.mark.parametrize("name", ["bpe", "template"])
+def test_the_attempts_of_a_group_are_encoded_once(folders, name, monkeypatch):
+    """And whoever changes what was given or got changes nothing for the next one."""
+    chat = Chat(load_tokenizer(str(folders[name])))
+    backend, calls = chat.tokenizer._encode_plus, 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return backend(*args, **kwargs)
+
+    monkeypatch.setattr(chat.tokenizer, "_encode_plus", counted)
+    messages = [dict(USER[0])]
+    first = chat.encode(messages)
+    expected = list(first)
+    first.append(7)
+    assert chat.encode([dict(USER[0])]) == expected
+    assert calls == 1
+    messages[0]["content"] = "What is 2 + 2?"
+    assert chat.encode(messages) != expected
+    assert chat.encode(USER) == expected
+    assert calls == 3
+
+
 def test_bos_comes_where_the_tokenizer_adds_it(tmp_path, folders):
     """Some tokenisers put a beginning-of-sequence token before every text; the model was trained with it."""
     backend = Tokenizer.from_file(str(folders["bpe"] / "tokenizer.json"))

@@ -204,3 +204,36 @@ def test_when_the_slots_of_rejected_groups_come_back(max_staleness: int, comes_b
         await asyncio.wait_for(admission, 1)
 
     asyncio.run(scenario())
+
+
+def test_a_free_slot_wakes_one_worker_and_not_all():
+    """With thousands of them each group that is handed in would else wake every one, to find that it has no slot."""
+    looks = 0
+
+    class Counting(GroupBuffer):
+        def _may_admit(self) -> bool:
+            nonlocal looks
+            looks += 1
+            return super()._may_admit()
+
+    async def scenario() -> None:
+        nonlocal looks
+        buffer = Counting(4, 1, NO_LIMITS)
+        for _ in range(buffer.num_slots):
+            await buffer.admit()
+        workers = [asyncio.create_task(buffer.admit()) for _ in range(200)]
+        await asyncio.sleep(0.01)
+        looks = 0
+        for ticket in range(4):
+            await buffer.put(group(ticket))
+        await buffer.take(4)
+        await asyncio.sleep(0.01)
+        assert looks == 0
+        await buffer.release(4)
+        await asyncio.sleep(0.01)
+        assert sorted(w.result() for w in workers if w.done()) == [8, 9, 10, 11]
+        assert looks == 4
+        for worker in workers:
+            worker.cancel()
+
+    asyncio.run(scenario())

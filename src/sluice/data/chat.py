@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
+        self._encoded: tuple[list[Message], list[int]] | None = None
+        """What was encoded last: all attempts of a group begin with the same messages, one after the other."""
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The messages as the policy sees them, up to where its response begins; never empty.
@@ -54,6 +57,12 @@ class Chat:
 
         Raises ConfigError for a system message without a template, DataError for messages that cannot be encoded.
         """
+        last = self._encoded  # read once: threads may encode, too
+        if last is None or last[0] != list(messages):
+            last = self._encoded = deepcopy(list(messages)), self._ids_of(messages)
+        return list(last[1])
+
+    def _ids_of(self, messages: Sequence[Message]) -> list[int]:
         if self.tokenizer.chat_template:
             with boundary(DataError, "the chat template does not take the messages"):
                 ids = self.tokenizer.apply_chat_template(

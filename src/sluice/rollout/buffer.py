@@ -61,7 +61,10 @@ class GroupBuffer:
         self._rejected: list[Group] = []  # taken, not yet reported
         self._failed_in_a_row = state.failed_in_a_row
         self._stopped = False
-        self._changed = asyncio.Condition()
+        self._lock = asyncio.Lock()
+        self._handed_in = asyncio.Condition(self._lock)
+        self._slots_free = asyncio.Condition(self._lock)
+        """Apart, and told of as many as there are: with thousands of slots most workers wait for one most of the time."""
 
     def state(self) -> BufferState:
         """From which a new buffer goes on, whatever is out or handed in at the moment.
@@ -76,17 +79,17 @@ class GroupBuffer:
 
     async def admit(self) -> int:
         """Wait for a slot, then take the next ticket: the position of a prompt."""
-        async with self._changed:
+        async with self._lock:
             if self._again:  # its slot was never given back
                 return self._again.popleft()
-            await self._changed.wait_for(self._may_admit)
+            await self._slots_free.wait_for(self._may_admit)
             self._free -= 1
             self.next_ticket += 1
             return self.next_ticket - 1
 
     async def put(self, group: Group) -> None:
         """Hand in the group of a ticket; a rejected one gives its slot back."""
-        async with self._changed:
+        async with self._lock:
             if group.id in self.done or not self.head <= group.id < self.next_ticket:
                 raise ValueError(f"ticket {group.id} is not out")
             self.done[group.id] = group
@@ -96,7 +99,8 @@ class GroupBuffer:
             if not self.synchronous or num_out == 0:
                 self._free += self._rejected_slots
                 self._rejected_slots = 0
-            self._changed.notify_all()
+            self._handed_in.notify_all()
+            self._slots_free.notify(self._free)
 
     async def take(self, count: int) -> list[Group]:
         """Wait for the `count` oldest groups that were not rejected. Their slots stay taken until `release`.
@@ -105,11 +109,11 @@ class GroupBuffer:
         that failed in a row, than the limits allow: counted in the order of tickets, as everything here, and not in the
         order in which they were handed in. Raises RunStopped after `stop`.
         """
-        async with self._changed:
+        async with self._lock:
             while self._stopped or (groups := self._oldest(count)) is None:
                 if self._stopped:
                     raise RunStopped
-                await self._changed.wait()
+                await self._handed_in.wait()
         for group in groups:
             del self.done[group.id]
             self._failed_in_a_row = self._failures_after(group, self._failed_in_a_row)
@@ -119,15 +123,15 @@ class GroupBuffer:
 
     async def release(self, count: int) -> None:
         """Give back the slots of taken groups, once the engine holds the weights that were trained on them."""
-        async with self._changed:
+        async with self._lock:
             self._free += count
-            self._changed.notify_all()
+            self._slots_free.notify(self._free)
 
     async def stop(self) -> None:
         """Whoever takes groups, now or later, is told to leave."""
-        async with self._changed:
+        async with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            self._handed_in.notify_all()
 
     def status(self) -> str:
         """What it holds at the moment, for people."""
