@@ -318,6 +318,6 @@ def test_ranks_get_equally_many_parts_of_about_one_size(layout: Layout, num_rank
     assert sorted(id(part) for hand in hands for part in hand if part) == sorted(map(id, parts))
     totals = [sum(len(s) for part in hand if part for s in part) for hand in hands]
     if num_samples == 40:
-        assert max(totals) - min(totals) <= 60
+        assert max(totals) - min(totals) <= 70  # of about 700, in parts of up to 120 with their padding
     elif num_samples >= num_ranks:
         assert all(totals)
