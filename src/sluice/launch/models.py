@@ -322,8 +322,10 @@ def engine_threads(config: TrainConfig) -> int:
     """Of each engine's own process."""
     engine, placement = config.engine, config.placement
     assert not isinstance(engine, ScriptedEngine)
-    reserved = isinstance(placement, RayPlacement) and isinstance(engine, EmbeddedEngine)
-    cores = int(placement.engine_cpus) if reserved else num_cores() // 2 // engine.replicas
+    if isinstance(placement, RayPlacement) and isinstance(engine, EmbeddedEngine):
+        cores = int(placement.engine_cpus)
+    else:
+        cores = num_cores() // 2 // engine.replicas
     return engine.num_threads or max(1, cores)
 
 
