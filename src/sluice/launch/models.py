@@ -57,12 +57,7 @@ def engine_and_trainer(
         engines = servers(config, config.engine, model, chat)
         if config.engine.sleep:
             colocated = ColocatedTrainer(trainer, engines.engines, model.device.type)
-            return (
-                engines,
-                cast("Trainer", colocated),
-                packing,
-                eos_ids,
-            )  # what it does not say itself, it asks the trainer
+            trainer = cast("Trainer", colocated)  # what it does not say itself, it asks the trainer
         return engines, trainer, packing, eos_ids
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
