@@ -145,6 +145,14 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     assert not servers()
 
 
+def test_several_servers_share_the_work(ready: Path):
+    run = finished("train", "config.yaml", *engine("vllm"), "engine.replicas=2", "run.num_steps=2")
+    made = [sum(line[f"perf/engine_requests/{k}"] for line in metrics_of(run)) for k in range(2)]
+    assert made == [16, 16]  # of 2 steps of 4 groups of 4
+    assert all((run / f"engine-{k}.log").read_text() for k in range(2))
+    assert not servers()
+
+
 def test_a_run_is_resumed(ready: Path):
     settings = [*engine("vllm"), "checkpoint.every_steps=2"]
     whole = finished("train", "config.yaml", *settings, name="whole")
