@@ -3,7 +3,7 @@
     python examples/recheck/modes.py                 all modes
     python examples/recheck/modes.py sync async_1    some of them
 
-The first argument list names modes; each is the recipe with a few settings more. The last line is one JSON object.
+Each is the recipe with a few settings more. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from statistics import mean, median
 from demo import ROOT, metrics_of, train
 
 RECIPE = ["run.num_steps=40", "run.stop_at_reward=0.85", "run.num_threads=1"]
+APART = ["engine.process=own", "engine.num_threads=1"]
+RANKS = ["trainer.name=fsdp", "trainer.num_ranks=2", "trainer.num_threads=1"]
 VLLM = ["engine.name=vllm", "engine.python=.venv-vllm/bin/python", "engine.num_threads=1"]
 """`make vllm` makes what it runs in."""
 MODES = {
     "sync": [],
-    "async_1": ["engine.process=own", "engine.num_threads=1", "rollout.max_staleness=1"],
-    "async_2": ["engine.process=own", "engine.num_threads=1", "rollout.max_staleness=2"],
+    "async_1": [*APART, "rollout.max_staleness=1"],
+    "async_2": [*APART, "rollout.max_staleness=2"],
+    "replicas": [*APART, "engine.replicas=2", "rollout.max_staleness=1"],
+    "fsdp": [*APART, *RANKS, "rollout.max_staleness=1"],
+    "ray": [*APART, *RANKS, "rollout.max_staleness=1", "engine.replicas=2", "placement.name=ray"],
     "vllm": [*VLLM],
     "vllm_async_1": [*VLLM, "rollout.max_staleness=1"],
 }
