@@ -35,6 +35,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.interfaces import Layout
 from sluice.launch.checked import check
 from sluice.launch.models import engine_and_trainer, set_up_process
+from sluice.launch.placing import Placement
 from sluice.types import Sample
 from sluice.update import prepare, update
 
@@ -76,11 +77,11 @@ class Updates:
         config = load(TrainConfig, [], [*settings, *told]).config
         checked = check(config)
         chat = Chat(load_tokenizer(config.model.path))
-        _, trainer, packing, _ = engine_and_trainer(config, checked, chat)
+        parts = engine_and_trainer(config, checked, chat, Placement())
         self.learner = SimpleNamespace(
-            trainer=trainer,
+            trainer=parts.trainer,
             algorithm=checked.algorithm,
-            packing=packing,
+            packing=parts.packing,
             old_logprobs=config.algorithm.old_logprobs,
             pretrain_steps=0,
             step=0,

@@ -152,7 +152,7 @@ def test_unknown_key_that_belongs_to_another_choice() -> None:
 def test_keys_of_a_former_choice_are_refused_where_they_were_set() -> None:
     message = refusal("engine:\n  num_slots: 8\n", "engine.name=scripted", "engine.script=my:script")
     assert message == (
-        "extra.yaml:2: unknown key 'engine.num_slots': 'num_slots' belongs to engine.name=embedded, "
+        "extra.yaml:2: unknown key 'engine.num_slots': 'num_slots' belongs to engine.name=embedded or vllm or sglang, "
         "but engine.name=scripted (command line)"
     )
 
@@ -224,8 +224,8 @@ def test_missing_name_of_a_reward_lists_the_choices() -> None:
         ("model.path=", "should be text, not null"),
         ("model.dtype=float16", "should be float32 or bfloat16, not 'float16'; did you mean 'bfloat16'?"),
         ("model.device=CUDA", "should be auto, cpu or cuda, not 'CUDA'; did you mean 'cuda'?"),
-        ("trainer.name=locl", "should be local or dry, not 'locl'; did you mean 'local'?"),
-        ("trainer.name=[local]", "should be local or dry, not [local]"),
+        ("trainer.name=locl", "should be local, fsdp or dry, not 'locl'; did you mean 'local'?"),
+        ("trainer.name=[local]", "should be local, fsdp or dry, not [local]"),
         ("rollout.filter=my_filter", "should be text that looks like module:function or null, not 'my_filter'"),
         (
             "rollout.environment=single",

@@ -410,8 +410,8 @@ def test_z10_groups_taken_as_they_are_ready(workshop: Workshop, monkeypatch: pyt
     """At staleness 0 the run then depends on timing."""
 
     async def newest_first(self: GroupBuffer, num: int) -> list[Group]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self.done) >= num)
+        async with self._handed_in:
+            await self._handed_in.wait_for(lambda: len(self.done) >= num)
             return [self.done.pop(max(self.done)) for _ in range(num)]
 
     monkeypatch.setattr(GroupBuffer, "take", newest_first)

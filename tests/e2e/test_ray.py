@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from clusters import cluster_of_this_machine, short_folder
+from ray_clusters import cluster_of_this_machine, short_folder
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from clusters import SMALL, Machines, machines_can_be_made, new_secret, ray, short_folder
+from ray_clusters import SMALL, Machines, machines_can_be_made, new_secret, ray, short_folder
 from small_runs import events_of, ledger_of, set_up
 
 STEPS = 24

@@ -224,7 +224,7 @@ def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFol
     learners = {name: models[name] for name in ("policy", "critic") if name in models}
     weights = sum(model.num_parameters for model in learners.values())
     trained = weights
-    if not isinstance(config.trainer, DryTrainer | FsdpTrainer):
+    if "policy" in models and not isinstance(config.trainer, DryTrainer | FsdpTrainer):
         trained += num_trained(models["policy"], config.trainer) - models["policy"].num_parameters
     masters = width < FP32 or isinstance(config.trainer, FsdpTrainer)
     return width * weights + (masters * FP32 + 2 * FP32) * trained
