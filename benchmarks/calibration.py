@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -244,58 +244,51 @@ def slowdown(constants: Constants, case: Case, step_s: float, steps: int) -> flo
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    """Every round measures all runs and predicts anew, so that a round's constants and what it predicts are from the same minutes."""
-    ratios: dict[str, list[float]] = {}
-    lines: dict[str, Any] = {}
+    """All runs in turn, in several rounds; of each run its fastest round counts, in which others have disturbed it least."""
+    processes = ["trainer"] if args.cpu_time else ["trainer", "own"]
+    fitted = {process: [replace(case, process=process) for case in FITTED] for process in processes}
+    asked = {process: [replace(case, process=process) for case in PREDICTED] for process in processes}
+    overlapping = replace(FITTED[0], process="own", max_staleness=ASYNCHRONOUS)
+    stale = [] if args.cpu_time else [replace(case, max_staleness=ASYNCHRONOUS) for case in asked["own"]]
+    cases = [case for process in processes for case in fitted[process] + asked[process]]
+    cases += [overlapping, *stale] if stale else []
+    times = best_of(cases, args)
+    results: list[dict[str, Any]] = []
+    for process in processes:
+        constants = fit(fitted[process], [times[case][0] for case in fitted[process]], args.steps)
+        results += [compared(case, times[case], constants, args.steps) for case in asked[process]]
+        if process == "own":
+            factor = slowdown(constants, overlapping, times[overlapping][0]["step"], args.steps)
+            print(f"engine and trainer slow each other down by {factor:.3f}")
+            results += [compared(case, times[case], constants.slower(factor), args.steps) for case in stale]
+    return {"what": "calibration", "cpu_time": args.cpu_time, "predicted": results}
+
+
+def best_of(cases: Sequence[Case], args: argparse.Namespace) -> dict[Case, list[dict[str, float]]]:
+    """The rounds of every run, the fastest first."""
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    times: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save(folder / "model", SIZE, weights=False)
         write_prompts(folder / "prompts.jsonl")
         for _ in range(args.rounds):
-            for case, said in (cpu_round if args.cpu_time else one_round)(folder, args.steps):
-                ratios.setdefault(str(case), []).append(said["predicted_s"] / said["measured_s"])
-                lines[str(case)] = said
-                print(
-                    f"{case}: measured {said['measured_s']:.3f} s, predicted {said['predicted_s']:.3f} s a step",
-                    flush=True,
-                )
-    for case, found in ratios.items():
-        print(f"predicted / measured {median(found):.3f} ({min(found):.3f}–{max(found):.3f}): {case}")
+            for case in cases:
+                times[case].append(measured(folder, case, args.steps, clock))
+                print(f"  {times[case][-1]['step']:.3f} s a step: {case}", flush=True)
+    return {case: sorted(found, key=lambda one: one["step"]) for case, found in times.items()}
+
+
+def compared(case: Case, times: list[dict[str, float]], constants: Constants, steps: int) -> dict[str, Any]:
+    step_s = predicted(constants, case, steps)
+    ratio = step_s / times[0]["step"]
+    print(f"predicted {step_s:.3f} s, measured {times[0]['step']:.3f} s, ratio {ratio:.3f}: {case}", flush=True)
     return {
-        "what": "calibration",
-        "predicted_over_measured": {case: spread(found) for case, found in ratios.items()},
-        "last": lines,
-    }
-
-
-def cpu_round(folder: Path, steps: int) -> Generator[tuple[Case, dict[str, Any]]]:
-    constants = fit(FITTED, [measured(folder, case, steps, time.thread_time) for case in FITTED], steps)
-    for case in PREDICTED:
-        yield compared(folder, case, constants, steps, time.thread_time)
-
-
-def one_round(folder: Path, steps: int) -> Generator[tuple[Case, dict[str, Any]]]:
-    for process in ("trainer", "own"):
-        cases = [replace(case, process=process) for case in FITTED]
-        constants = fit(cases, [measured(folder, case, steps) for case in cases], steps)
-        for case in PREDICTED:
-            yield compared(folder, replace(case, process=process), constants, steps)
-    overlapping = replace(FITTED[0], process="own", max_staleness=ASYNCHRONOUS)
-    factor = slowdown(constants, overlapping, measured(folder, overlapping, steps)["step"], steps)
-    for case in PREDICTED:
-        case = replace(case, process="own", max_staleness=ASYNCHRONOUS)
-        found, said = compared(folder, case, constants.slower(factor), steps)
-        yield found, said | {"slowdown": rounded(factor)}
-
-
-def compared(
-    folder: Path, case: Case, constants: Constants, steps: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[Case, dict[str, Any]]:
-    found = measured(folder, case, steps, clock)
-    return case, {
-        "measured_s": rounded(found["step"]),
-        "predicted_s": rounded(predicted(constants, case, steps)),
-        "phases_s": {name: rounded(value) for name, value in found.items()},
+        "case": str(case),
+        "predicted_s": rounded(step_s),
+        "measured_s": spread([one["step"] for one in times]),
+        "predicted_over_fastest": rounded(ratio),
+        "phases_s": {name: rounded(value) for name, value in times[0].items()},
         "constants": {
             "engine": {name: rounded(value) for name, value in vars(constants.engine).items()},
             "trainer": {name: rounded(value) for name, value in vars(constants.trainer).items()},

@@ -1,5 +1,7 @@
 """What one process can pass through: `sluice train` with real buffer, workers, policies, reward processes, checks and ledger, an engine
-that answers at once from a list, and a trainer that does nothing. So a step takes what the driver takes, and nothing else.
+that answers at once from a list, and a trainer that does nothing. So a step takes what the driver takes, and nothing else. Beside the
+seconds that pass stand those that the process computes, in all its threads: they do not depend on how busy the machine is otherwise, and
+since Python runs one thread at a time, no machine with such cores gets more through.
 
 What an engine's answer costs to receive (HTTP, JSON) comes on top where engines are servers.
 """
@@ -14,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,13 +54,13 @@ def groups_of(tokens: int) -> int:
 def steps_of(
     folder: Path, tokens: int, workers: int, steps: int, watch: cProfile.Profile | None = None
 ) -> list[dict[str, float]]:
-    """Seconds of each step, in all (`step`) and by phase."""
-    ends: list[float] = []
+    """Seconds of each step, in all (`step`), computed (`cpu`) and by phase."""
+    ends: list[tuple[float, float]] = []
     log = FileTracker.log
 
     def noted(self: FileTracker, step: int, metrics: dict[str, float]) -> None:
         log(self, step, metrics)
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
         if watch and step == WARM_UP:
             watch.enable()
         elif watch and step == WARM_UP + steps:
@@ -89,10 +92,9 @@ def steps_of(
         finally:
             FileTracker.log = log  # type: ignore[method-assign]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-    seconds = [end - start for start, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
     return [
-        {"step": took, **{name: line.get(f"perf/{name}_s", 0.0) for name in PHASES}}
-        for took, line in zip(seconds, lines, strict=True)
+        {"step": end - start, "cpu": cpu_end - cpu_start, **{name: line.get(f"perf/{name}_s", 0.0) for name in PHASES}}
+        for ((start, cpu_start), (end, cpu_end)), line in zip(pairwise(ends[WARM_UP - 1 :]), lines, strict=True)
     ]
 
 
@@ -124,13 +126,14 @@ def told(tokens: int, workers: int, steps: list[dict[str, float]]) -> dict[str, 
         "groups_per_step": groups,
         "group_size": GROUP_SIZE,
         "groups_per_s": spread([groups / step["step"] for step in steps]),
+        "groups_per_cpu_s": spread([groups / step["cpu"] for step in steps]),
         "tokens_per_s": spread([groups * GROUP_SIZE * tokens / step["step"] for step in steps]),
         "phases_s": phases,
     }
     where = ", ".join(f"{name} {value:.3f}" for name, value in phases.items())
     print(
         f"{groups} groups × {GROUP_SIZE} of {tokens} tokens, reward_workers={workers}: {result['groups_per_s']['median']:.1f} groups/s, "
-        f"{result['tokens_per_s']['median']:,.0f} tokens/s; seconds a step: {where}",
+        f"{result['groups_per_cpu_s']['median']:.1f} per CPU second, {result['tokens_per_s']['median']:,.0f} tokens/s; seconds a step: {where}",
         flush=True,
     )
     return result

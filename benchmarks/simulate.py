@@ -35,7 +35,7 @@ SHARES = (1 / 32, 1 / 16, 1 / 10, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 
 SEARCH_STEPS = 6
 """That count, of the simulations that only look for the best split."""
 FAILURES = {f"one per {hours:,} GPU hours": float(hours) for hours in (50_000, 500, 50)}
-ENOUGH = 0.97
+ENOUGH = 0.95
 """Share of the throughput with tools without end that a number of workers must keep to be enough."""
 
 

@@ -261,10 +261,10 @@ def test_simulate_calibrated(run: Ran, words: list[str], num_predicted: int):
     before = FileTracker.log, EmbeddedEngine.generate, run_module.time
     said = run("simulate", "--calibrate", "--steps", "1", *words, rounds=1)
     (result,) = said["results"]
-    assert len(result["predicted_over_measured"]) == num_predicted
-    for case in result["last"].values():
-        assert case["measured_s"] > 0
-        assert case["predicted_s"] > 0
+    assert len(result["predicted"]) == num_predicted
+    for case in result["predicted"]:
+        assert case["measured_s"]["min"] > 0
+        assert case["predicted_over_fastest"] > 0
     assert (FileTracker.log, EmbeddedEngine.generate, run_module.time) == before
 
 

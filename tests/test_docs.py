@@ -46,7 +46,15 @@ VARIED = "rewards=[{name: my_rewards:shorter_is_better}]"
 SMALL_SFT = ["run.num_threads=1", "run.name=test", "trainer.samples_per_update=32"]
 HELP_LIMIT_S = 60
 
-EXCEPTIONS: dict[str, str] = {}
+_HAS_TEST = "needs a cluster; tests/e2e/test_ray.py and tests/proof/test_lost_machine.py have one"
+EXCEPTIONS: dict[str, str] = dict.fromkeys(
+    (
+        "ray start --head                              # on the machine of the run",
+        "ray start --address=HEAD:6379                 # on every other",
+        "sluice train CONFIG placement.name=ray placement.address=auto engine.process=own",
+    ),
+    _HAS_TEST,
+)
 """Commands that no test runs, and why."""
 
 

@@ -27,12 +27,12 @@ LEVELS = [
         "interfaces",
         "hooks",
         "processes+connection",
-        "config+configbase+configengines+configsafety+configtraining+configtree+configfile",
+        "config+configbase+configengines+configplacement+configsafety+configtraining+configtree+configfile",
     ],
     ["tracking"],
     ["run", "watchdog+dump"],
     ["algorithms"],
-    ["data", "rewards"],
+    ["data", "rewards", "distributed"],
     ["environments", "weights"],
     ["engines", "trainers"],
     ["rollout"],
@@ -62,13 +62,18 @@ HOMES = {
     },
     "peft": {"trainers.lora"},
     "matplotlib": {"viewer", "analysis.plots"},
+    "ray": {"distributed.cluster", "distributed.actors"},
     "pebble": {"rewards"},
     "multiprocessing": {"rewards"},
 }
 # The table of algorithms is read by `--help` and the config, and so is the first file of its folder; chunks by `sluice check`.
 NO_TORCH = {"algorithms", "algorithms.spec", "algorithms.explain", "trainers.chunks"}
 # `launch` sets the number of threads; the protocol of a language model speaks of tensors and loads none.
-ELSEWHERE = {("launch.models", "torch"): "in a function", ("interfaces", "torch"): "under TYPE_CHECKING"}
+ELSEWHERE = {
+    ("launch.models", "torch"): "in a function",
+    ("launch.ranks", "torch"): "in a function",
+    ("interfaces", "torch"): "under TYPE_CHECKING",
+}
 
 
 def place(module: str) -> tuple[int, str] | None:
@@ -161,6 +166,7 @@ PLANTED = {
     "launch/models.py": ("import torch", "1 imports torch at the top"),
     "interfaces.py": ("def f():\n    import torch", "2 imports torch in a function"),
     "tracking/console.py": ("import matplotlib.pyplot as plt", "1 imports matplotlib at the top"),
+    "launch/placing.py": ("def f():\n    import ray", "2 imports ray in a function"),
     "engines/embedded.py": ("from multiprocessing import Pool", "1 imports multiprocessing at the top"),
 }
 ALLOWED = {

@@ -12,11 +12,13 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 
 from sluice.configbase import DottedPath, Fraction, NonNegativeInt, Section
 from sluice.configengines import EmbeddedEngine, ScriptedEngine, ServerEngine, SglangEngine, VllmEngine
+from sluice.configplacement import LocalPlacement, RayPlacement
 from sluice.configsafety import CheckpointSection, ChecksSection, WatchdogSection
 from sluice.configtraining import (
     AlgorithmSection,
     CriticSection,
     DryTrainer,
+    FsdpTrainer,
     LocalTrainer,
     ReferenceSection,
     SftTrainer,
@@ -204,7 +206,8 @@ class TrainConfig(Section):
     """What a response is worth: the weighted sum of these."""
     reward_workers: PositiveInt = 1
     """Processes that compute rewards."""
-    trainer: Annotated[LocalTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
+    trainer: Annotated[LocalTrainer | FsdpTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
+    placement: Annotated[LocalPlacement | RayPlacement, Field(discriminator="name")] = LocalPlacement()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
     checks: ChecksSection = ChecksSection()
@@ -214,6 +217,9 @@ class TrainConfig(Section):
         samples = self.rollout.groups_per_step * self.rollout.group_size
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.check_process(self.rollout.max_staleness)
+        if isinstance(self.placement, RayPlacement):
+            has_ranks = isinstance(self.trainer, FsdpTrainer)
+            self.placement.check_fits(self.has_engine_apart(), has_ranks, self.weights_go_by())
         if isinstance(self.engine, ServerEngine):
             rollout = self.rollout
             self.engine.check_run(rollout.max_staleness, rollout.top_p, rollout.top_k, self.model.device)
@@ -231,7 +237,7 @@ class TrainConfig(Section):
             raise ValueError(
                 "algorithm.old_logprobs=recomputed needs a model, and trainer.name=dry has none; set algorithm.old_logprobs=engine"
             )
-        if self.engine.name == "scripted" and self.trainer.name == "local" and self.algorithm.old_logprobs == "engine":
+        if self.engine.name == "scripted" and self.trainer.name != "dry" and self.algorithm.old_logprobs == "engine":
             raise ValueError(
                 "engine.name=scripted says log-prob 0 for every token, so ratios against it mean nothing; set "
                 "algorithm.old_logprobs=recomputed, or trainer.name=dry"
@@ -240,8 +246,13 @@ class TrainConfig(Section):
             raise ValueError(
                 "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
             )
-        if isinstance(self.trainer, LocalTrainer):
+        if not isinstance(self.trainer, DryTrainer):
             self.trainer.check_schedule("trainer")
+        if isinstance(self.trainer, FsdpTrainer):
+            self.trainer.check_ranks(
+                self.engine.process if isinstance(self.engine, EmbeddedEngine) else self.engine.name
+            )
+        if isinstance(self.trainer, LocalTrainer):
             self.trainer.check_adapters()
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
@@ -298,6 +309,15 @@ class TrainConfig(Section):
                 "checks.logprob_tolerance has no effect: neither checks.first_update_ratio nor checks.padded_packed is made; leave it out"
             )
         return self
+
+    def has_engine_apart(self) -> bool:
+        """Whether an engine of ours has a process of its own."""
+        return isinstance(self.engine, EmbeddedEngine) and self.engine.process == "own"
+
+    def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
+        """How they reach an engine of ours in a process of its own."""
+        by = self.engine.publication if isinstance(self.engine, EmbeddedEngine) else None
+        return by or ("broadcast" if isinstance(self.placement, RayPlacement) else "shared_memory")
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

@@ -22,9 +22,9 @@ class EmbeddedEngine(Section):
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
-    publication: Literal["shared_memory", "broadcast", "disk"] = "shared_memory"
+    publication: Literal["shared_memory", "broadcast", "disk"] | None = None
     """How weights reach its own process. shared_memory: through memory of this machine. broadcast: by NCCL or gloo, in buckets, without a
-    copy in between. disk: as a model folder."""
+    copy in between. disk: as a model folder. Left out, shared_memory, or broadcast with placement.name=ray."""
     publication_folder: str | None = None
     """Where publication=disk puts that folder; left out, `weights` in the run folder."""
     max_restarts: NonNegativeInt = 3
@@ -67,7 +67,7 @@ class EmbeddedEngine(Section):
                     )
         elif self.publication_folder is not None and self.publication != "disk":
             raise ValueError(
-                f"engine.publication_folder has no effect with engine.publication={self.publication}; leave it out, or set "
+                f"engine.publication_folder has no effect with engine.publication={self.publication or 'shared_memory'}; leave it out, or set "
                 "engine.publication=disk"
             )
         elif max_staleness == 0 and self.on_new_weights == "finish":

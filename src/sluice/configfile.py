@@ -130,6 +130,7 @@ def _key_paths(section: Section, prefix: str = "") -> Iterator[str]:
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "at most"}
 _PATTERNS = {
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "text that looks like module:function",
+    r"^(auto|[^/]+:\d+)$": "auto, HOST:PORT",
     r"^\w[\w.-]*$": "text of letters, digits and _ . - (neither . nor - first)",
     r"^https?://[\w.\-\[\]:]+$": "text that looks like http://host:port",
 }
@@ -147,6 +148,8 @@ def _alternatives(schema: dict[str, Any]) -> list[str]:
         case {"type": "integer" | "number" as kind}:
             bounds = [f"{words} {schema[bound]:g}" for bound, words in _BOUNDS.items() if bound in schema]
             return [" ".join(["a whole number" if kind == "integer" else "a number", " and ".join(bounds)]).strip()]
+        case {"type": "object", "additionalProperties": item}:
+            return [f"a mapping of names, each to {_any_of(_alternatives(item))}"]
         case {"type": "array"}:
             least, most = schema.get("minItems"), schema.get("maxItems")
             size = "" if least is None else f" of {least}" if least == most else f" of at least {least}"

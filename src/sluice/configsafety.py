@@ -89,6 +89,8 @@ class ChecksSection(Section):
 
 RESUMABLE = (
     *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
-    *("checkpoint.", "checks.", "watchdog."),
+    *("trainer.num_ranks", "trainer.num_threads", "trainer.answer_limit_s"),
+    *("placement.", "checkpoint.", "checks.", "watchdog."),
 )
-"""Keys that may be other when a run goes on: none of them changes what was done until then."""
+"""Keys that may be other when a run goes on: none of them changes what was done until then. (Another number of ranks sums in
+another order, so what follows is the same to rounding only.)"""

@@ -192,6 +192,45 @@ class LocalTrainer(BatchedOptimizer, AdapterFields):
     """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
 
 
+class FsdpTrainer(BatchedOptimizer):
+    name: Literal["fsdp"] = "fsdp"
+    """Several processes, each with a shard of the model, its gradient and its optimiser state (torch FSDP2)."""
+    num_ranks: PositiveInt = 2
+    """Processes; on GPUs one for each. tokens_per_micro_batch is for each of them."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of each; left out, those cores that the engine leaves, divided."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that divide the matrices of each layer; for layers like those of Llama, Mistral and Qwen."""
+    context_parallel: PositiveInt = 1
+    """Ranks that divide the tokens of a micro-batch, for samples too long for one; in attention they divide the heads."""
+    cpu_offload: bool = False
+    """Keep shards and optimiser state in RAM instead of on the GPU, and step there: slower, for models that do not fit otherwise."""
+    updates_per_batch: PositiveInt = 1
+    """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
+    answer_limit_s: FinitePositive = 3600.0
+    """Longest wait for a rank; one that takes longer over an update is killed, and the run ends."""
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or sets of ranks, that have micro-batches of their own."""
+        return self.num_ranks // (self.tensor_parallel * self.context_parallel)
+
+    def check_ranks(self, engine: str) -> None:
+        """Raises ValueError for what cannot work together. `engine` is where it generates, or its name."""
+        if self.num_ranks % (self.tensor_parallel * self.context_parallel):
+            raise ValueError(
+                f"trainer.tensor_parallel={self.tensor_parallel} × trainer.context_parallel={self.context_parallel} must divide "
+                f"trainer.num_ranks={self.num_ranks}"
+            )
+        if self.compile:
+            raise ValueError("trainer.compile has no effect with trainer.name=fsdp; leave it out")
+        if engine == "trainer":
+            raise ValueError(
+                "engine.process=trainer generates with the trainer's own weights, of which no process of trainer.name=fsdp has all; "
+                "set engine.process=own"
+            )
+
+
 class DryTrainer(Section):
     name: Literal["dry"] = "dry"
     """Changes no weights and loads none: to try data, rewards and the loop with the scripted engine."""

@@ -1,4 +1,4 @@
-"""What goes to and fro over the socket of a `Process`: pickled messages one way, answers the other.
+"""What goes to and fro over the socket of a child process: pickled messages one way, answers the other.
 
 Both ends pickle, since both run the same code of the same user.
 """
@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sluice.errors import SluiceError
-from sluice.processes import Process
+from sluice.processes import Child, Died
 
 TICKS = 10
 """In which the limit of a sign of life is counted."""
-
-
-class Died(SluiceError):
-    """The process did, before it answered."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ async def read(reader: asyncio.StreamReader) -> Any:
     try:
         size = int.from_bytes(await reader.readexactly(8))
         return pickle.loads(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):  # OSError: a machine that was lost too
         raise EOFError from None
 
 
@@ -71,7 +67,7 @@ class Connection:
 
     def __init__(
         self,
-        process: Process,
+        process: Child,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         take: Callable[[int, Answer], None],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sluice.algorithms import Algorithm, explain, explain_unused, resolve
-from sluice.config import CriticSection, LocalTrainer, ReferenceSection, TrainConfig
+from sluice.config import CriticSection, DryTrainer, FsdpTrainer, ReferenceSection, TrainConfig
 from sluice.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def describe(config: TrainConfig) -> str:
     samples, updates = rollout.groups_per_step * rollout.group_size, trainer.updates_per_batch
     share = f"{samples // updates}" + (f" or {samples // updates + 1}" if samples % updates else "")
     cut = ""
-    if isinstance(trainer, LocalTrainer):
+    if not isinstance(trainer, DryTrainer):
         cut = f", in micro-batches of at most {trainer.tokens_per_micro_batch} tokens"
     age = f"at most {rollout.max_staleness} updates old" if rollout.max_staleness else "sampled by the newest weights"
     steps = config.run.num_steps
@@ -78,6 +78,8 @@ def describe(config: TrainConfig) -> str:
         f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
         explain(row, config.algorithm.old_logprobs),
     ]
+    if isinstance(trainer, FsdpTrainer):
+        lines.insert(2, f"           {_ranks(trainer)}")
     if row.needs_values:
         lines.append(f"  critic     {_critic(config.critic)}")
     if row.needs_reference:
@@ -88,6 +90,12 @@ def describe(config: TrainConfig) -> str:
 def unused_settings(config: TrainConfig) -> str:
     """The settings of the algorithm that would have no effect, and are refused."""
     return explain_unused(algorithm_of(config))
+
+
+def _ranks(trainer: FsdpTrainer) -> str:
+    ways = trainer.tensor_parallel * trainer.context_parallel
+    shared = f", of which {ways} share each micro-batch" if ways > 1 else ""
+    return f"on {trainer.num_ranks} rank{'s' * (trainer.num_ranks > 1)}{shared}"
 
 
 def _critic(critic: CriticSection) -> str:

@@ -46,6 +46,10 @@ class RewardError(RolloutError):
     """A reward raised, never returned, or returned something that is no score."""
 
 
+class PlacementError(SluiceError):
+    """A process that could not be started on the machine that it was meant for."""
+
+
 class CheckError(SluiceError):
     """An invariant of the run that does not hold; what is wrong with it, and where."""
 

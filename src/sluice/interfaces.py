@@ -155,6 +155,12 @@ class Trainer(Protocol):
         """Go on, to the last bit, where a snapshot was taken; `folder` and `state` are what it wrote and gave."""
         ...
 
+    def status(self) -> str:
+        """What it is, for people: asked from another thread when the state of the run is wanted."""
+        ...
+
+    async def close(self) -> None: ...
+
 
 class Policy(Protocol):
     """What an environment talks to."""

@@ -18,6 +18,9 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+
+from sluice.errors import SluiceError
 
 _PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -29,11 +32,43 @@ serve(fd={fd}, parent={parent})
 """
 
 
-class Process:
-    """A running one. Its module has `serve(fd, parent)`, which calls `belong_to(parent)` first and talks through the socket `fd`.
+class Died(SluiceError):
+    """The process did, before it answered."""
 
-    What it prints goes to the file `log`, or nowhere.
-    """
+
+class Child(Protocol):
+    """A process of our own code, on this machine or on another."""
+
+    def connect(self) -> socket.socket:
+        """The connection to it, once there is one; may wait, and is called once. Raises Died when the process dies meanwhile, and
+        another SluiceError when it cannot be started."""
+        ...
+
+    def is_running(self) -> bool: ...
+
+    def cause_of_death(self) -> tuple[str, bool]:
+        """As text, and whether a signal ended it: then it was no doing of its code, as far as one can know. It is killed if it
+        has not ended."""
+        ...
+
+    def kill(self) -> None:
+        """With all that it started; ends a `connect` that waits."""
+        ...
+
+
+class Launch(Protocol):
+    """Starts one, and does not wait for it. Its module has `serve(fd, parent)`, which calls `belong_to(parent)` first and talks
+    through the socket `fd`. What it prints goes to the file `log`, or nowhere."""
+
+    def __call__(
+        self, module: str, *, path: Sequence[str], folder: str, log: Path | None, variables: Mapping[str, str]
+    ) -> Child:
+        """`path` is its `sys.path`, `folder` where it runs."""
+        ...
+
+
+class Process:
+    """A child on this machine."""
 
     def __init__(
         self,
@@ -45,53 +80,79 @@ class Process:
         variables: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """`path` is its `sys.path`, `folder` where it runs."""
-        ours, theirs = socket.socketpair()
-        entry = _ENTRY.format(module=module, fd=theirs.fileno(), parent=os.getpid())
-        with theirs, contextlib.ExitStack() as undo, open(log or os.devnull, "ab") as output:
-            undo.callback(ours.close)
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-c", entry, json.dumps(list(path))],
-                pass_fds=[theirs.fileno(), *pass_fds],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=folder,
-                env={**os.environ, **variables},
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
-            )
-            self.socket = ours
-            undo.pop_all()
+        self.socket, theirs = socket.socketpair()
+        try:
+            with theirs, open(log or os.devnull, "ab") as output:
+                self._process = spawn(module, theirs, output.fileno(), path, folder, variables, pass_fds)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __str__(self) -> str:
+        return f"process {self.pid}"
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def connect(self) -> socket.socket:
+        return self.socket
+
     def is_running(self) -> bool:
         return self._process.poll() is None
 
     def cause_of_death(self) -> tuple[str, bool]:
-        """As text, and whether a signal ended it: then it was no doing of its code, as far as one can know. It is killed if it
-        has not ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         code = self._process.returncode
         self.kill()
-        if code is None:
-            return "its process closed its connection to sluice", False
-        if code >= 0:
-            return f"its process ended with exit code {code}", False
-        hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-        return f"its process was killed ({signal.Signals(-code).name}{hint})", True
+        return cause_of(code)
 
     def kill(self) -> None:
-        """With all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()  # should it have left its group
+        kill_group(self._process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
         self.socket.close()
+
+
+def spawn(
+    module: str,
+    connection: socket.socket,
+    output: int,
+    path: Sequence[str],
+    folder: str,
+    variables: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """A process of this one that runs `serve` of the module over the connection, and prints to the descriptor `output`."""
+    entry = _ENTRY.format(module=module, fd=connection.fileno(), parent=os.getpid())
+    return subprocess.Popen(
+        [sys.executable, "-P", "-u", "-c", entry, json.dumps(list(path))],
+        pass_fds=[connection.fileno(), *pass_fds],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        cwd=folder,
+        env={**os.environ, **variables},
+        start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
+    )
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """The process with all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # should it have left its group
+
+
+def cause_of(code: int | None) -> tuple[str, bool]:
+    """What `Child.cause_of_death` says of an exit code; None: it has not ended."""
+    if code is None:
+        return "its process closed its connection to sluice", False
+    if code >= 0:
+        return f"its process ended with exit code {code}", False
+    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+    return f"its process was killed ({signal.Signals(-code).name}{hint})", True
 
 
 def belong_to(parent: int, fd: int) -> socket.socket:

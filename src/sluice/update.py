@@ -48,7 +48,7 @@ async def update(
     learner: Learner, minibatches: Iterable[Minibatch], look: Callable[[Minibatch], None] | None = None
 ) -> Metrics:
     """The updates of a step, one after the other; their metrics together. `look` is called before each moves the weights."""
-    loss = partial(loss_of, learner) if learner.step >= learner.pretrain_steps else None
+    loss = partial(loss_of, learner.algorithm, learner.old_logprobs) if learner.step >= learner.pretrain_steps else None
     stats = Metrics()
     for minibatch in minibatches:
         stats += await learner.trainer.forward_backward(minibatch, loss)
@@ -59,17 +59,23 @@ async def update(
     return stats
 
 
-def loss_of(learner: Learner, logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
-    """The loss of one micro-batch."""
+def loss_of(
+    algorithm: Algorithm,
+    old_logprobs: Literal["engine", "recomputed"],
+    logprobs: Tensor,
+    entropies: Tensor,
+    batch: MicroBatch,
+) -> LossOutput:
+    """The loss of one micro-batch. Bound to its first two arguments it can be sent to another process."""
     return policy_loss(
-        learner.algorithm,
+        algorithm,
         logprobs,
         batch.old_logprobs,
         batch.advantages,
         batch.loss_weights,
         batch.sequence_ids,
         coefficients=batch.coefficients,
-        engine_logprobs=batch.logprobs if learner.old_logprobs == "recomputed" else None,
+        engine_logprobs=batch.logprobs if old_logprobs == "recomputed" else None,
         ref_logprobs=batch.ref_logprobs,
         entropies=entropies,
     )

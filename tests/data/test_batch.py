@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import fields
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.algorithms import Algorithm, resolve
-from sluice.data.batch import Layout, MicroBatch, Packing, collate, make_minibatch, pack, under_budget
+from sluice.data.batch import Layout, MicroBatch, Packing, collate, deal, make_minibatch, pack, under_budget
 from sluice.data.packing import Piece, pack_row
 from sluice.types import Sample
 
@@ -298,3 +299,25 @@ def test_coefficients_are_the_updates_own_whatever_the_cut(spec: Algorithm, samp
     total = sum(float(m.coefficients.sum()) for m in minibatch.micro_batches)
     if spec.aggregation != "constant" and minibatch.num_loss_tokens:
         assert total == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 40])
+def test_ranks_get_equally_many_parts_of_about_one_size(layout: Layout, num_ranks: int, num_samples: int):
+    """Every sample once and under the budget; no rank is without work while there are samples enough."""
+    rng = random.Random(num_samples)
+    samples = [a_sample(rng.randint(4, 30), i // 4) for i in range(num_samples)]
+    parts = under_budget(samples, Packing(1, 120, layout, num_ranks))
+    assert sorted(id(s) for part in parts for s in part) == sorted(map(id, samples))
+    assert len(parts) % num_ranks == 0 or len(parts) == num_samples
+    assert all(len(part) * max(map(len, part)) <= 120 or layout == "packed" for part in parts)
+    sizes = [sum(map(len, part)) for part in parts]
+    hands = deal(parts, sizes, num_ranks)
+    assert len({len(hand) for hand in hands}) == 1
+    assert sorted(id(part) for hand in hands for part in hand if part) == sorted(map(id, parts))
+    totals = [sum(len(s) for part in hand if part for s in part) for hand in hands]
+    if num_samples == 40:
+        assert max(totals) - min(totals) <= 70  # of about 700, in parts of up to 120 with their padding
+    elif num_samples >= num_ranks:
+        assert all(totals)

@@ -195,7 +195,10 @@ def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: i
 
 def test_one_that_dies_too_often_ends_the_run(ready: Path, capsys: pytest.CaptureFixture[str]):
     (ready / "dying.py").write_text(
-        "import os\nif 'serving' in ' '.join(open(f'/proc/{os.getpid()}/cmdline').read().split(chr(0))): os._exit(3)\n"
+        "import os\n"
+        "if 'serving' in ' '.join(open(f'/proc/{os.getpid()}/cmdline').read().split(chr(0))):\n"
+        "    print('no luck', flush=True)\n"
+        "    os._exit(3)\n"
     )
     (ready / "sitecustomize.py").write_text("import dying\n")
     with pytest.MonkeyPatch.context() as patch:

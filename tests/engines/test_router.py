@@ -22,12 +22,14 @@ WEIGHTS: Any = None
 
 
 class Replica(ScriptedEngine):
-    """Answers with its number and says the version of its weights for a fingerprint. Can be lost, and comes back when it may."""
+    """Answers with its number and says the version of its weights for a fingerprint. Can be lost, which it tells once at least, and
+    comes back when it may."""
 
     def __init__(self, number: int, max_delay_s: float = 0.0, seed: int = 0) -> None:
         super().__init__(lambda prompt, sampling: [number], max_delay_s=max_delay_s, delay_seed=seed)
         self.asked: list[Sampling] = []
         self.lost = asyncio.Event()
+        self.has_told = False
         self.may_return = asyncio.Event()
         self.may_return.set()
         self.returns_with: int | None = None
@@ -43,17 +45,25 @@ class Replica(ScriptedEngine):
         return await self._unless_lost(super().update_weights(weights, version))
 
     async def fingerprint(self) -> str:  # type: ignore[override]
-        await self.may_return.wait()
         if self.lost.is_set():
+            self._tell_once()
+            await self.may_return.wait()
             self.lost.clear()
+            self.has_told = False
             self.version = self.version if self.returns_with is None else self.returns_with
         return f"weights {self.version}"
+
+    def _tell_once(self) -> None:
+        if not self.has_told:
+            self.has_told = True
+            raise EngineLostError("its process was killed")
 
     async def _unless_lost(self, work: Coroutine[Any, Any, Any]) -> Any:
         doing, losing = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
         try:
             await asyncio.wait([doing, losing], return_when=asyncio.FIRST_COMPLETED)
-            if self.lost.is_set():
+            if losing.done():  # also if it is back by now
+                self.has_told = self.lost.is_set()
                 raise EngineLostError("its process was killed")
             return await doing
         finally:
@@ -198,6 +208,35 @@ def test_one_that_comes_back_with_old_weights_stays_out_until_it_has_new_ones():
     finish(run())
 
 
+def test_one_that_is_lost_while_it_takes_weights_over_is_given_them_again():
+    """It has them, dies, is told of by a request, and is back with old ones, all before it is asked for its fingerprint."""
+    asked: list[asyncio.Task[Completion]] = []
+
+    class Interrupted(Replica):
+        async def update_weights(self, weights: Any, version: int) -> int:
+            await super().update_weights(weights, version)
+            if self.num_published == 2:
+                asked.append(asyncio.create_task(router.generate([1], sampling(0))))
+                await moment()
+                self.returns_with = 0
+                self.lost.set()
+                await moment()
+            return 0
+
+    engine = Interrupted(0, max_delay_s=0.5)
+    router = router_over([engine])
+
+    async def run() -> None:
+        await router.update_weights(WEIGHTS, 0)
+        await router.update_weights(WEIGHTS, 1)
+        assert engine.num_published == 3
+        assert await router.fingerprint() == "weights 1"
+        assert (await asked[0]).policy_versions == [1]
+        await router.close()
+
+    finish(run())
+
+
 @pytest.mark.parametrize("synchronous", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_who_is_asked_after_a_publication_has_its_weights(
@@ -218,8 +257,8 @@ def test_who_is_asked_after_a_publication_has_its_weights(
     async def disturb() -> None:
         while True:
             await asyncio.sleep(rng.uniform(0, 0.01))
-            engine = rng.choice(engines)
-            engine.returns_with = None if engine is engines[0] else rng.choice([None, 0])
+            engine = rng.choice(engines[1:])  # were all left with old weights, the run would end
+            engine.returns_with = rng.choice([None, 0])
             engine.may_return.clear()
             engine.lost.set()
             await asyncio.sleep(rng.uniform(0, 0.01))
@@ -228,7 +267,7 @@ def test_who_is_asked_after_a_publication_has_its_weights(
     async def run() -> None:
         nonlocal published
         await router.update_weights(WEIGHTS, 0)
-        disturbing = asyncio.create_task(disturb())
+        disturbing, asked = asyncio.create_task(disturb()), []
         try:
             for version in range(1, 20):
                 asked = [asyncio.create_task(ask(10 * version + i)) for i in range(6)]
@@ -238,7 +277,9 @@ def test_who_is_asked_after_a_publication_has_its_weights(
                 published = version
                 await asyncio.gather(*asked)
         finally:
-            disturbing.cancel()
+            for task in (disturbing, *asked):
+                task.cancel()
+            await asyncio.gather(disturbing, *asked, return_exceptions=True)
             await router.close()
 
     finish(run())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from sluice.data.packing import Piece, pack_row, shared_length
 from sluice.interfaces import Layout
 from sluice.types import Sample
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -25,6 +28,8 @@ class Packing:
     tokens_per_micro_batch: int
     """Budget of input tokens, padding included and what samples share counted once; a sample that is longer goes alone."""
     layout: Layout
+    num_ranks: int = 1
+    """Micro-batches of an update come in a multiple of this, if it has so many samples: as many for each of them."""
 
 
 @dataclass
@@ -69,6 +74,11 @@ class MicroBatch:
             parts.append(replace(self, **own, kept_ids=kept_ids))
         return parts
 
+    def fill(self, name: str, values: Tensor) -> None:
+        """Write [T] values into a field of its samples."""
+        for sample, row in zip(self.samples, self.spread(values, 0.0), strict=True):
+            setattr(sample, name, row)
+
     def record(self, update: int, logprobs: Tensor, ratios: Tensor, clipped: Tensor) -> None:
         """Write what an update saw ([T] each) into its samples, for the ledger."""
         columns = self.spread(logprobs, 0.0), self.spread(ratios, 1.0), self.spread(clipped, False)
@@ -86,6 +96,10 @@ class MicroBatch:
         return [spread[end - len(sample) : end].tolist() for sample, end in zip(self.samples, ends, strict=True)]
 
 
+_FLOATS = (
+    *("loss_weights", "coefficients", "advantages", "logprobs", "old_logprobs", "ref_logprobs", "values", "returns"),
+    "temperatures",
+)
 _NOT_PER_TOKEN = {"input_ids", "position_ids", "kept_ids"}
 
 
@@ -130,8 +144,55 @@ def make_minibatch(samples: Sequence[Sample], packing: Packing, spec: Algorithm,
 
 def under_budget(samples: Sequence[Sample], packing: Packing) -> list[list[Sample]]:
     """Parts of at most the budget, the longest sample first: one that does not fit the memory fails at once, not in hour 20."""
-    parts = _row_parts if packing.layout == "rows" else _packed_parts
-    return parts(samples, packing.tokens_per_micro_batch)
+    cut = _row_parts if packing.layout == "rows" else _packed_parts
+    parts = cut(samples, packing.tokens_per_micro_batch)
+    num = -(-len(parts) // packing.num_ranks) * packing.num_ranks
+    if packing.num_ranks > 1:
+        parts = _as_even(samples, cut, packing.tokens_per_micro_batch, parts, num)
+    while len(parts) % packing.num_ranks and len(parts) < len(samples):
+        largest = max((i for i, part in enumerate(parts) if len(part) > 1), key=lambda i: _size(parts[i]))
+        parts[largest : largest + 1] = _halves(parts[largest])
+    return parts
+
+
+def _as_even(
+    samples: Sequence[Sample],
+    cut: Callable[[Sequence[Sample], int], list[list[Sample]]],
+    budget: int,
+    parts: list[list[Sample]],
+    num: int,
+) -> list[list[Sample]]:
+    """With the smallest budget, of some, that makes no more than `num` parts: the last part then is about as large as the others."""
+    even = -(-sum(map(_size, parts)) // num)
+    for eighth in range(8):
+        smaller = even + (budget - even) * eighth // 8
+        if smaller < budget and len(tried := cut(samples, smaller)) <= num:
+            return tried
+    return parts
+
+
+def _size(part: Sequence[Sample]) -> int:
+    """Tokens of a part, as its samples have them."""
+    return sum(map(len, part))
+
+
+def _halves(part: list[Sample]) -> list[list[Sample]]:
+    """About equally many tokens in both, and a sample in each."""
+    ends = list(accumulate(map(len, part)))
+    cut = min(range(1, len(part)), key=lambda i: abs(2 * ends[i - 1] - ends[-1]))
+    return [part[:cut], part[cut:]]
+
+
+def deal(parts: Sequence[T], sizes: Sequence[int], num_ranks: int) -> list[list[T | None]]:
+    """To each rank the same number of them, with None where there is none, and about the same size in all."""
+    rounds = -(-len(parts) // num_ranks)
+    hands: list[list[T | None]] = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
+    for i in sorted(range(len(parts)), key=lambda i: -sizes[i]):
+        rank = min((r for r in range(num_ranks) if len(hands[r]) < rounds), key=lambda r: totals[r])
+        hands[rank].append(parts[i])
+        totals[rank] += sizes[i]
+    return [hand + [None] * (rounds - len(hand)) for hand in hands]
 
 
 def _row_parts(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
@@ -215,6 +276,23 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         ),
         kept_ids=torch.from_numpy(_flat(kept, np.int64)),
         kept_counts=torch.tensor([len(ids) for ids in kept], dtype=torch.int64),
+    )
+
+
+def nothing() -> MicroBatch:
+    """A micro-batch without samples, of one token that bears no loss: for a rank that has none left while the others go on."""
+    empty, index = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return MicroBatch(
+        samples=[],
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=torch.zeros(1, 1, dtype=torch.int64),
+        pieces=[Piece(0, 1, None)],
+        hidden_index=index,
+        target_ids=index,
+        sequence_ids=index,
+        kept_ids=index,
+        kept_counts=index,
+        **dict.fromkeys(_FLOATS, empty),
     )
 
 

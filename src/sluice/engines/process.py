@@ -1,7 +1,8 @@
 """An embedded engine in a process of its own, with its own copy of the weights: it goes on generating while the trainer trains.
 
-One that dies fails what it was asked (EngineLostError); when it is given weights, or asked for their fingerprint, it is started again, with
-the weights that were published last. What is then asked again, and how often that may happen, is the router's to say.
+Where the process runs is the business of what starts it. One that dies fails what it was asked (EngineLostError); when it is given
+weights, or asked for their fingerprint, it is started again, with the weights that were published last. What is then asked again, and
+how often that may happen, is the router's to say.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from sluice.connection import Answer, Connection, Died
+from sluice.connection import Answer, Connection
 from sluice.engines.embedded import EmbeddedEngine, settled
 from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Unfinished, Update
 from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
-from sluice.processes import Process
+from sluice.processes import Died, Launch
 from sluice.types import Completion, Sampling
 from sluice.weights.publication import Link, Publication
 
@@ -49,9 +50,10 @@ class EngineProcess:
         synchronous: bool,
         finish_limit_s: float | None,
         hang_timeout_s: float,
+        launch: Launch,
     ) -> None:
-        """`publication` is how weights get to it. `engine` makes the engine in the other process, where it must be importable, with a
-        model whose weights do not matter yet.
+        """`publication` is how weights get to it, `launch` starts it somewhere. `engine` makes the engine in the other process, where it
+        must be importable, with a model whose weights do not matter yet.
 
         `name` is that of its log. `synchronous`: nothing is asked while weights change, and requests that are asked for together are
         begun together. `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication
@@ -64,7 +66,7 @@ class EngineProcess:
         self._finish_limit_s = finish_limit_s
         self._hang_timeout_s = hang_timeout_s
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._publication = publication
+        self._publication, self._launch = publication, launch
         self._link: Link
         """With the process that is connected."""
         self._connection: Connection | None = None
@@ -144,7 +146,7 @@ class EngineProcess:
         if connection is None:
             return "a process that is starting" if self._connecting.locked() else "no process"
         weights = f"weights of version {connection.version}" if connection.version >= 0 else "no weights yet"
-        return f"process {connection.process.pid}: {len(self._requests)} completions are asked for; {weights}"
+        return f"{connection.process}: {len(self._requests)} completions are asked for; {weights}"
 
     # -- the process --
 
@@ -162,25 +164,17 @@ class EngineProcess:
     async def _started(self) -> Connection:
         """A new process, with an engine that has no weights yet. Raises Died, or EngineError."""
         with boundary(EngineError, "the engine's process could not be started"):
-            process = Process(
-                "sluice.engines.serving",
-                path=self._path,
-                folder=self._folder,
-                log=self._log,
-                variables={},
-                pass_fds=self._publication.fds,
+            process = self._launch(
+                "sluice.engines.serving", path=self._path, folder=self._folder, log=self._log, variables={}
             )
+        connection = None
         try:
-            reader, writer = await asyncio.open_connection(sock=process.socket)
-        except BaseException:
-            process.kill()
-            raise
-        connection = Connection(process, reader, writer, self._take, self._ended)
-        self._link = self._publication.link(self._name)
-        try:
+            pipe = await asyncio.to_thread(process.connect)
+            connection = Connection(process, *await asyncio.open_connection(sock=pipe), self._take, self._ended)
+            self._link = self._publication.link(self._name)
             await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:
-            connection.end(f"it did not start: {error}")
+            connection.end(f"it did not start: {error}") if connection else process.kill()
             if isinstance(error, SluiceError) and not isinstance(error, Died):
                 raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
             raise

@@ -212,12 +212,14 @@ class Router:
         replica.is_updating, num_lost = True, replica.num_lost
         try:
             self._num_bytes += await replica.engine.update_weights(weights, version)
-            replica.fingerprint = await replica.engine.fingerprint()
+            fingerprint = await replica.engine.fingerprint()
         except EngineLostError as error:
             self._eject(replica, num_lost, str(error))
         else:
-            self._take_in(replica)
-            await self._tell_waiting()
+            if replica.num_lost == num_lost:  # else it may have come back with others between the two
+                replica.fingerprint = fingerprint
+                self._take_in(replica)
+                await self._tell_waiting()
         finally:
             replica.is_updating = False
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sluice.algorithms import Algorithm
-from sluice.config import AnyReward, FileData, SftConfig, TrainConfig
+from sluice.config import AnyReward, FileData, FsdpTrainer, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
@@ -35,6 +36,10 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
+    if config.placement.name == "ray" and not find_spec("ray"):
+        raise ConfigError(
+            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
+        )
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],
@@ -99,7 +104,7 @@ def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
             "tokens (engine.max_model_len, or else the model's positions); lower it"
         )
     threads = getattr(config.engine, "num_threads", None) or 1
-    if threads > num_cores():
+    if threads > num_cores() and not getattr(config.placement, "address", None):
         raise ConfigError(
             f"engine.num_threads={threads} is more than the {num_cores()} cores that this process may use, and threads that share a core "
             "wait for each other; lower it, or leave it out"
@@ -108,6 +113,19 @@ def check_fits(config: TrainConfig, vocab_size: int, max_length: int) -> None:
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def check_heads(config: TrainConfig, heads: int, kv_heads: int) -> None:
+    """Whether the ranks of a trainer can divide a model's heads as the config says. Raises ConfigError."""
+    trainer = config.trainer
+    if not isinstance(trainer, FsdpTrainer):
+        return
+    ways = trainer.tensor_parallel * trainer.context_parallel
+    if heads % ways or kv_heads % ways:
+        raise ConfigError(
+            f"trainer.tensor_parallel={trainer.tensor_parallel} × trainer.context_parallel={trainer.context_parallel} must "
+            f"divide the model's {heads} heads and {kv_heads} key-value heads, of which each rank attends with its share; lower them"
+        )
 
 
 def window_of(config: TrainConfig, max_length: int) -> int:

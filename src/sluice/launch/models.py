@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sluice.algorithms import Algorithm
-from sluice.config import EmbeddedEngine, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import (
+    DryTrainer,
+    EmbeddedEngine,
+    FsdpTrainer,
+    LocalTrainer,
+    ScriptedEngine,
+    SftConfig,
+    TrainConfig,
+)
 from sluice.configengines import ServerEngine
+from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
@@ -22,50 +32,77 @@ if TYPE_CHECKING:
     from sluice.engines.embedded import EmbeddedEngine as Embedded
     from sluice.engines.router import Router
     from sluice.interfaces import Engine, Trainer
+    from sluice.launch.placing import Placement
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
     from sluice.weights.publication import Publication
 
 
-def engine_and_trainer(
-    config: TrainConfig, checked: Checked, chat: Chat
-) -> tuple[Engine, Trainer, Packing, frozenset[int]]:
-    packing = packing_of(config)
-    if isinstance(config.trainer, LocalTrainer):
-        trainer = policy_trainer(config, checked.algorithm, chat, packing)
-        model, eos_ids = trainer.model, chat.eos_ids | trainer.model.eos_ids
-    else:
-        from sluice.trainers.dry import DryTrainer
+@dataclass(frozen=True)
+class Parts:
+    """Of a run, what has to do with its model."""
 
-        trainer, model, eos_ids = DryTrainer(), None, chat.eos_ids
+    engine: Engine
+    trainer: Trainer
+    packing: Packing
+    eos_ids: frozenset[int]
+    vocab_size: int | None
+    """Of the model; None without one."""
+    max_length: int | None
+    """Positions of the model."""
+
+
+def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placement: Placement) -> Parts:
+    packing = packing_of(config)
+    if isinstance(config.trainer, DryTrainer):
+        from sluice.trainers.dry import DryTrainer as Dry
+
+        trainer, model = Dry(), None
+    elif isinstance(config.trainer, FsdpTrainer):
+        from sluice.launch.ranks import ranked_trainer
+
+        trainer, model = ranked_trainer(config, checked.algorithm, chat, packing, placement)
+    else:
+        trainer = policy_trainer(config, checked.algorithm, chat, packing)
+        model = trainer.model
+    engine = _engine(config, checked, chat, placement, model)
+    if isinstance(config.engine, ServerEngine) and config.engine.sleep:
+        from sluice.launch.colocated import ColocatedTrainer
+
+        assert model is not None
+        # what it does not say itself, it asks the trainer
+        trainer = cast("Trainer", ColocatedTrainer(trainer, cast("Router", engine).engines, model.device.type))
+    if model is None:
+        return Parts(engine, trainer, packing, chat.eos_ids, None, None)
+    return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)
+
+
+def _engine(
+    config: TrainConfig, checked: Checked, chat: Chat, placement: Placement, model: PolicyModel | None
+) -> Engine:
+    """`model` is the trainer's, or its outline: names and shapes."""
     if isinstance(config.engine, ScriptedEngine):
         from sluice.engines.scripted import ScriptedEngine as Scripted
 
         assert checked.script is not None
-        scripted = Scripted(
+        return Scripted(
             checked.script, max_model_len=config.engine.max_model_len, max_delay_s=config.engine.max_delay_s
         )
-        return scripted, trainer, packing, eos_ids
 
     assert model is not None  # the config refuses an embedded engine beside a dry trainer
     check_fits(config, model.config.vocab_size, model.max_length)
     if isinstance(config.engine, ServerEngine):
-        from sluice.launch.colocated import ColocatedTrainer
         from sluice.launch.servers import servers
 
-        engines = servers(config, config.engine, model, chat)
-        if config.engine.sleep:
-            colocated = ColocatedTrainer(trainer, engines.engines, model.device.type)
-            trainer = cast("Trainer", colocated)  # what it does not say itself, it asks the trainer
-        return engines, trainer, packing, eos_ids
+        return servers(config, config.engine, model, chat)
     if config.engine.process == "trainer":
-        return embedded_engine(config.engine, model, chat), trainer, packing, eos_ids
+        return embedded_engine(config.engine, model, chat)
 
-    return engines_apart(config, model), trainer, packing, eos_ids
+    return engines_apart(config, model, placement)
 
 
-def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
+def engines_apart(config: TrainConfig, model: PolicyModel, placement: Placement) -> Router:
     """Embedded engines, each in a process of its own."""
     from sluice.engines.process import EngineProcess
     from sluice.engines.router import Router
@@ -74,7 +111,7 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
     assert isinstance(settings, EmbeddedEngine)
     synchronous = rollout.max_staleness == 0
     finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
-    publication = publication_of(settings, model, finish_limit_s or 0.0)
+    publication = publication_of(config, model, finish_limit_s or 0.0, placement.host)
     engines = [
         EngineProcess(
             publication,
@@ -83,15 +120,19 @@ def engines_apart(config: TrainConfig, model: PolicyModel) -> Router:
             synchronous=synchronous,
             finish_limit_s=finish_limit_s,
             hang_timeout_s=settings.hang_timeout_s,
+            launch=placement.engine(k, publication.fds),
         )
         for k in range(settings.replicas)
     ]
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s: float) -> Publication:
-    """How weights get to engines with models of their own, that may take so long to finish what they have begun."""
-    match settings.publication:
+def publication_of(config: TrainConfig, model: PolicyModel, finish_limit_s: float, host: str) -> Publication:
+    """How weights get to engines with models of their own, that may take so long to finish what they have begun and reach this
+    machine at `host`."""
+    settings = config.engine
+    assert isinstance(settings, EmbeddedEngine)
+    match config.weights_go_by():
         case "shared_memory":
             from sluice.weights.shared_memory import SharedMemory
 
@@ -100,7 +141,7 @@ def publication_of(settings: EmbeddedEngine, model: PolicyModel, finish_limit_s:
             from sluice.engines.process import PUBLISH_LIMIT_S
             from sluice.weights.broadcast import Broadcast
 
-            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s)
+            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s, host=host)
         case "disk":
             from sluice.weights.disk import Disk
 
@@ -125,7 +166,7 @@ def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) ->
 def engine_apart(config: TrainConfig) -> Embedded:
     """In a process of its own, with weights that come from elsewhere."""
     assert isinstance(config.engine, EmbeddedEngine)
-    set_up_process(engine_threads(config.engine))
+    set_up_process(engine_threads(config))
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
@@ -136,35 +177,64 @@ def packing_of(config: TrainConfig) -> Packing:
     from sluice.data.batch import Packing
 
     trainer = config.trainer
-    if isinstance(trainer, LocalTrainer):
-        return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout)
-    return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
+    if isinstance(trainer, DryTrainer):
+        return Packing(trainer.updates_per_batch, 2**20, "rows")  # that nobody computes on
+    ranks = trainer.num_data_ranks if isinstance(trainer, FsdpTrainer) else 1
+    return Packing(trainer.updates_per_batch, trainer.tokens_per_micro_batch, trainer.layout, ranks)
 
 
 def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packing: Packing) -> Local:
     """With the reference and the critic that the algorithm needs."""
-    from sluice.trainers.critic import Critic
-    from sluice.trainers.local import LocalTrainer as Local
+    from sluice.trainers.optim import Optimizer
 
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
-    updates = config.run.num_steps * settings.updates_per_batch
     model = trained(adapted(load_policy(config, chat), settings, config.run.seed), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
+
+    optimizer = optimizer_of(settings, model, policy_updates(config))
+    return learner(config, algorithm, chat, packing, model, reference, own, optimizer, Optimizer)
+
+
+def learner(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    chat: Chat,
+    packing: Packing,
+    model: PolicyModel,
+    reference: PolicyModel | None,
+    critic_model: PolicyModel | None,
+    optimizer: Optimizer,
+    make_optimizer: Callable[..., Optimizer],
+) -> Local:
+    """The trainer of one process over models that are there."""
+    from sluice.trainers.critic import Critic
+    from sluice.trainers.local import LocalTrainer as Local
+
+    settings = config.critic
+    num_updates = config.run.num_steps * config.trainer.updates_per_batch
+    critic = (
+        Critic(model, critic_model, optimizer_settings(settings), num_updates, settings.value_clip, make_optimizer)
+        if algorithm.needs_values
+        else None
+    )
     return Local(
         model,
         chat.tokenizer,
-        optimizer_of(settings, model, updates - critic.pretrain_steps * settings.updates_per_batch),
+        optimizer,
         packing,
         reference=reference,
-        critic=Critic(model, own, optimizer_settings(critic), updates, critic.value_clip)
-        if algorithm.needs_values
-        else None,
+        critic=critic,
         couples_tokens=algorithm.couples_tokens,
         entropy_gradient=algorithm.entropy_coef > 0,
     )
+
+
+def policy_updates(config: TrainConfig) -> int:
+    """Of a run; while only the critic learns there are none."""
+    return (config.run.num_steps - config.critic.pretrain_steps) * config.trainer.updates_per_batch
 
 
 def load_policy(
@@ -239,22 +309,32 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
 
 
-def engine_threads(settings: EmbeddedEngine | ServerEngine) -> int:
+def engines_here(config: TrainConfig) -> EmbeddedEngine | ServerEngine | None:
+    """Engines whose own processes share this machine with the trainer."""
+    engine, placement = config.engine, config.placement
+    if isinstance(engine, ServerEngine):
+        return engine if engine.python else None
+    elsewhere = isinstance(placement, RayPlacement) and placement.address
+    return engine if isinstance(engine, EmbeddedEngine) and engine.process == "own" and not elsewhere else None
+
+
+def engine_threads(config: TrainConfig) -> int:
     """Of each engine's own process."""
-    return settings.num_threads or max(1, num_cores() // 2 // settings.replicas)
+    engine, placement = config.engine, config.placement
+    assert not isinstance(engine, ScriptedEngine)
+    if isinstance(placement, RayPlacement) and isinstance(engine, EmbeddedEngine):
+        cores = int(placement.engine_cpus)
+    else:
+        cores = num_cores() // 2 // engine.replicas
+    return engine.num_threads or max(1, cores)
 
 
 def trainer_threads(config: TrainConfig) -> int | None:
-    """Of the trainer's process: those that an engine beside it leaves; None: as many as torch takes, which is all cores."""
-    engine = config.engine
-    apart = (
-        engine.process == "own"
-        if isinstance(engine, EmbeddedEngine)
-        else isinstance(engine, ServerEngine) and engine.python
-    )
-    if config.run.num_threads or not apart or isinstance(engine, ScriptedEngine):
+    """Of the trainer's process: those that engines beside it leave; None: as many as torch takes, which is all cores."""
+    engine = engines_here(config)
+    if config.run.num_threads or engine is None:
         return config.run.num_threads
-    return max(1, num_cores() - engine.replicas * engine_threads(engine))
+    return max(1, num_cores() - engine.replicas * engine_threads(config))
 
 
 def set_up_process(num_threads: int | None) -> None:

@@ -7,19 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import LocalTrainer, TrainConfig
+from sluice.config import DryTrainer, FsdpTrainer, LocalTrainer, TrainConfig
 from sluice.configfile import load
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.describe import algorithm_of
 from sluice.errors import ConfigError, DataError
 from sluice.launch.checked import checked_reward
-from sluice.launch.models import optimizer_settings, packing_of, policy_trainer, set_up_process, trainer_threads
+from sluice.launch.models import (
+    optimizer_settings,
+    packing_of,
+    policy_trainer,
+    set_up_process,
+    trainer_threads,
+)
+from sluice.launch.placing import Placement
+from sluice.launch.ranks import ranked_trainer
 from sluice.launch.resuming import config_of, differences
 from sluice.rewards.rubric import Rubric
 from sluice.tracking import ledger
 from sluice.tracking.rundir import RunDir
 
 if TYPE_CHECKING:
+    from sluice.interfaces import Trainer
     from sluice.replay import Replay, Replayed
 
 OTHER = ("algorithm.", "trainer.")
@@ -43,10 +52,13 @@ def replay(folder: str, first: int, last: int, algorithm: str | None, settings: 
     async def whole() -> list[Replayed]:
         replay = _restored(rundir, config, other, first)
         outcomes: list[Replayed] = []
-        while replay.step < last:
-            if replay.step == last - 1 and other != config:
-                _change(replay, other)
-            outcomes.append(await replay_step(replay, rundir))
+        try:
+            while replay.step < last:
+                if replay.step == last - 1 and other != config:
+                    _change(replay, other)
+                outcomes.append(await replay_step(replay, rundir))
+        finally:
+            await replay.trainer.close()
         return [outcome for outcome in outcomes if outcome.step >= first or outcome.difference]
 
     return asyncio.run(whole())
@@ -98,7 +110,11 @@ def _restored(rundir: RunDir, config: TrainConfig, other: TrainConfig, first: in
     row, other_row = algorithm_of(config), algorithm_of(other)
     packing = packing_of(config)
     richer = other if other_row.needs_reference and not row.needs_reference else config
-    trainer = policy_trainer(richer, algorithm_of(richer), chat, packing)
+    trainer: Trainer = (
+        ranked_trainer(config, row, chat, packing, Placement())[0]
+        if isinstance(config.trainer, FsdpTrainer)
+        else policy_trainer(richer, algorithm_of(richer), chat, packing)
+    )
     saved, damage = read_newest(rundir, before=first)
     for message in damage:
         print(message)
@@ -127,7 +143,7 @@ def _change(replay: Replay, other: TrainConfig) -> None:
 
 def _other(rundir: RunDir, config: TrainConfig, algorithm: str | None, settings: Sequence[str]) -> TrainConfig:
     """The config of the run with another algorithm and settings. Raises ConfigError for what a replay cannot change."""
-    if not isinstance(config.trainer, LocalTrainer):
+    if isinstance(config.trainer, DryTrainer):
         raise ConfigError(
             f"{rundir.path} was run with trainer.name={config.trainer.name}, which updates nothing to replay"
         )
@@ -137,6 +153,10 @@ def _other(rundir: RunDir, config: TrainConfig, algorithm: str | None, settings:
     other = load(TrainConfig, [str(rundir.config)], [*row, *settings]).config
     if wrong := [what for what in differences(config, other) if not what.startswith(OTHER)]:
         raise ConfigError(f"a replay can change the keys of {' and '.join(OTHER)} only: {wrong[0]}")
+    if isinstance(config.trainer, FsdpTrainer) and other != config:
+        raise ConfigError(
+            f"{rundir.path} was run with trainer.name=fsdp, whose steps can be replayed as they were, and not with other settings"
+        )
     if algorithm_of(config).needs_values != algorithm_of(other).needs_values:
         raise ConfigError(
             "a replay cannot change between advantage: gae and another: the critic of the one is not in the record of the other"

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.config import RolloutSection, RunSection, SftConfig, TrainConfig
+from sluice.config import FsdpTrainer, RolloutSection, RunSection, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
@@ -23,6 +23,7 @@ from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.models import (
+    Parts,
     adapted,
     engine_and_trainer,
     load_policy,
@@ -31,6 +32,7 @@ from sluice.launch.models import (
     trained,
     trainer_threads,
 )
+from sluice.launch.placing import Placement, placement_of
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -71,14 +73,15 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
         set_up_process(trainer_threads(config))
-        parts = engine_and_trainer(config, checked, chat)
+        placement = stack.enter_context(placement_of(config))
+        parts = engine_and_trainer(config, checked, chat, placement)
         rundir = resume or _make_rundir(resolved, name, config.checkpoint.auto_resume)
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
         if not resume or config != config_of(resume):
             write_atomically(rundir.config, dump(resolved).encode())
-        run = _assembled(config, checked, chat, parts, rundir, saved)
+        run = _assembled(config, checked, chat, placement, parts, rundir, saved)
         seed_random_state(config.run.seed)
         if resume:
             _go_on(run, saved, damage)
@@ -155,12 +158,18 @@ def _trackers(
 
 
 def _assembled(
-    config: TrainConfig, checked: Checked, chat: Chat, parts: Any, rundir: RunDir, saved: Saved | None
+    config: TrainConfig,
+    checked: Checked,
+    chat: Chat,
+    placement: Placement,
+    parts: Parts,
+    rundir: RunDir,
+    saved: Saved | None,
 ) -> Run:
     """All of a run but its state, of which only the buffer has its own from the beginning."""
-    engine, trainer, packing, eos_ids = parts
+    engine: Any = parts.engine
+    trainer: Any = parts.trainer
     rollout = config.rollout
-    model = trainer.weights().model
     prompts = PromptStream(checked.prompts, config.run.seed, config.data.shuffle)
     if saved:
         prompts.check_identity(saved.position["prompts"])
@@ -170,19 +179,21 @@ def _assembled(
     several = isinstance(engine, Router) and len(engine.engines) > 1
     if isinstance(engine, Router):
         engine.belongs_to(rundir.path, tracker.event)
+    if isinstance(config.trainer, FsdpTrainer):
+        trainer.log_folder = rundir.path
     return Run(
         engine=engine,
         trainer=trainer,
         environment=checked.environment,
-        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log"),
+        rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log", launch=placement.reward),
         chat=chat,
         buffer=GroupBuffer(
             rollout.groups_per_step, rollout.max_staleness, limits, saved.buffer_state(prompts) if saved else None
         ),
         prompts=prompts,
         algorithm=checked.algorithm,
-        packing=packing,
-        sampling=_sampling(rollout, eos_ids),
+        packing=parts.packing,
+        sampling=_sampling(rollout, parts.eos_ids),
         tracker=tracker,
         rundir=rundir,
         checks=_checker(config),
@@ -198,8 +209,8 @@ def _assembled(
         group_filter=checked.group_filter,
         attempt_timeout_s=rollout.timeout_s,
         engine_retries=rollout.engine_retries,
-        vocab_size=model.config.vocab_size if model else None,
-        max_length=model.max_length if model else None,
+        vocab_size=parts.vocab_size,
+        max_length=parts.max_length,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
         meters=[engine.drain_metrics] if several else [],
@@ -261,8 +272,9 @@ async def _whole(run: Run, warn_after_s: float | None) -> None:
         finally:
             with run.waits("the run", "last checkpoint"):
                 await _finish_checkpoint(run)
-            with run.waits("the run", "engine and reward processes ending"):
+            with run.waits("the run", "engine, trainer and reward processes ending"):
                 await run.engine.close()
+                await run.trainer.close()
                 run.rubric.close()
 
 
@@ -302,6 +314,7 @@ def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
         "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
         "buffer": run.buffer.status,
         "engine": run.engine.status,
+        "trainer": run.trainer.status,
         "reward processes": run.rubric.status,
     }
     return Watchdog(run.waits, run.tracker, run.rundir, warn_after_s, sections)

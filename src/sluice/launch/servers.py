@@ -71,8 +71,8 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
     server = VllmServer(
         **shared,
         top_k=config.rollout.top_k,
-        num_threads=engine_threads(settings),
-        first_thread=k * engine_threads(settings),
+        num_threads=engine_threads(config),
+        first_thread=k * engine_threads(config),
         cache_gb=settings.cache_gb,
         speculative=_drafting(settings),
         compiles=settings.compile,

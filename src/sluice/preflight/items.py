@@ -14,6 +14,7 @@ from sluice.data.prompts import PromptSet
 from sluice.describe import algorithm_of
 from sluice.launch.checked import (
     check_fits,
+    check_heads,
     check_second,
     check_vocabulary,
     checked_reward,
@@ -161,7 +162,7 @@ def _model(
     settings = config.model
     with item.failing():
         chat = read_chat(settings.path)
-    if isinstance(config, SftConfig) or config.trainer.name == "local":
+    if isinstance(config, SftConfig) or config.trainer.name != "dry":
         with item.failing():
             models["policy"] = read_folder(settings.path, random_weights=settings.random_weights)
     else:
@@ -177,6 +178,10 @@ def _model(
         if policy and config.engine.name != "scripted":
             with item.failing():
                 check_fits(config, policy.vocab_size, policy.max_length)
+        if policy:
+            with item.failing():
+                heads = policy.config.num_attention_heads
+                check_heads(config, heads, getattr(policy.config, "num_key_value_heads", None) or heads)
         if policy and algorithm is not None:
             _second_models(item, config, algorithm, models, chat)
         if chat is not None and config.engine.name != "scripted":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sluice.config import ModelSection, SftConfig, TrainConfig
 from sluice.configengines import ServerEngine, VllmEngine
-from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer
+from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer, FsdpTrainer
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
@@ -67,7 +67,9 @@ def check_memory(config: TrainConfig | SftConfig, parts: Sequence[Part]) -> Item
         return item
     free, where = found
     if where == RAM:
-        total += (1 + (_engines_apart(config) if isinstance(config, TrainConfig) else 0)) * PROCESS_BYTES
+        ranks = config.trainer.num_ranks if isinstance(config.trainer, FsdpTrainer) else 0
+        engines = _engines_apart(config) if isinstance(config, TrainConfig) else 0
+        total += (1 + engines + ranks) * PROCESS_BYTES
     item.summary = f"at most about {size(total)}; {size(free)} are free {where}"
     if fixed > free:
         item.fail(
@@ -90,22 +92,16 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
     policy, width, rollout = models["policy"], _width(config.model), config.rollout
     samples = rollout.groups_per_step * rollout.group_size
     longest = min(window, longest_prompt + rollout.max_new_tokens)
-    assert config.trainer.name == "local"
+    assert config.trainer.name != "dry"
     update = -(-samples // config.trainer.updates_per_batch)
     batch = _batch(longest, update, config.trainer)
     device = "cpu" if _in_ram(config.model) else "cuda"
-    parts = [
-        *learner("policy", policy, width, num_trained(policy, config.trainer)),
-        Part("activations", activation_bytes(policy, width, batch)),
-        Part("logits", logits_bytes(policy, width, batch, device)),
-    ]
+    if isinstance(config.trainer, FsdpTrainer):
+        parts = _ranks_parts(config, models, batch, device)
+    else:
+        parts = _own_parts(config, models, batch, device, num_trained(policy, config.trainer))
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
-    if "reference" in models:
-        parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
-    if "critic" in models:
-        parts += learner("critic", models["critic"], width, models["critic"].num_parameters)
-        parts.append(Part("critic's activations", activation_bytes(models["critic"], width, batch)))
     if config.engine.name == "embedded":
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
         apart = _engines_apart(config)
@@ -120,13 +116,53 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
             cache = min(cache, free / 2)
         copies = engines * decoder_bytes(policy, width, device)
         if apart:  # each its own model, and all together what it is published through
-            between = device == "cpu" and config.engine.publication != "broadcast"
+            between = device == "cpu" and config.weights_go_by() != "broadcast"
             copies += (apart + between) * policy.num_parameters * width
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
     if isinstance(config.engine, ServerEngine):
         parts += _server_parts(config.engine, policy.num_parameters * width, _in_ram(config.model))
+    return parts
+
+
+def _own_parts(
+    config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str, count: int
+) -> list[Part]:
+    """Of a trainer in one process; `count` of the policy's parameters learn."""
+    policy, width = models["policy"], _width(config.model)
+    parts = [
+        *learner("policy", policy, width, count),
+        Part("activations", activation_bytes(policy, width, batch)),
+        Part("logits", logits_bytes(policy, width, batch, device)),
+    ]
+    if "reference" in models:
+        parts.append(Part("reference", models["reference"].num_parameters * width, fixed=True))
+    if critic := models.get("critic"):
+        parts += learner("critic", critic, width, critic.num_parameters)
+        parts.append(Part("critic's activations", activation_bytes(critic, width, batch)))
+    return parts
+
+
+def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str) -> list[Part]:
+    """Of all ranks in RAM, or of one on its GPU. Shards are in FP32; each rank has a micro-batch, and the whole head while it is used."""
+    trainer, width = config.trainer, _width(config.model)
+    assert isinstance(trainer, FsdpTrainer)
+    ranks = trainer.num_ranks if device == "cpu" else 1
+    share = ranks / trainer.num_ranks
+    divided = trainer.tensor_parallel * trainer.context_parallel
+    parts: list[Part] = []
+    for name in ("policy", "critic"):
+        if model := models.get(name):
+            of = "" if name == "policy" else f"{name}'s "
+            parts += [Part(p.name, share * p.bytes, p.fixed) for p in learner(name, model, FP32, model.num_parameters)]
+            parts.append(Part(f"{of}activations", ranks / divided * activation_bytes(model, width, batch)))
+    policy = models["policy"]
+    parts.append(Part("logits", ranks * logits_bytes(policy, width, batch, device)))
+    head = policy.vocab_size * policy.config.hidden_size
+    parts.append(Part("the head as a whole, and its gradient", ranks * head * (width + FP32)))
+    if "reference" in models:
+        parts.append(Part("reference", share * models["reference"].num_parameters * width, fixed=True))
     return parts
 
 
@@ -183,14 +219,15 @@ def learner(owner: str, model: ModelFolder, width: int, count: int) -> list[Part
 
 
 def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFolder]) -> float:
-    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights."""
+    """Weights and the state of their optimiser: two moments, and FP32 masters of BF16 weights, which shards are in any case."""
     width = _width(config.model)
     learners = {name: models[name] for name in ("policy", "critic") if name in models}
     weights = sum(model.num_parameters for model in learners.values())
     trained = weights
-    if not isinstance(config.trainer, DryTrainer):
+    if not isinstance(config.trainer, DryTrainer | FsdpTrainer):
         trained += num_trained(models["policy"], config.trainer) - models["policy"].num_parameters
-    return width * weights + ((FP32 if width < FP32 else 0) + 2 * FP32) * trained
+    masters = width < FP32 or isinstance(config.trainer, FsdpTrainer)
+    return width * weights + (masters * FP32 + 2 * FP32) * trained
 
 
 def activation_bytes(model: ModelFolder, width: int, batch: Batch) -> float:

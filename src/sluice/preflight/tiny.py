@@ -39,7 +39,7 @@ def main(kind: str, folder: Path, start_limit_s: float, limit_s: float) -> None:
     try:
         config = load(root, [file]).config
         settings: list[str] = []
-        if isinstance(config, SftConfig) or config.trainer.name == "local":
+        if isinstance(config, SftConfig) or config.trainer.name != "dry":
             end["model"], settings = tiny_model(config, folder / "model")
         resolved: Any = load(root, [file], settings)
         from sluice.launch import sft, train

@@ -162,6 +162,8 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
         "checkpoint": {"every_steps": None},
         "checks": {"outcome_budget": "warn"},  # a random model may well have no score
     }
+    if config.trainer.name == "fsdp":  # of a model too small to be divided
+        changes["trainer"] |= {"num_ranks": 1, "tensor_parallel": 1, "context_parallel": 1}
     if config.checks.outcome_budget == "off":
         del changes["checks"]
     if config.engine.name == "embedded":
@@ -171,6 +173,7 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
     if config.reference.update_every_steps:
         changes["reference"] = {"update_every_steps": 1}
     small = set_by_user | {key: set_by_user.get(key, {}) | change for key, change in changes.items()}
+    small.pop("placement", None)  # its files are on this machine
     if isinstance(
         config.engine, ServerEngine
     ):  # which takes a minute to start, and may not take the tiny model's shapes

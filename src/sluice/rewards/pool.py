@@ -12,12 +12,12 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sluice.errors import RewardError
-from sluice.processes import Process
+from sluice.errors import RewardError, SluiceError
+from sluice.processes import Child, Died, Launch, Process
 from sluice.rewards.spec import RewardSpec
 from sluice.waits import Wait
 
@@ -48,14 +48,16 @@ class WorkerDied(PartError):
 class Worker:
     """One reward process. Threads wait for each other, except that `close` ends what another one waits for.
 
-    What it prints goes to the file `log`, or nowhere.
+    What it prints goes to the file `log`, or nowhere; `launch` starts it somewhere.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], log: Path | None = None):
+    def __init__(self, specs: Sequence[RewardSpec], log: Path | None = None, launch: Launch = Process):
         self._specs = tuple(specs)
         self._log = log
+        self._launch = launch
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._process: Process | None = None
+        self._process: Child | None = None
+        self._pipe: Any = None
         self._wait: Wait | None = None  # of the sample that it computes
         self._in_use = threading.RLock()
         self._lock = threading.Lock()  # no process may be spawned after `close`
@@ -77,15 +79,19 @@ class Worker:
     def _greet(self, last: bool) -> None:
         """Returns when the process is ready, or was killed and this was not the `last` try."""
         try:
+            self._connect()
             self._send(self._specs, START_LIMIT_S)
             ok, what = self._receive(START_LIMIT_S)
         except TimeoutError:
             ok, what = False, f"its imports did not end within {START_LIMIT_S:g} s"
-        except (OSError, EOFError, pickle.UnpicklingError):
-            what, killed = self._cause_of_death()
+        except (OSError, EOFError, pickle.UnpicklingError, Died) as error:
+            cause, killed = self._cause_of_death()
             if killed and not last:
                 return
-            ok, what = False, what + (f"; see {self._log}" if self._log else "")
+            cause = str(error) if isinstance(error, Died) else cause
+            ok, what = False, cause + (f"; see {self._log}" if self._log else "")
+        except SluiceError as error:
+            ok, what = False, str(error)
         if not ok:
             self._kill()
             raise RewardError(f"a reward process could not start: {what}")
@@ -107,7 +113,7 @@ class Worker:
     def status(self) -> str:
         """What it does at the moment, for people."""
         process, wait = self._process, self._wait
-        name = f"process {process.pid}" if process else "no process"
+        name = str(process) if process else "no process"
         if wait is None:
             return f"{name}: idle"
         return f"{name}: {wait.stage.name} for {wait.name}, {wait.details}, for {time.monotonic() - wait.stage.since:.1f} s"
@@ -138,25 +144,37 @@ class Worker:
         with self._lock:
             if self._closed:
                 raise RewardError("the rubric was closed")
-            self._process = Process(
+            self._process = self._launch(
                 "sluice.rewards.worker", path=self._path, folder=self._folder, log=self._log, variables=_ONE_THREAD
             )
-            self._pipe = self._process.socket.makefile("rwb")
+
+    def _connect(self) -> None:
+        if self._process is None:
+            raise RewardError("the rubric was closed")
+        self._socket = self._process.connect()
+        self._pipe = self._socket.makefile("rwb")
 
     def _send(self, message: Any, limit_s: float) -> None:
-        self._limit(limit_s)
-        pickle.dump(message, self._pipe)
-        self._pipe.flush()
+        with self._within(limit_s):
+            pickle.dump(message, self._pipe)
+            self._pipe.flush()
 
     def _receive(self, limit_s: float) -> tuple[bool, Any]:
-        self._limit(limit_s)
-        return pickle.load(self._pipe)
+        with self._within(limit_s):
+            return pickle.load(self._pipe)
 
-    def _limit(self, seconds: float) -> None:
-        """Of what is sent or received next. Raises EOFError after `close`."""
-        if (process := self._process) is None:
+    @contextlib.contextmanager
+    def _within(self, seconds: float) -> Generator[None]:
+        """Raises TimeoutError when it takes longer, EOFError after `close` and where the process's machine was lost."""
+        if self._process is None:
             raise EOFError
-        process.socket.settimeout(seconds)
+        self._socket.settimeout(seconds)
+        try:
+            yield
+        except TimeoutError as error:
+            if error.errno:  # by the system, which no longer reaches the machine
+                raise EOFError from None
+            raise
 
     def _cause_of_death(self) -> tuple[str, bool]:
         """As `Process.cause_of_death`."""
@@ -170,5 +188,6 @@ class Worker:
         if process is None:
             return
         process.kill()
-        with contextlib.suppress(OSError):
-            self._pipe.close()
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.close()

@@ -6,12 +6,13 @@ import asyncio
 import math
 import pickle
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sluice.errors import ConfigError, RewardError, boundary
+from sluice.processes import Launch, Process
 from sluice.rewards.pool import PartError, PartTimeout, Worker, WorkerDied
 from sluice.rewards.spec import RewardSpec, build
 from sluice.types import Outcome, Prompt, Trajectory
@@ -35,14 +36,21 @@ class Rubric:
     What rewards print goes to the file `log`, or nowhere. Raises ConfigError for a reward that cannot work.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], num_workers: int, log: Path | None = None):
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        num_workers: int,
+        log: Path | None = None,
+        launch: Callable[[int], Launch] = lambda index: Process,
+    ):
+        """`launch` says of each worker how its processes are started."""
         labels = [spec.label for spec in specs]
         if not labels or len(set(labels)) < len(labels):
             raise ConfigError(f"a rubric needs rewards, and each its own label; got {labels}")
         for spec in specs:
             build(spec)
         self._specs = tuple(specs)
-        self._workers = [Worker(specs, log) for _ in range(num_workers)]
+        self._workers = [Worker(specs, log, launch(index)) for index in range(num_workers)]
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)

@@ -30,6 +30,8 @@ class Calls:
         self._saved = dict(saved or {})
         """Not made again yet."""
         self._open: dict[int, Call] = {}
+        self._seeds: dict[int, list[int]] = {}
+        """Of the open ones, by ticket: thousands are open at once."""
 
     def begin(self, ticket: int, prompt_ids: list[int], sampling: Sampling) -> tuple[Completion | None, bool]:
         """What there is of it already, and whether that is all. An environment that says something else than before the checkpoint
@@ -40,6 +42,7 @@ class Calls:
             made, is_finished = saved.made, saved.is_finished
             if not is_finished:
                 made = _resumable(made, sampling)
+        self._seeds.setdefault(ticket, []).append(sampling.seed)
         self._open[sampling.seed] = Call(ticket, prompt_ids, made, is_finished, begun=made)
         return made and _copied(made), is_finished
 
@@ -57,9 +60,10 @@ class Calls:
 
     def forget(self, ticket: int) -> None:
         """Its group is handed in."""
-        for calls in (self._saved, self._open):
-            for seed in [seed for seed, call in calls.items() if call.ticket == ticket]:
-                del calls[seed]
+        for seed in self._seeds.pop(ticket, []):
+            self._open.pop(seed, None)
+        for seed in [seed for seed, call in self._saved.items() if call.ticket == ticket]:
+            del self._saved[seed]
 
     def state(self, tickets: Collection[int]) -> dict[int, Call]:
         """Of these tickets, the calls of which there is something."""

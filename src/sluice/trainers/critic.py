@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from sluice.trainers.model import PolicyModel, hidden_states_of
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 
 
+def raised(error: NonFiniteError) -> None:
+    raise error
+
+
 class Critic:
     """A linear head in FP32, on a model of its own or on the policy's hidden states, which its gradient then leaves alone."""
 
@@ -25,6 +31,7 @@ class Critic:
         settings: OptimizerSettings,
         num_updates: int,
         value_clip: float | None,
+        make_optimizer: Callable[[nn.Module, OptimizerSettings, int, str], Optimizer] = Optimizer,
     ) -> None:
         self.own_model = own_model
         self.value_clip = value_clip
@@ -32,7 +39,7 @@ class Critic:
         nn.init.zeros_(self.head.weight)  # values of 0: the first advantages are the returns themselves
         nn.init.zeros_(self.head.bias)
         trained = [self.head] if own_model is None else [own_model.body, self.head]
-        self.optimizer = Optimizer(nn.ModuleList(trained), settings, num_updates, "critic")
+        self.optimizer = make_optimizer(nn.ModuleList(trained), settings, num_updates, "critic")
 
     def values(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Tensor:
         """[T] of the tokens that bear a loss; `policy_hidden` [T, H] is needed by a critic without a model of its own."""
@@ -43,12 +50,15 @@ class Critic:
             hidden = policy_hidden.detach()
         return self.head(hidden.float())[:, 0]
 
-    def forward_backward(self, batch: MicroBatch, policy_hidden: Tensor | None) -> Metrics:
-        """Add the gradient of one micro-batch. Raises NonFiniteError before a backward that would spoil it."""
+    def forward_backward(
+        self, batch: MicroBatch, policy_hidden: Tensor | None, refuse: Callable[[NonFiniteError], None] = raised
+    ) -> Metrics:
+        """Add the gradient of one micro-batch, or of a loss of 0 where `refuse` takes that of one that is not finite and returns."""
         values = self.values(batch, policy_hidden)
         output = value_loss(values, batch.values, batch.returns, batch.coefficients, self.value_clip)
         if not torch.isfinite(output.loss):
-            raise NonFiniteError(f"loss of the critic is {float(output.loss.detach())}; the update was refused")
+            refuse(NonFiniteError(f"loss of the critic is {float(output.loss.detach())}; the update was refused"))
+            output = replace(output, loss=0.0 * torch.nan_to_num(values).sum())
         output.loss.backward()
         self.optimizer.collect_gradients()
         return output.metrics

@@ -45,3 +45,9 @@ class DryTrainer:
 
     def restore(self, folder: str, state: dict[str, Any]) -> None:
         self.updates = list(state["updates"])
+
+    def status(self) -> str:
+        return "changes nothing"
+
+    async def close(self) -> None:
+        """There is nothing to end."""

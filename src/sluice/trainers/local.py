@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,21 @@ from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, under_bud
 from sluice.errors import ConfigError, NonFiniteError
 from sluice.interfaces import Layout, TrainerOutput
 from sluice.tracking.metrics import Mean, Metrics, Sum
-from sluice.trainers.critic import Critic
+from sluice.trainers.critic import Critic, raised
 from sluice.trainers.logprobs import Loss, head_backward, token_logprobs
 from sluice.trainers.model import PolicyModel, copied, hidden_states_of
 from sluice.trainers.optim import Optimizer
 from sluice.types import Sample
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights, Updates
+
+
+class Seen(NamedTuple):
+    """What an update saw of the tokens of a micro-batch that bear a loss."""
+
+    logprobs: Tensor  # [T]
+    ratios: Tensor  # [T]
+    clipped: Tensor  # [T]
 
 
 class LocalTrainer:
@@ -47,9 +55,12 @@ class LocalTrainer:
         self.critic = critic
         self.couples_tokens = couples_tokens
         self.entropy_gradient = entropy_gradient
+        self.refuse: Callable[[NonFiniteError], None] = raised
+        """Called with what is wrong with a loss; one that returns sees the micro-batch go on with a loss of 0."""
         self._policy_has_gradient = False
         self._updates = Updates()
-        self._reference_moved = False
+        self.reference_moved = False
+        """Whether the reference is another than that of the run's beginning."""
         self._first_reference: str | None = None
 
     async def forward(self, samples: Sequence[Sample], output: TrainerOutput, layout: Layout | None = None) -> None:
@@ -61,13 +72,13 @@ class LocalTrainer:
         packing = replace(self.packing, layout=layout or self.packing.layout)
         for part in under_budget(samples, packing):
             micro_batch = collate(part, packing.layout)
-            with torch.no_grad():  # as a decorator it would end before an async function's body begins
-                values = self._output(output, micro_batch.to(self.model.device))
-            for sample, row in zip(part, micro_batch.spread(values, 0.0), strict=True):
-                setattr(sample, output, row)
+            micro_batch.fill(output, self.outputs(micro_batch, output))
             await _let_others_work()
 
-    def _output(self, output: TrainerOutput, batch: MicroBatch) -> Tensor:
+    @torch.no_grad()
+    def outputs(self, micro_batch: MicroBatch, output: TrainerOutput) -> Tensor:
+        """[T] what the weights say of the tokens that bear a loss."""
+        batch = micro_batch.to(self.model.device)
         if output == "values":
             assert self.critic is not None
             return self.critic.values(
@@ -85,42 +96,43 @@ class LocalTrainer:
         metrics = Metrics()
         try:
             for micro_batch in minibatch.micro_batches:
-                metrics += self._micro_batch_backward(minibatch, micro_batch, loss)
+                added, seen = self.backward(micro_batch, loss, about(minibatch, micro_batch))
+                metrics += added
+                if seen:
+                    micro_batch.record(minibatch.index, *seen)
                 await _let_others_work()
         except NonFiniteError:
-            self.optimizer.drop_gradients()
-            if self.critic:
-                self.critic.optimizer.drop_gradients()
+            self.drop_gradients()
             raise
-        self._policy_has_gradient |= loss is not None
+        self.keep_gradients(loss)
         return metrics.per_update()
 
-    def _micro_batch_backward(self, minibatch: Minibatch, micro_batch: MicroBatch, loss: Loss | None) -> Metrics:
-        metrics = Metrics()
+    def backward(self, micro_batch: MicroBatch, loss: Loss | None, where: str) -> tuple[Metrics, Seen | None]:
+        """Add the gradient of one micro-batch; what its loss tokens saw, if there is a loss. Raises NonFiniteError, which says `where`."""
         batch = micro_batch.to(self.model.device)
-        hidden = None
-        if loss or (self.critic and self.critic.own_model is None):
-            with torch.set_grad_enabled(loss is not None):  # a head leaves the policy's states as they are
-                hidden = hidden_states_of(self.model, batch)
+        hidden = self._states(batch, loss)
+        metrics, seen = Metrics(), None
         if loss:
             assert hidden is not None
-            metrics += self._policy_backward(minibatch, micro_batch, batch, hidden, loss)
+            metrics, seen = self._policy_backward(batch, hidden, loss, where)
         if self.critic:
-            metrics += self.critic.forward_backward(batch, hidden)
-        return metrics
+            metrics += self.critic.forward_backward(batch, hidden, self.refuse)
+        return metrics, seen
 
-    def _policy_backward(
-        self, minibatch: Minibatch, micro_batch: MicroBatch, batch: MicroBatch, hidden: Tensor, loss: Loss
-    ) -> Metrics:
+    def _states(self, batch: MicroBatch, loss: Loss | None) -> Tensor | None:
+        """The policy's [T, H], if anybody needs them."""
+        if loss is None and (self.critic is None or self.critic.own_model is not None):
+            return None
+        with torch.set_grad_enabled(loss is not None):  # a head leaves the policy's states as they are
+            return hidden_states_of(self.model, batch)
+
+    def _policy_backward(self, batch: MicroBatch, hidden: Tensor, loss: Loss, where: str) -> tuple[Metrics, Seen]:
         def checked(logprobs: Tensor, entropies: Tensor, part: MicroBatch) -> LossOutput:
             output = loss(logprobs, entropies, part)
-            if not torch.isfinite(output.loss):
-                names = ", ".join(sample.name for sample in micro_batch.samples[:4])
-                raise NonFiniteError(
-                    f"loss is {float(output.loss.detach())} at update {minibatch.index} of the step, in a micro-batch of "
-                    f"{len(micro_batch.samples)} samples ({names} …); the update was refused"
-                )
-            return output
+            if torch.isfinite(output.loss):
+                return output
+            self.refuse(NonFiniteError(f"loss is {float(output.loss.detach())} at {where}; the update was refused"))
+            return replace(output, loss=0.0 * torch.nan_to_num(logprobs).sum())
 
         logprobs, entropies, output, hidden_gradient = head_backward(
             self.model,
@@ -134,9 +146,18 @@ class LocalTrainer:
         if hidden.requires_grad:
             hidden.backward(hidden_gradient)
         self.optimizer.collect_gradients()
-        micro_batch.record(minibatch.index, logprobs, output.ratios, output.clipped)
         own = {"train/entropy": Mean(entropies.sum(), len(entropies)), "train/loss": Sum(output.loss)}
-        return output.metrics + own
+        return output.metrics + own, Seen(logprobs, output.ratios, output.clipped)
+
+    def keep_gradients(self, loss: Loss | None) -> None:
+        """They are those of a whole update."""
+        self._policy_has_gradient |= loss is not None
+
+    def drop_gradients(self) -> None:
+        """Of an update that is refused."""
+        self.optimizer.drop_gradients()
+        if self.critic:
+            self.critic.optimizer.drop_gradients()
 
     async def optim_step(self) -> Metrics:
         """One update of policy and critic, or of neither: raises NonFiniteError before the first of them moves."""
@@ -154,10 +175,8 @@ class LocalTrainer:
     async def update_reference(self) -> None:
         """From now on the policy as it is now is the reference."""
         assert self.reference is not None
-        with torch.no_grad():
-            for (_, old), (_, new) in zip(self.reference.named_weights(), self.model.named_weights(), strict=True):
-                old.copy_(new)
-        self._reference_moved = True
+        self.reference.take_weights(self.model)
+        self.reference_moved = True
 
     def weights(self) -> InProcessWeights:
         return InProcessWeights(self.model, self._updates, self._updates.count)
@@ -186,19 +205,30 @@ class LocalTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
-        if "reference" not in state and state["reference_fingerprint"] not in (None, self._reference_fingerprint()):
+        if "reference" not in state:
+            self.check_reference(state["reference_fingerprint"])
+        if "reference" in state:
+            assert self.reference is not None
+            self.reference.model.load_state_dict(state["reference"])
+            self.reference_moved = True
+
+    def status(self) -> str:
+        return f"in this process, on {self.model.device}"
+
+    async def close(self) -> None:
+        """There is nothing to end."""
+
+    def check_reference(self, recorded: str | None) -> None:
+        """Raises ConfigError when the reference is another than recorded."""
+        if recorded not in (None, self.reference_fingerprint()):
             raise ConfigError(
                 "the reference policy has other weights than when the run began: those of reference.path, or else model.path, were "
                 "changed; put them back, or begin a new run"
             )
-        if "reference" in state:
-            assert self.reference is not None
-            self.reference.model.load_state_dict(state["reference"])
-            self._reference_moved = True
 
-    def _reference_fingerprint(self) -> str | None:
+    def reference_fingerprint(self) -> str | None:
         """Of the reference as the run began, as long as that is what it is."""
-        if self.reference is None or self._reference_moved:
+        if self.reference is None or self.reference_moved:
             return None
         self._first_reference = self._first_reference or fingerprint(self.reference.named_weights())
         return self._first_reference
@@ -208,10 +238,16 @@ class LocalTrainer:
         state: dict[str, Any] = {"optimizer": copied(self.optimizer.state_dict())}
         if self.critic is not None:
             state["critic"] = copied(self.critic.state_dict())
-        state["reference_fingerprint"] = self._reference_fingerprint()
-        if self.reference is not None and self._reference_moved:
+        state["reference_fingerprint"] = self.reference_fingerprint()
+        if self.reference is not None and self.reference_moved:
             state["reference"] = copied(self.reference.model.state_dict())
         return state
+
+
+def about(minibatch: Minibatch, micro_batch: MicroBatch) -> str:
+    """Where a loss arose, for messages."""
+    names = ", ".join(sample.name for sample in micro_batch.samples[:4])
+    return f"update {minibatch.index} of the step, in a micro-batch of {len(micro_batch.samples)} samples ({names} …)"
 
 
 _TURNS = 10

@@ -21,7 +21,7 @@ from sluice.trainers.attention import NAME, PackedAttention, register
 from sluice.trainers.norms import use_own_norms
 from sluice.types import Sample
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel:
@@ -40,7 +40,8 @@ class PolicyModel:
         self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 2**31
         self._forward: Any = self.body
         self._recomputed: list[Any] = []
-        self._heads = (self.config.num_attention_heads, _kv_heads(self.config))
+        self.num_heads = (self.config.num_attention_heads, _kv_heads(self.config))
+        """Of queries, and of keys and values."""
         self._own_attention: str = self.config._attn_implementation
         use_own_norms(self.body)
         register()
@@ -66,7 +67,7 @@ class PolicyModel:
         mask: Any = None
         packed: dict[str, Any] = {}
         if pieces is not None:
-            packed["packed"] = PackedAttention(pieces, *self._heads, self.device)
+            packed["packed"] = self._packed_attention(pieces)
             # nobody looks at it, but without one the model would make one of [T, T]
             unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             mask = self._by_kind(unused, unused)
@@ -83,6 +84,9 @@ class PolicyModel:
             **packed,
         )
         return output.last_hidden_state
+
+    def _packed_attention(self, pieces: Sequence[Piece]) -> PackedAttention:
+        return PackedAttention(pieces, *self.num_heads, self.device)
 
     def compile(self) -> None:
         """Forwards that have a backward go through `torch.compile` from now on. Raises ConfigError without a C++ compiler."""
@@ -178,6 +182,12 @@ class PolicyModel:
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return self.model.named_modules()
 
+    @torch.no_grad()
+    def take_weights(self, other: PolicyModel) -> None:
+        """Of a model of the same architecture."""
+        for (_, old), (_, new) in zip(self.named_weights(), other.named_weights(), strict=True):
+            old.copy_(new)
+
     def export(self) -> Callable[[str], None]:
         """Copy the weights to the CPU. What is returned writes them into a folder that `transformers` loads; it may be called from
         another thread, while training goes on. It raises NonFiniteError for weights that are no numbers."""
@@ -271,21 +281,16 @@ def load_model(
     Raises ConfigError when the folder is not a model, or when its architecture is not supported; `key` is what names the path
     in the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = str(Path(path).expanduser())
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{key}={path}: no model folder there (config.json is missing)")
+    config, settings = _known_config(path, key, dtype)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu")
     target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     with boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        refuse_unknown_layers(f"{key}={path}", config.get_text_config())
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        settings = {"dtype": _DTYPES[dtype]} | ({"attn_implementation": "eager"} if capped else {})
         if random_weights:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **settings)
@@ -302,6 +307,33 @@ def load_model(
     with boundary(ConfigError, f"{key}={path}: this architecture is not supported"):
         policy.check()
     return policy
+
+
+def load_outline(path: str, *, key: str = "model.path", dtype: str) -> PolicyModel:
+    """A model folder's architecture, names and shapes: a model whose weights are on no device. Raises ConfigError."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
+        config, settings = _known_config(path, key, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **settings)
+        if (Path(path).expanduser() / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(Path(path).expanduser()))
+    return PolicyModel(model)
+
+
+def _known_config(path: str, key: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """Of a model folder, and how a model is made from it. Raises ConfigError when there is none, or one of unknown layers."""
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key}={folder}: no model folder there (config.json is missing)")
+    with boundary(ConfigError, f"{key}={folder}: transformers cannot load it"):
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    refuse_unknown_layers(f"{key}={folder}", config.get_text_config())
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return config, {"dtype": DTYPES[dtype]} | ({"attn_implementation": "eager"} if capped else {})
 
 
 def refuse_unknown_layers(where: str, config: Any) -> None:

@@ -3,6 +3,7 @@ many passes as autograd makes of the model's own."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)  # pyright: ignore[reportReturnType]
 
 
+def _on_a_device(module: Any, generator: torch.Generator) -> Any:
+    """The norm itself, or a copy with random weights of one that is on no device."""
+    if not module.weight.is_meta:
+        return module
+    module = copy.deepcopy(module)
+    weight = torch.rand(module.weight.shape, generator=generator).to(module.weight.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
 @torch.no_grad()
 def use_own_norms(body: nn.Module) -> None:
     """Replace the forward of each RMS norm that computes the same on random numbers; others (Gemma's) stay as they are.
@@ -54,10 +65,10 @@ def use_own_norms(body: nn.Module) -> None:
             continue
         if kind not in own:
             generator = torch.Generator().manual_seed(0)
-            weight: Any = module.weight
-            x = torch.randn(5, len(weight), generator=generator).to(weight)
+            probe = _on_a_device(module, generator)
+            x = torch.randn(5, len(probe.weight), generator=generator).to(probe.weight)
             tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2  # how often they round differs
-            same = torch.allclose(_forward(module, x), module(x), rtol=tolerance, atol=tolerance)
+            same = torch.allclose(_forward(probe, x), probe(x), rtol=tolerance, atol=tolerance)
             own[kind] = type(kind.__name__, (kind,), {"forward": _forward}) if same else None
         if replacement := own[kind]:
             module.__class__ = replacement

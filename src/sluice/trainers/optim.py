@@ -47,7 +47,7 @@ class Optimizer:
         self.update = 0
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.own_masters = any(p.dtype != torch.float32 for p in self.params)
-        self.masters = [p.detach().clone().float() for p in self.params] if self.own_masters else self.params
+        self.masters = self._make_masters()
         matrices = [p for p in self.masters if p.dim() >= 2]
         vectors = [p for p in self.masters if p.dim() < 2]
         self.adamw = torch.optim.AdamW(
@@ -57,6 +57,9 @@ class Optimizer:
             eps=settings.eps,
             fused=True,
         )
+
+    def _make_masters(self) -> list[torch.Tensor]:
+        return [p.detach().clone().float() for p in self.params] if self.own_masters else [*self.params]
 
     def use(self, settings: OptimizerSettings) -> None:
         """From the next update on; the moments stay as they are."""
@@ -89,13 +92,16 @@ class Optimizer:
     def clip(self) -> torch.Tensor:
         """Scale the gradient down to the largest norm and give its norm before. Raises NonFiniteError, with weights and state
         untouched, when that is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
+        norm = self._clipped_norm()
         if not torch.isfinite(norm):
             self.drop_gradients()
             raise NonFiniteError(
                 f"gradient norm of the {self.owner} is {float(norm)} at update {self.update}; the update was refused"
             )
         return norm
+
+    def _clipped_norm(self) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
 
     def step(self, norm: torch.Tensor) -> Metrics:
         """One update with the clipped gradient, whose norm before is reported."""

@@ -25,9 +25,11 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def parts(weights: Iterable[tuple[str, Tensor]]) -> list[Part]:
     """What the fingerprint is made of. The sum over a tensor is that of the sums over its shards, modulo 2**64."""
-    named = list(weights)
-    sums = torch.stack([_sum_of_bits(tensor) for _, tensor in named]).tolist() if named else []
-    return [(name, tuple(t.shape), str(t.dtype), total) for (name, t), total in zip(named, sums, strict=True)]
+    seen = [
+        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in weights
+    ]  # which may exist one at a time only
+    sums: list[int] = torch.stack([total for *_, total in seen]).tolist() if seen else []
+    return [(name, shape, dtype, total) for (name, shape, dtype, _), total in zip(seen, sums, strict=True)]
 
 
 def combined(found: Iterable[Part]) -> str:

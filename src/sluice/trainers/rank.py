@@ -1,0 +1,372 @@
+"""What runs in a trainer rank's process: a `LocalTrainer` over shards, which takes requests from a socket.
+
+All ranks are sent the same kinds of requests in the same order, so that their collectives meet. The driver's side is
+`sluice.trainers.ranks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sluice.algorithms import LossOutput
+from sluice.connection import Answer, failed, read, write
+from sluice.data.batch import MicroBatch, nothing
+from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
+from sluice.interfaces import TrainerOutput
+from sluice.processes import belong_to
+from sluice.tracking.metrics import Metrics
+from sluice.trainers.fsdp import Degrees, Place, ShardedModel, ShardedOptimizer
+from sluice.trainers.local import LocalTrainer, Seen
+from sluice.trainers.logprobs import Loss
+from sluice.trainers.sharded_state import Snapshot, export_weights, read_into, take_snapshot, write_snapshot
+from sluice.weights.broadcast import Address, Sender
+from sluice.weights.fingerprint import fingerprint
+from sluice.weights.shared_memory import SharedWeights
+
+TCPStore: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(frozen=True)
+class Meet:
+    """To rank 0: where do the others find it? Answered by host and port."""
+
+
+@dataclass(frozen=True)
+class Begin:
+    trainer: Callable[[Place], LocalTrainer]
+    rank: int
+    degrees: Degrees
+    on_gpu: bool
+    address: tuple[str, int]
+    limit_s: float
+    """Longest wait for the other ranks."""
+    restore: tuple[str, dict[str, Any]] | None
+    """Folder of a checkpoint and what its `WriteSnapshot` gave."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Answered by [T] tensors; None for what is None."""
+
+    output: TrainerOutput
+    micro_batches: list[MicroBatch | None]
+
+
+@dataclass(frozen=True)
+class ForwardBackward:
+    """Answered by metrics and what each micro-batch saw. All ranks have equally many, None where there is none left."""
+
+    micro_batches: list[tuple[MicroBatch, str] | None]
+    """Each with where it is, for messages."""
+    loss: Loss | None
+
+
+@dataclass(frozen=True)
+class OptimStep:
+    """Answered by metrics, the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class UpdateReference:
+    pass
+
+
+@dataclass(frozen=True)
+class CopyTo:
+    """Rank 0 writes the weights into memory that a process of this machine has open. Answered by their fingerprint."""
+
+    pid: int
+    fd: int
+
+
+@dataclass(frozen=True)
+class BroadcastTo:
+    """Rank 0 sends the weights to an engine that waits."""
+
+    address: Address
+    version: int
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    pass
+
+
+@dataclass(frozen=True)
+class Save:
+    """A folder that `transformers` loads."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class TakeSnapshot:
+    """Keep a copy of the state until the next one is taken or `DropSnapshot`; answered by what is not in its files."""
+
+
+@dataclass(frozen=True)
+class WriteSnapshot:
+    """By a thread, while other requests are answered; answered under its number."""
+
+    number: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class DropSnapshot:
+    pass
+
+
+def serve(fd: int, parent: int) -> None:
+    pipe = belong_to(parent, fd)
+    try:
+        asyncio.run(_serve(pipe))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+async def _serve(pipe: socket.socket) -> None:
+    """What goes wrong unforeseen ends the process, and with it the driver ends all others."""
+    host = pipe.getsockname()[0] if pipe.family == socket.AF_INET else "127.0.0.1"
+    reader, writer = await asyncio.open_connection(sock=pipe)
+    server = _Server(host, writer)
+    while True:
+        try:
+            message = await read(reader)
+        except EOFError:  # the parent closed its end, or died
+            os.killpg(0, signal.SIGKILL)
+        server.take(message)
+        await writer.drain()
+
+
+class _Server:
+    def __init__(self, host: str, writer: asyncio.StreamWriter) -> None:
+        self.host, self.writer = host, writer
+        self.loop = asyncio.get_running_loop()
+        self.store: Any = None
+        self.rank: _Rank
+
+    def take(self, message: Any) -> None:
+        if isinstance(message, WriteSnapshot):
+            threading.Thread(target=self._write, args=(message,), daemon=True).start()
+            return
+        try:
+            answer = Answer(None, self._answer(message))
+        except SluiceError as error:
+            traceback.print_exc()
+            answer = failed(None, error)
+        write(self.writer, answer)
+
+    def _answer(self, message: Any) -> Any:
+        match message:
+            case Meet():
+                self.store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
+                return self.host, self.store.port
+            case Begin():
+                self.rank = _begun(message, self.store)
+            case Forward(output, micro_batches):
+                return self.rank.forward(output, micro_batches)
+            case ForwardBackward(micro_batches, loss):
+                return self.rank.forward_backward(micro_batches, loss)
+            case OptimStep():
+                return _plain(_result_of(self.rank.trainer.optim_step()))
+            case UpdateReference():
+                _result_of(self.rank.trainer.update_reference())
+            case CopyTo(pid, fd):
+                return self.rank.copy_to(pid, fd)
+            case BroadcastTo(address, version):
+                self.rank.broadcast(address, version)
+            case Fingerprint():
+                return _result_of(self.rank.trainer.fingerprint())
+            case Save(folder):
+                self.rank.save(folder)
+            case TakeSnapshot():
+                return self.rank.take_snapshot()
+            case DropSnapshot():
+                self.rank.snapshot = None
+            case _:
+                raise TypeError(f"a message that nobody sends: {message!r}")
+        return None
+
+    def _write(self, message: WriteSnapshot) -> None:
+        try:
+            with boundary(TrainingError, f"rank {self.rank.place.rank} could not write its part"):
+                self.rank.write_snapshot(message.folder)
+            answer = Answer(message.number)
+        except SluiceError as error:
+            traceback.print_exc()
+            answer = failed(message.number, error)
+        self.loop.call_soon_threadsafe(write, self.writer, answer)
+
+
+def _begun(message: Begin, store: Any) -> _Rank:
+    degrees, limit = message.degrees, timedelta(seconds=message.limit_s)
+    device = torch.device("cpu")
+    if message.on_gpu:
+        device = torch.device("cuda", message.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    store = store or TCPStore(*message.address, is_master=False, timeout=limit)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=message.rank,
+        world_size=degrees.num_ranks,
+        timeout=limit,
+    )
+    place = Place.of(message.rank, degrees, device)
+    rank = _Rank(message.trainer(place), place)
+    if message.restore:
+        rank.restore(*message.restore)
+    return rank
+
+
+class _Rank:
+    def __init__(self, trainer: LocalTrainer, place: Place) -> None:
+        self.trainer, self.place = trainer, place
+        self.refused: list[NonFiniteError] = []
+        trainer.refuse = self.refused.append  # the other ranks wait in their collectives, so it goes on
+        self.sender = Sender()
+        self.snapshot: Snapshot | None = None
+        self.shared: dict[tuple[int, int], SharedWeights] = {}
+
+    def forward(self, output: TrainerOutput, micro_batches: Sequence[MicroBatch | None]) -> list[Tensor | None]:
+        outputs: list[Tensor | None] = []
+        for micro_batch in micro_batches:
+            values = self.trainer.outputs(micro_batch or nothing(), output)
+            outputs.append(None if micro_batch is None else values.cpu())
+            self._reshard()
+        return outputs
+
+    def forward_backward(
+        self, micro_batches: Sequence[tuple[MicroBatch, str] | None], loss: Loss | None
+    ) -> tuple[Metrics, list[Seen | None]]:
+        """Raises NonFiniteError when any rank has a loss that is no number, and drops the gradients on all."""
+        metrics, saw = Metrics(), list[Seen | None]()
+        for part in micro_batches:
+            if part is None:
+                self.trainer.backward(nothing(), loss and _no_loss, "nothing")
+                saw.append(None)
+            else:
+                added, seen = self.trainer.backward(part[0], loss, part[1])
+                metrics += added
+                saw.append(seen and Seen(*(column.cpu() for column in seen)))
+            self._reshard()
+        errors = self._gathered([str(error) for error in self.refused[:1]])
+        self.refused.clear()
+        if error := next((error for error in errors if error), None):
+            self.trainer.drop_gradients()
+            raise NonFiniteError(error[0])
+        self.trainer.keep_gradients(loss)
+        return _plain(metrics), saw
+
+    def _gathered(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.place.degrees.num_ranks
+        dist.all_gather_object(values, value, group=self.place.words)
+        return values
+
+    def _reshard(self) -> None:
+        critic = self.trainer.critic
+        for model in (self.trainer.model, self.trainer.reference, critic and critic.own_model):
+            if isinstance(model, ShardedModel):
+                model.reshard()
+
+    def copy_to(self, pid: int, fd: int) -> str:
+        weights = self.trainer.model.named_weights()
+        if self.place.rank > 0:
+            return fingerprint(weights)
+        if (pid, fd) not in self.shared:
+            like = [
+                (name, torch.empty(p.shape, dtype=self.trainer.model.dtype, device="meta"))
+                for name, p in _named(self.trainer)
+            ]
+            self.shared[pid, fd] = SharedWeights(like, os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR))
+        shared = self.shared[pid, fd]
+
+        def written() -> Any:
+            for pair in weights:
+                shared.write([pair])
+                yield pair
+
+        return fingerprint(written())
+
+    def broadcast(self, address: Address, version: int) -> None:
+        weights = self.trainer.model.named_weights()
+        try:
+            if self.place.rank == 0:
+                self.sender.send(address, version, weights, self.place.device)
+        finally:
+            for _ in weights:  # all ranks take part, whatever went wrong at the engine
+                pass
+
+    def save(self, folder: str) -> None:
+        weights = dict(export_weights(self.trainer.model))
+        if self.place.rank == 0:
+            self.trainer.model.model.save_pretrained(folder, state_dict=weights)
+
+    def take_snapshot(self) -> dict[str, Any]:
+        trainer = self.trainer
+        self.snapshot = take_snapshot(trainer, self.place, trainer.reference_moved)
+        return {
+            "update": trainer.optimizer.update,
+            "critic_update": trainer.critic.optimizer.update if trainer.critic else None,
+            "reference_moved": trainer.reference_moved,
+            "reference_fingerprint": trainer.reference_fingerprint(),
+        }
+
+    def write_snapshot(self, folder: str) -> None:
+        assert self.snapshot is not None
+        write_snapshot(self.snapshot, folder, self.trainer.model, self.place)
+
+    def restore(self, folder: str, state: dict[str, Any]) -> None:
+        trainer = self.trainer
+        if not state["reference_moved"]:
+            trainer.check_reference(state["reference_fingerprint"])
+        read_into(trainer, folder, self.place, state["reference_moved"])
+        trainer.reference_moved = state["reference_moved"]
+        assert isinstance(trainer.optimizer, ShardedOptimizer)
+        trainer.optimizer.set_update(state["update"])
+        if trainer.critic:
+            assert isinstance(trainer.critic.optimizer, ShardedOptimizer)
+            trainer.critic.optimizer.set_update(state["critic_update"])
+
+
+def _named(trainer: LocalTrainer) -> Any:
+    return trainer.model.model.named_parameters()
+
+
+def _no_loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:
+    """Of a micro-batch without samples: its gradient is 0 everywhere."""
+    return LossOutput(logprobs.sum(), logprobs, logprobs, logprobs.bool(), Metrics())
+
+
+def _plain(metrics: Metrics) -> Metrics:
+    """Numbers instead of tensors, which may be on a GPU."""
+    return Metrics(
+        {
+            name: replace(metric, **{k: float(v) if isinstance(v, Tensor) else v for k, v in vars(metric).items()})
+            for name, metric in metrics.items()
+        }
+    )
+
+
+def _result_of(work: Any) -> Any:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError(f"{work!r} waits for something")

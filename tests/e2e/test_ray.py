@@ -1,0 +1,206 @@
+"""Engines and reward processes in a Ray cluster: the same run as on one machine, through kill -9 as well, and with its words and errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+from clusters import cluster_of_this_machine, short_folder
+from sluice.viewer import report
+from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
+
+STEPS = 6
+APART = ("engine.process=own", "engine.replicas=2", "engine.num_threads=1", f"run.num_steps={STEPS}")
+REWARD = """\
+import os
+import sys
+
+
+def loud_share(prompt, trajectory):
+    print("scored for", os.environ["GREETING"], flush=True)
+    return sum(c.islower() for c in trajectory.response) / max(1, trajectory.num_response_tokens)
+
+
+def broken(prompt, trajectory):
+    raise LookupError("no answer in the book")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, str]]:
+    with (
+        short_folder() as folder,
+        cluster_of_this_machine(4, folder) as (address, env),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield "placement.name=ray", f"placement.address={address}"
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(report, "write_report", lambda run: None)
+    with workplace(tmp_path, monkeypatch):
+        set_up(tmp_path)
+        (tmp_path / "loud.py").write_text(REWARD)
+        yield tmp_path
+
+
+def processes(module: str) -> list[int]:
+    """Of runs that were started in the current folder."""
+    found: list[int] = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            is_one = f"from {module} import serve" in cmdline.read_text()
+            if is_one and os.readlink(cmdline.with_name("cwd")) == os.getcwd():
+                found.append(int(cmdline.parent.name))
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def trained(run: Path, steps: int = STEPS) -> list[dict[str, object]]:
+    return [row for step in range(1, steps + 1) for row in ledger_of(run, step) if row["trained"]]
+
+
+def test_it_is_the_run_on_one_machine_to_the_last_bit(ready: Path, cluster: tuple[str, str]):
+    """Every column of the ledger and every metric; the processes are gone afterwards, and the cluster stays for another run."""
+    here = finished("train", "config.yaml", *APART)
+    there = finished("train", "config.yaml", *APART, *cluster, "reward_workers=2", name="there")
+    for step in range(1, STEPS + 1):
+        assert ledger_of(here, step) == ledger_of(there, step)
+    assert without_timings(metrics_of(here)) == without_timings(metrics_of(there))
+    end = time.monotonic() + 10
+    while processes("sluice.engines.serving") + processes("sluice.rewards.worker"):
+        assert time.monotonic() < end, "a process outlived its run"
+        time.sleep(0.1)
+
+
+VICTIMS: dict[str, Callable[[], list[int]]] = {
+    "engine": lambda: processes("sluice.engines.serving"),
+    "engine's actor": lambda: [parent_of(pid) for pid in processes("sluice.engines.serving")],
+    "reward process": lambda: processes("sluice.rewards.worker"),
+    "reward's actor": lambda: [parent_of(pid) for pid in processes("sluice.rewards.worker")],
+}
+
+
+class Killer(threading.Thread):
+    """kill -9 of each kind in turn, each a step after the one before."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(daemon=True)
+        self.run_folder, self.killed, self.over = run, Counter[str](), threading.Event()
+
+    def run(self) -> None:
+        for number, (kind, pids) in enumerate(VICTIMS.items(), start=1):
+            while not self._has_steps(number):
+                if self.over.wait(0.01):
+                    return
+            for pid in pids():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed[kind] += 1
+
+    def _has_steps(self, number: int) -> bool:
+        path = self.run_folder / "metrics.jsonl"
+        return path.exists() and path.read_bytes().count(b"\n") >= number
+
+
+def test_killed_processes_and_killed_actors_cost_no_sample(ready: Path, cluster: tuple[str, str]):
+    """Nothing is lost and nothing trained twice; the samples are those of the run without kills."""
+    killer = Killer(Path("runs/killed"))
+    killer.start()
+    words = ("reward_workers=2", "rollout.max_new_tokens=40", "trainer.learning_rate=1e-4")
+    killed = finished("train", "config.yaml", *APART, *words, *cluster, name="killed")
+    killer.over.set()
+    killer.join()
+    assert set(killer.killed) == set(VICTIMS), killer.killed
+    died = [event["message"] for event in events_of(killed) if event["kind"] == "engine_died"]
+    assert len(died) == killer.killed["engine"] + killer.killed["engine's actor"]
+    for replica in range(2):
+        own = [message for message in died if f"(engine-{replica} on node" in message]
+        assert "was killed (SIGKILL" in own[0]
+        assert "its Ray actor died" in own[1]
+    rows = trained(killed)
+    assert Counter((row["group"], row["index"]) for row in rows) == Counter(
+        {(group, index): 1 for group in range(4 * STEPS) for index in range(4)}
+    )
+    whole = trained(finished("train", "config.yaml", *APART, *words, name="whole"))
+    assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in whole]
+    assert [row["reward"] for row in rows] == [row["reward"] for row in whole]
+
+
+def test_a_cluster_of_its_own_brings_words_variables_and_errors_back_and_says_nothing_else(
+    ready: Path, capfd: pytest.CaptureFixture[str]
+):
+    """One command, no address. What rewards print is in rewards.log under their names, and what they raise in the ledger."""
+    words = ("placement.name=ray", "placement.env={GREETING: you}", "run.num_steps=2", "reward_workers=2")
+    run = finished("train", "config.yaml", *words, "rewards=[{name: loud:loud_share}]")
+    said = (run / "rewards.log").read_text().splitlines()
+    assert len(said) == 32
+    assert all("on node" in line and line.endswith(") scored for you") for line in said)
+    assert {line.split()[0] for line in said} <= {"(reward-0", "(reward-1"}
+    console = capfd.readouterr()
+    assert "ray" not in (console.out + console.err).replace("array", "").lower()
+    assert [line for line in console.out.splitlines() if line.startswith("2/2")] != []
+
+
+def test_what_a_reward_raises_reaches_the_driver(
+    ready: Path, cluster: tuple[str, str], capfd: pytest.CaptureFixture[str]
+):
+    words = ("run.name=test", "run.num_threads=1", "rewards=[{name: loud:broken}]", "checks.outcome_budget=off")
+    assert sluice("train", "config.yaml", *cluster, *words) == 1
+    assert "LookupError: no answer in the book" in capfd.readouterr().err
+
+
+def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tuple[str, str]):
+    """As a machine sees it that does not share the folder of the run."""
+    from sluice.distributed.cluster import Cluster, Place
+    from sluice.distributed.process import RayProcess
+    from sluice.errors import PlacementError
+
+    address = cluster[1].partition("=")[2]
+    joined = Cluster(address, num_cpus=1, variables={}, start_limit_s=60, lost_after_s=10)
+    try:
+        joined.reserve([Place("engine-0", cpus=1)], "PACK")
+        launch = partial(RayProcess, joined, "engine-0")
+        with pytest.raises(PlacementError, match="the folder /only/here, in which the run was started, does not exist"):
+            launch("sluice.engines.serving", path=[], folder="/only/here", log=None, variables={}).connect()
+        closed = launch("sluice.rewards.worker", path=[], folder="/", log=None, variables={})
+        threading.Timer(0.2, closed.kill).start()
+        start = time.monotonic()
+        with pytest.raises(PlacementError):
+            closed.connect()
+        assert time.monotonic() - start < 20
+    finally:
+        joined.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["placement.address=127.0.0.1:9"], "placement.address=127.0.0.1:9: no Ray cluster could be joined"),
+        (["placement.engine_cpus=2"], "placement.engine_cpus has no effect: the engine has no process of its own"),
+        (["engine.process=own", "placement.engine_gpus=64"], "no room for the run"),
+        (["engine.process=own", "engine.publication=shared_memory"], "set engine.publication=broadcast"),
+        (["placement.address=ray://head:10001"], "auto, HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_is_refused(ready: Path, words: list[str], complaint: str, capfd: pytest.CaptureFixture[str]):
+    assert sluice("train", "config.yaml", "placement.name=ray", *words) != 0
+    assert complaint in capfd.readouterr().err
+    assert not Path("runs").exists()

@@ -1,0 +1,169 @@
+"""A trainer of several ranks over a tiny model, and the local one beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from models import CONFIGS, tiny_model
+from sluice.algorithms import Algorithm, resolve
+from sluice.data.batch import Packing, make_minibatch
+from sluice.interfaces import Layout
+from sluice.trainers.critic import Critic
+from sluice.trainers.fsdp import Degrees, Place, ShardedModel, ShardedOptimizer
+from sluice.trainers.local import LocalTrainer
+from sluice.trainers.model import PolicyModel
+from sluice.trainers.optim import Optimizer, OptimizerSettings
+from sluice.trainers.ranks import RankedTrainer
+from sluice.types import Sample
+from sluice.update import loss_of
+from sluice.weights.shared_memory import SharedWeights
+
+STATELESS = OptimizerSettings(1.0, 0, "constant", 0.0, (0.0, 0.0), 1.0, 0.0, 1e9)
+"""AdamW whose step is g / (|g| + 1): what the weights move by tells the gradient, and no step depends on those before it."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer is made of, on one rank or on many."""
+
+    architecture: str = "qwen3"
+    algorithm: Algorithm = field(default_factory=lambda: row("cispo"))
+    dtype: torch.dtype = torch.float32
+    optimizer: OptimizerSettings = STATELESS
+    critic: str | None = None
+    reference: bool = False
+    recompute: bool = False
+    layout: Layout = "packed"
+    budget: int = 40
+
+    def packing(self, degrees: Degrees) -> Packing:
+        return Packing(1, self.budget, self.layout, degrees.data)
+
+
+def row(name: str, **words: Any) -> Algorithm:
+    return resolve(name, words, max_new_tokens=16, group_size=2)
+
+
+def outline(architecture: str, dtype: torch.dtype) -> PolicyModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype)
+    return PolicyModel(model)
+
+
+def rank_trainer(setup: Setup, place: Place) -> LocalTrainer:
+    torch.set_num_threads(1)
+    model = _sharded(setup, place, seed=0, learns=True)
+    if setup.recompute:
+        model.recompute_activations()
+    optimizer = ShardedOptimizer(model.model, setup.optimizer, 100, place=place, model=model)
+    critic = None
+    if setup.critic:
+        own = _sharded(setup, place, seed=2, learns=True, with_head=False) if setup.critic == "own" else None
+        critic = Critic(model, own, setup.optimizer, 100, 0.5, partial(ShardedOptimizer, place=place))
+    reference = _sharded(setup, place, seed=1, learns=False) if setup.reference else None
+    return _trainer(setup, place.degrees, model, optimizer, critic, reference)
+
+
+def local_trainer(setup: Setup, weights: Sequence[tuple[str, Tensor]] | None = None) -> LocalTrainer:
+    """With these weights, or with those that the ranks begin with."""
+    model = tiny_model(setup.architecture, setup.dtype)
+    if weights is not None:
+        model.model.load_state_dict(dict(weights), strict=False)
+    if setup.recompute:
+        model.recompute_activations()
+    critic = None
+    if setup.critic:
+        own = tiny_model(setup.architecture, setup.dtype, seed=2) if setup.critic == "own" else None
+        critic = Critic(model, own, setup.optimizer, 100, 0.5)
+    reference = tiny_model(setup.architecture, setup.dtype, seed=1) if setup.reference else None
+    optimizer = Optimizer(model.model, setup.optimizer, 100)
+    return _trainer(setup, Degrees(1, 1, 1), model, optimizer, critic, reference)
+
+
+def _trainer(setup: Setup, degrees: Degrees, model: Any, optimizer: Any, critic: Any, reference: Any) -> LocalTrainer:
+    return LocalTrainer(
+        model,
+        None,
+        optimizer,
+        setup.packing(degrees),
+        reference=reference,
+        critic=critic,
+        couples_tokens=setup.algorithm.couples_tokens,
+        entropy_gradient=setup.algorithm.entropy_coef > 0,
+    )
+
+
+def _sharded(setup: Setup, place: Place, seed: int, *, learns: bool, with_head: bool = True) -> ShardedModel:
+    dtype = torch.float32 if learns else setup.dtype
+    source = None
+    if place.rank == 0:
+        # rounded as the local trainer's are, from which its masters are made
+        whole = tiny_model(setup.architecture, setup.dtype, seed).model.to(dtype)
+        source = {
+            **dict(whole.named_parameters(remove_duplicate=False)),
+            **dict(whole.named_buffers(remove_duplicate=False)),
+        }
+    model = ShardedModel(outline(setup.architecture, dtype), source, place, setup.dtype, with_head=with_head)
+    model.model.requires_grad_(learns)
+    return model
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: str) -> None:
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+
+
+@asynccontextmanager
+async def ranks(
+    setup: Setup, num: int, tensor: int = 1, context: int = 1, folder: Path | None = None
+) -> AsyncIterator[RankedTrainer]:
+    degrees = Degrees(num, tensor, context)
+    shapes = list(outline(setup.architecture, setup.dtype).named_weights())
+    trainer = RankedTrainer(
+        partial(rank_trainer, setup),
+        degrees,
+        setup.packing(degrees),
+        shapes,
+        NoTokenizer(),
+        on_gpu=False,
+        answer_limit_s=120.0,
+    )
+    trainer.log_folder = folder
+    try:
+        yield trainer
+    finally:
+        await trainer.close()
+
+
+async def weights_of(trainer: RankedTrainer, setup: Setup) -> list[tuple[str, Tensor]]:
+    """Through memory that driver and rank 0 share."""
+    model = tiny_model(setup.architecture, setup.dtype)
+    shared = SharedWeights(model.named_weights())
+    await trainer.weights().copy_to(shared)
+    shared.read(model.named_weights())
+    return [(name, tensor.detach().clone()) for name, tensor in model.named_weights()]
+
+
+async def updated(
+    trainer: Any, samples: Sequence[Sample], setup: Setup, layout: Layout, algorithm: Algorithm
+) -> dict[str, float]:
+    """One update; the metrics of it."""
+    packing = replace(trainer.packing, layout=layout)
+    minibatch = make_minibatch(samples, packing, algorithm, 0)
+    loss = partial(loss_of, algorithm, "engine")
+    metrics = await trainer.forward_backward(minibatch, loss)
+    return (metrics + await trainer.optim_step()).values_by_name()
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(work)
