@@ -64,7 +64,7 @@ peers: .venv-peers/.ready
 
 vllm: .venv-vllm/.ready
 
-# Without its own requirements: of these it does without torchvision, torchaudio and torchcodec.
+# Without its own requirements: of these it does without torchvision, torchaudio, torchcodec and triton, which on a CPU is in the way.
 .venv-vllm/.ready: benchmarks/peers/vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/vllm.txt

@@ -24,7 +24,12 @@ from small_runs import events_of, finished, ledger_of, make_architecture, metric
 
 STANDINS = ROOT / "tests/standins"
 VLLM = ROOT / ".venv-vllm/bin/python"
-REAL = pytest.param("real vllm", marks=pytest.mark.proof)
+
+
+def in_proof(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.proof)
+
+
 STEPS = 4
 
 
@@ -62,8 +67,17 @@ def servers() -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize("kind", ["vllm", "sglang", REAL])
+@pytest.mark.parametrize(
+    ("kind", "staleness"),
+    [
+        ("vllm", 0),
+        ("sglang", 2),
+        in_proof("vllm", 2),
+        in_proof("sglang", 0),
+        in_proof("real vllm", 0),
+        in_proof("real vllm", 2),
+    ],
+)
 def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str, staleness: int):
     """All checks of the run are on. Log-probs are those of the checkpoint of the version that a token names."""
     settings = [*engine(kind), f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=24"]
@@ -94,10 +108,12 @@ def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str
 @pytest.mark.parametrize(
     ("kind", "staleness"),
     [
-        ("vllm", 0),
-        ("sglang", 1),
-        *(pytest.param(*case, marks=pytest.mark.proof) for case in (("vllm", 1), ("sglang", 0), ("real vllm", 0))),
-        pytest.param("real vllm", 1, marks=pytest.mark.proof),
+        ("vllm", 1),
+        in_proof("vllm", 0),
+        in_proof("sglang", 0),
+        in_proof("sglang", 1),
+        in_proof("real vllm", 0),
+        in_proof("real vllm", 1),
     ],
 )
 def test_a_killed_server_costs_no_sample(ready: Path, kind: str, staleness: int, monkeypatch: pytest.MonkeyPatch):
@@ -126,7 +142,7 @@ def test_a_killed_server_costs_no_sample(ready: Path, kind: str, staleness: int,
     assert not servers()
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang", REAL])
+@pytest.mark.parametrize("kind", ["sglang", in_proof("vllm"), in_proof("real vllm")])
 def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     ready: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

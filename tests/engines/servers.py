@@ -82,7 +82,13 @@ class Served:
 
 
 def dialect(kind: str, folder: Path, **changes: Any) -> Any:
-    shared = {"model": str(folder / "model"), "dtype": "float32", "max_model_len": WINDOW, "max_num_seqs": 16}
+    shared = {
+        "model": str(folder / "model"),
+        "architecture": "Qwen3ForCausalLM",
+        "dtype": "float32",
+        "max_model_len": WINDOW,
+        "max_num_seqs": 16,
+    }
     if kind == "sglang":
         return Sglang(SglangServer(python=sys.executable, **shared, deterministic=True, **changes), deterministic=True)
     python = VLLM if kind.startswith("real") else sys.executable

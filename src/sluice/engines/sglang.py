@@ -6,6 +6,7 @@ Written from its documentation (0.5.23) and its weight checker; it has no build 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class SglangServer:
     python: str
     model: str
     """Folder with `config.json` and a tokeniser; its weights are not read."""
+    architecture: str
+    """Class of the model; a config that was never saved with a model does not name it."""
     dtype: str
     max_model_len: int
     max_num_seqs: int
@@ -45,6 +48,7 @@ class SglangServer:
 
     def launch(self) -> Launch:
         words = [self.python, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", PORT]
+        words += ["--json-model-override-args", json.dumps({"architectures": [self.architecture]})]
         words += ["--model-path", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
         words += ["--dtype", self.dtype, "--context-length", str(self.max_model_len)]
         words += ["--max-running-requests", str(self.max_num_seqs), "--sampling-defaults", "openai"]

@@ -39,6 +39,8 @@ class VllmServer:
     python: str
     model: str
     """Folder with `config.json` and a tokeniser; its weights are not read."""
+    architecture: str
+    """Class of the model; a config that was never saved with a model does not name it."""
     dtype: str
     max_model_len: int
     max_num_seqs: int
@@ -60,6 +62,7 @@ class VllmServer:
 
     def launch(self) -> Launch:
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", PORT]
+        words += ["--hf-overrides", json.dumps({"architectures": [self.architecture]})]
         words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
         words += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         words += ["--max-num-seqs", str(self.max_num_seqs), "--generation-config", "vllm"]

@@ -27,7 +27,7 @@ def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, cha
     publication = Disk(Path(settings.publication_folder) if settings.publication_folder else None)
     engines = [
         Engine(
-            _dialect(config, settings, window, k),
+            _dialect(config, settings, type(model.model).__name__, window, k),
             publication,
             name=f"engine-{k}" if settings.replicas > 1 else "engine",
             url=settings.url,
@@ -44,12 +44,13 @@ def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, cha
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def _dialect(config: TrainConfig, settings: ServerEngine, window: int, k: int) -> Dialect:
+def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, window: int, k: int) -> Dialect:
     """Of the k-th replica."""
     of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,
         "model": config.model.path,
+        "architecture": architecture,
         "dtype": config.model.dtype,
         "max_model_len": window,
         "max_num_seqs": settings.num_slots,
