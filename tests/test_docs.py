@@ -22,7 +22,7 @@ from makers import CHAT_TEMPLATE, make_bpe_tokenizer
 from models import CONFIGS
 from sluice.algorithms.spec import ALGORITHMS, Algorithm, resolve
 from sluice.config import SftConfig, TrainConfig
-from sluice.configfile import _key_paths
+from sluice.configfile import _key_paths, load
 from sluice.configtraining import AlgorithmSection
 from sluice.viewer import report
 from small_runs import (
@@ -263,6 +263,16 @@ def test_the_config_block_runs(here: Path, tmp_path: Path, block: Found):
     for reward in rewards:
         name = reward["name"].rpartition(":")[2]
         assert any(f"{metric}/".startswith(f"rollout/reward/{name}/") for metric in logged)
+
+
+def test_whole_configs_are_valid(tmp_path: Path):
+    """For more GPUs and machines than there are here, so they are only read."""
+    page = (ROOT / "docs/scaling.md").read_text()
+    found = re.findall(r"```text\n(model: .*?)```", page, re.DOTALL)
+    assert len(found) == 3
+    for number, text in enumerate(found):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        load(TrainConfig, [str(tmp_path / f"{number}.yaml")])
 
 
 @pytest.mark.parametrize(
