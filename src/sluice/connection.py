@@ -77,6 +77,8 @@ class Connection:
         self.process = process
         self.version = -1
         """Of the weights that it has."""
+        self.number = 0
+        """Which of its engine's processes it is."""
         self._writer, self._take, self._tell_end = writer, take, ended
         self._asked: deque[asyncio.Future[Any]] = deque()
         self._is_over = False

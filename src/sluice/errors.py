@@ -29,6 +29,11 @@ class EngineError(RolloutError):
 class EngineLostError(EngineError):
     """The engine died, or cannot be reached: what it was asked may be asked of another one, or of it when it is back."""
 
+    def __init__(self, what: str, process: int) -> None:
+        """`process`: which of those that the engine has had in its life. By it, a death that several hear of is counted once."""
+        super().__init__(what)
+        self.process = process
+
 
 class EngineGoneError(EngineError):
     """There is no engine, and there will be none."""

@@ -29,6 +29,7 @@ class Replica(ScriptedEngine):
         super().__init__(lambda prompt, sampling: [number], max_delay_s=max_delay_s, delay_seed=seed)
         self.asked: list[Sampling] = []
         self.lost = asyncio.Event()
+        self.process = 1
         self.has_told = False
         self.may_return = asyncio.Event()
         self.may_return.set()
@@ -49,6 +50,7 @@ class Replica(ScriptedEngine):
             self._tell_once()
             await self.may_return.wait()
             self.lost.clear()
+            self.process += 1
             self.has_told = False
             self.version = self.version if self.returns_with is None else self.returns_with
         return f"weights {self.version}"
@@ -56,15 +58,16 @@ class Replica(ScriptedEngine):
     def _tell_once(self) -> None:
         if not self.has_told:
             self.has_told = True
-            raise EngineLostError("its process was killed")
+            raise EngineLostError("its process was killed", self.process)
 
     async def _unless_lost(self, work: Coroutine[Any, Any, Any]) -> Any:
+        process = self.process
         doing, losing = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
         try:
             await asyncio.wait([doing, losing], return_when=asyncio.FIRST_COMPLETED)
             if losing.done():  # also if it is back by now
                 self.has_told = self.lost.is_set()
-                raise EngineLostError("its process was killed")
+                raise EngineLostError("its process was killed", process)
             return await doing
         finally:
             for task in (doing, losing):
@@ -330,12 +333,58 @@ def test_a_stale_engine_shows_in_the_fingerprint_with_its_name():
     finish(run())
 
 
+@pytest.mark.parametrize("is_heard_twice", [False, True])
+def test_each_death_is_told_once_whoever_hears_of_it(is_heard_twice: bool):
+    """Also the death of the second process of an engine while weights are still on their way to the first one."""
+
+    class Unlucky(Replica):
+        """Its first process dies under requests, and its second one, of which the publication hears, and who asks whether it is back."""
+
+        async def update_weights(self, weights: Any, version: int) -> int:
+            if version == 1:
+                await asyncio.sleep(0.05)
+                raise EngineLostError("its process was killed", 2)
+            return await super().update_weights(weights, version)
+
+        async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+            await self.lost.wait()
+            raise EngineLostError("its process was killed", 1)
+
+        async def fingerprint(self) -> str:  # type: ignore[override]
+            if self.lost.is_set():
+                await asyncio.sleep(0.1)
+                self.process = 3
+                self.lost.clear()
+                if is_heard_twice:
+                    raise EngineLostError("its process was killed", 2)
+            return await super().fingerprint()
+
+    engines = [Unlucky(0), Replica(1)]
+    router = router_over(engines, max_restarts=5)
+
+    async def run() -> None:
+        await router.update_weights(WEIGHTS, 0)
+        requests = [asyncio.create_task(router.generate([1], sampling(ticket))) for ticket in range(4)]
+        await moment()
+        publishing = asyncio.create_task(router.update_weights(WEIGHTS, 1))
+        await moment()
+        engines[0].lost.set()
+        await asyncio.gather(publishing, *requests)
+        await asyncio.sleep(0.2)
+        await router.close()
+
+    finish(run())
+    died = [text for kind, text in router.events if kind == "engine_died"]  # type: ignore[attr-defined]
+    assert [f"{left} more left" in text for text, left in zip(died, (4, 3), strict=True)] == [True, True], died
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_without_any_engine_left_ends_at_once_and_says_why(workshop: Workshop, max_staleness: int):
     class Dying(Replica):
         async def fingerprint(self) -> str:
             if self.lost.is_set():
-                raise EngineLostError("it does not start")
+                self.process += 1
+                raise EngineLostError("it does not start", self.process)
             return await super().fingerprint()
 
     engines = [Dying(k) for k in range(2)]

@@ -73,8 +73,9 @@ class EngineProcess:
         self._connecting = asyncio.Lock()
         self._asking = asyncio.Lock()
         """Answers come in the order of what was asked."""
-        self._untold = ""
-        """How the last process ended, as long as nobody was told."""
+        self._num_started = 0
+        self._untold: EngineLostError | None = None
+        """The end of the last process, as long as nobody was told."""
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
         """All that are not answered, in the order in which they came."""
@@ -87,7 +88,7 @@ class EngineProcess:
         if self._closed:
             raise EngineError("the engine is closed")
         if self._connection is None:
-            raise self._lost(self._untold or "it has no process")
+            raise self._untold_loss() or self._loss("it has no process", self._num_started)
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._requests[number] = _Request(list(prompt_ids), sampling, answer)
         self._unsent.add(number)
@@ -104,14 +105,14 @@ class EngineProcess:
         """Starts a process if there is none. Raises EngineLostError when it dies, EngineError when it cannot be started."""
         num_bytes = await self._publication.publish(weights, version)
         connection = await self._connected()
-        with self._telling():
+        with self._telling(connection.number):
             await self._deliver(connection)
         return num_bytes
 
     async def fingerprint(self) -> str | None:
         """Starts and raises as `update_weights`; and WeightsMoved when it can have no weights before the next ones."""
         connection = await self._connected()
-        with self._telling():
+        with self._telling(connection.number):
             await self._deliver(connection)
             async with self._asking:
                 return await connection.ask(Fingerprint(), PUBLISH_LIMIT_S)
@@ -132,7 +133,7 @@ class EngineProcess:
             self._posting.cancel()
         if self._connection:
             self._connection.end("the engine was closed")
-        self._fail(EngineError, "the engine was closed")
+        self._fail(lambda: EngineError("the engine was closed"))
         self._publication.close()
 
     def belongs_to(self, folder: Path) -> None:
@@ -155,13 +156,14 @@ class EngineProcess:
             if self._connection is None:
                 if self._closed:
                     raise EngineError("the engine is closed")
-                if self._untold:
-                    raise self._lost(self._untold)
-                with self._telling():
-                    self._connection = await self._started()
+                if loss := self._untold_loss():
+                    raise loss
+                self._num_started += 1
+                with self._telling(self._num_started):
+                    self._connection = await self._started(self._num_started)
             return self._connection
 
-    async def _started(self) -> Connection:
+    async def _started(self, number: int) -> Connection:
         """A new process, with an engine that has no weights yet. Raises Died, or EngineError."""
         with boundary(EngineError, "the engine's process could not be started"):
             process = self._launch(
@@ -171,6 +173,7 @@ class EngineProcess:
         try:
             pipe = await asyncio.to_thread(process.connect)
             connection = Connection(process, *await asyncio.open_connection(sock=pipe), self._take, self._ended)
+            connection.number = number
             self._link = self._publication.link(self._name)
             await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:
@@ -198,19 +201,26 @@ class EngineProcess:
         if self._connection is connection:
             self._connection = None
         if not self._closed:
-            self._untold = cause
-            self._fail(EngineLostError, f"{cause}{self._see}")
+            is_told = self._fail(lambda: self._loss(cause, connection.number))
+            self._untold = None if is_told else self._loss(cause, connection.number)
 
     @contextmanager
-    def _telling(self) -> Generator[None]:
+    def _telling(self, number: int) -> Generator[None]:
+        """Around what is asked of the process with that number."""
         try:
             yield
         except Died as error:
-            raise self._lost(str(error)) from None
+            if self._untold and self._untold.process == number:
+                self._untold = None
+            raise self._loss(str(error), number) from None
 
-    def _lost(self, cause: str) -> EngineLostError:
-        self._untold = ""
-        return EngineLostError(f"{cause}{self._see}")
+    def _loss(self, cause: str, number: int) -> EngineLostError:
+        return EngineLostError(f"{cause}{self._see}", number)
+
+    def _untold_loss(self) -> EngineLostError | None:
+        """To be raised, since it is told thereby."""
+        loss, self._untold = self._untold, None
+        return loss
 
     @property
     def _see(self) -> str:
@@ -243,9 +253,10 @@ class EngineProcess:
             assert isinstance(answer.value, Completion)
             request.answer.set_result(answer.value)
 
-    def _fail(self, kind: type[EngineError], what: str) -> None:
+    def _fail(self, error: Callable[[], EngineError]) -> bool:
+        """Whether there was a request to fail."""
         self._unsent.clear()
-        for request in self._requests.values():
-            if not request.answer.done():
-                request.answer.set_exception(kind(what))
-                self._untold = ""
+        open_ones = [request.answer for request in self._requests.values() if not request.answer.done()]
+        for answer in open_ones:
+            answer.set_exception(error())
+        return bool(open_ones)

@@ -48,6 +48,8 @@ class Replica:
     """That it answered since they were counted last."""
     num_lost: int = 0
     """Times in the run."""
+    last_lost: int = 0
+    """Which of its processes was lost last: several may hear of its death, and it counts once."""
     why: str = ""
     """What was wrong with it last."""
     returning: asyncio.Task[None] | None = None
@@ -90,12 +92,11 @@ class Router:
         """As the engines do. Raises EngineGoneError when none is left."""
         while True:  # each turn but the last one costs an engine one of its `max_restarts`
             replica = await self._chosen(sampling.session)
-            num_lost = replica.num_lost
             replica.num_open += 1
             try:
                 completion = await replica.engine.generate(prompt_ids, sampling)
             except EngineLostError as error:
-                self._eject(replica, num_lost, str(error))
+                self._eject(replica, error)
                 self._num_resent += 1
             else:
                 replica.num_requests += 1
@@ -214,7 +215,7 @@ class Router:
             self._num_bytes += await replica.engine.update_weights(weights, version)
             fingerprint = await replica.engine.fingerprint()
         except EngineLostError as error:
-            self._eject(replica, num_lost, str(error))
+            self._eject(replica, error)
         else:
             if replica.num_lost == num_lost:  # else it may have come back with others between the two
                 replica.fingerprint = fingerprint
@@ -223,24 +224,25 @@ class Router:
         finally:
             replica.is_updating = False
 
-    def _eject(self, replica: Replica, num_lost: int, why: str) -> None:
-        """`num_lost`: how often it had been lost before it was asked. If it was since then, somebody else has told of it."""
-        if replica.num_lost != num_lost:
+    def _eject(self, replica: Replica, error: EngineLostError) -> None:
+        has_been_told = error.process <= replica.last_lost and replica.state != "up"
+        if has_been_told or replica.state == "gone":
             return
         self._num_ejected += 1
-        self._count_loss(replica, why)
-        if replica.state != "gone":
+        self._count_loss(replica, error)
+        if replica.state != "gone" and not replica.returning:
             replica.returning = asyncio.create_task(self._return(replica))
 
-    def _count_loss(self, replica: Replica, why: str) -> None:
+    def _count_loss(self, replica: Replica, error: EngineLostError) -> None:
         replica.num_lost += 1
-        replica.why, replica.version, replica.is_promised = why, None, False
+        replica.last_lost = error.process
+        replica.why, replica.version, replica.is_promised = str(error), None, False
         left = self._max_restarts - replica.num_lost + 1
         replica.state = "away" if left > 0 else "gone"
         then = f"it is started again, {left - 1} more left" if left > 0 else "it is not started again"
         self.tell(
             "engine_died",
-            f"{replica.name}: {why}; {replica.num_open} completions were asked for; {then} (engine.max_restarts)",
+            f"{replica.name}: {error}; {replica.num_open} completions were asked for; {then} (engine.max_restarts)",
         )
 
     async def _return(self, replica: Replica) -> None:
@@ -253,7 +255,8 @@ class Router:
                 version = self._version
                 fingerprint = await replica.engine.fingerprint()
             except EngineLostError as error:
-                self._count_loss(replica, str(error))
+                if error.process > replica.last_lost:
+                    self._count_loss(replica, error)
             except WeightsMoved:
                 replica.state, replica.is_promised = "stale", True
             except Exception as error:

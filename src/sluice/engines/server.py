@@ -96,8 +96,10 @@ class Dialect(Protocol):
 class _Server:
     """One that runs, from its start to its end."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, number: int) -> None:
         self.http = HttpClient(url)
+        self.number = number
+        """Which of its engine's servers it is."""
         self.connection: Connection | None = None
         """With its guard, where we have started it."""
         self.version = -1
@@ -139,8 +141,9 @@ class ServerEngine:
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._link = publication.link(name)
         self._server: _Server | None = None
-        self._untold = ""
-        """How the last one ended, as long as nobody was told."""
+        self._num_started = 0
+        self._untold: EngineLostError | None = None
+        """The end of the last one, as long as nobody was told."""
         self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
         self._may_begin = asyncio.Event()
         """Not while weights change."""
@@ -195,11 +198,9 @@ class ServerEngine:
             await self._may_begin.wait()
             server = self._server
             if server is None:
-                raise (
-                    EngineError("the engine is closed")
-                    if self._closed
-                    else self._lost(self._untold or "it does not run")
-                )
+                if self._closed:
+                    raise EngineError("the engine is closed")
+                raise self._untold_loss() or self._loss("it does not run", self._num_started)
             version = server.version
             try:
                 with self._asked():
@@ -211,7 +212,7 @@ class ServerEngine:
             except OSError as error:
                 cause = error
             if await self._is_over(server, cause):
-                raise self._lost(server.cause) from cause
+                raise self._told_loss(server.cause, server.number) from cause
             if broken == BROKEN_ANSWERS:
                 raise EngineError(f"{self._who} failed {broken} times in a row: {cause}{self._see}") from cause
             await asyncio.sleep(POLL_S)
@@ -349,7 +350,7 @@ class ServerEngine:
         except (HttpError, OSError, ValueError) as error:
             refused = isinstance(error, HttpError) and error.status < 500
             if not refused and await self._is_over(server, error):
-                raise self._lost(server.cause) from error
+                raise self._told_loss(server.cause, server.number) from error
             raise EngineError(f"{self._who}: {type(error).__name__}: {error}{self._see}") from error
 
     async def _connected(self) -> _Server:
@@ -358,17 +359,18 @@ class ServerEngine:
             if self._server is None:
                 if self._closed:
                     raise EngineError("the engine is closed")
-                if self._untold:
-                    raise self._lost(self._untold)
+                if loss := self._untold_loss():
+                    raise loss
                 self._may_begin.clear()  # it has no weights yet
+                self._num_started += 1
                 try:
                     self._server = await (self._found(self._url) if self._url else self._started())
                 except Died as error:
-                    raise self._lost(str(error)) from None
+                    raise self._told_loss(str(error), self._num_started) from None
             return self._server
 
     async def _found(self, url: str) -> _Server:
-        server = _Server(url)
+        server = _Server(url, self._num_started)
         try:
             await server.http.get("/health", STATUS_LIMIT_S)
             await self._dialect.check(server.http)
@@ -403,7 +405,7 @@ class ServerEngine:
         connection = Connection(process, reader, writer, _no_requests, ended)
         try:
             port = await connection.ask(self._dialect.launch(), LAUNCH_LIMIT_S)
-            server = _Server(f"http://127.0.0.1:{port}")
+            server = _Server(f"http://127.0.0.1:{port}", self._num_started)
             server.connection, server.over = connection, over
             await self._ready(server)
         except BaseException as error:
@@ -427,7 +429,7 @@ class ServerEngine:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise EngineError(f"it does not answer after {self._start_limit_s:g} s (engine.start_limit_s)") from None
-        raise Died(self._untold or "it ended while it started")
+        raise Died(server.cause or "it ended while it started")
 
     async def _watch(self, server: _Server, connection: Connection) -> None:
         """By ticks and not by the clock: while a step of the trainer holds up this event loop, answers lie unread."""
@@ -470,11 +472,21 @@ class ServerEngine:
                 self._server = None
                 self._may_begin.set()  # who waits is told
         if not self._closed:
-            self._untold = cause
+            self._untold = self._loss(cause, self._num_started)
 
-    def _lost(self, cause: str) -> EngineLostError:
-        self._untold = ""
-        return EngineLostError(f"{cause}{self._see}")
+    def _loss(self, cause: str, number: int) -> EngineLostError:
+        return EngineLostError(f"{cause}{self._see}", number)
+
+    def _told_loss(self, cause: str, number: int) -> EngineLostError:
+        """To be raised; nobody else has to be told of it."""
+        if self._untold and self._untold.process == number:
+            self._untold = None
+        return self._loss(cause, number)
+
+    def _untold_loss(self) -> EngineLostError | None:
+        """To be raised, since it is told thereby."""
+        loss, self._untold = self._untold, None
+        return loss
 
     async def close(self) -> None:
         self._closed = True
