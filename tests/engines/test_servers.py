@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
 
-from sluice.engines.server import Reply
+from sluice.engines.dialect import Reply
 from sluice.errors import EngineError, EngineLostError, PromptTooLongError
 from sluice.types import Completion
 from sluice.weights.fingerprint import fingerprint

@@ -14,83 +14,30 @@ import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from sluice.connection import Connection, Died
-from sluice.engines.guard import STOP_LIMIT_S, Launch, Stop
+from sluice.engines.dialect import POLL_S, STATUS_LIMIT_S, Dialect, Reply
+from sluice.engines.guard import STOP_LIMIT_S, Stop
 from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.pieces import Decode, extend
 from sluice.engines.sampling import check_ids, check_room
 from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Process
-from sluice.types import Completion, FinishReason, Sampling
+from sluice.types import Completion, Sampling
 from sluice.weights.disk import Disk
 
 LAUNCH_LIMIT_S = 60.0
 """For the guard to start the server's program, which then still has to load."""
-PUBLISH_LIMIT_S = 600.0
-"""For each request by which a server takes over weights."""
-STATUS_LIMIT_S = 10.0
 LEAVE_LIMIT_S = 5.0
 """How long a server whose answer broke off may take to end, before it is held to be alive."""
 BROKEN_ANSWERS = 3
 """How often one request may go wrong at a server that is alive."""
-POLL_S = 0.2
 TICKS = 10
 """Times that it is looked at within `hang_timeout_s`."""
-
-
-@dataclass
-class Reply:
-    """What a server made of one request: as in a `Completion`."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-    """`abort`: it gave back what it had, because weights are published."""
-    policy_versions: list[int] | None = None
-    """None: all by the weights that the server had when it was asked."""
-    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
-
-
-class Dialect(Protocol):
-    """What one kind of server wants said, and how it says what it did. All of it raises OSError, HttpError and TimeoutError."""
-
-    name: str
-
-    def launch(self) -> Launch:
-        """The command that starts one, with random weights."""
-        ...
-
-    async def check(self, http: HttpClient) -> None:
-        """Raises EngineError for a server that cannot serve a run."""
-        ...
-
-    async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply: ...
-
-    async def pause(self, http: HttpClient) -> None:
-        """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
-        ...
-
-    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
-        """Take over the weights of a folder; it is paused."""
-        ...
-
-    async def resume(self, http: HttpClient) -> None: ...
-
-    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
-        """Of its own weights, which should be those of the folder."""
-        ...
-
-    async def sleep(self, http: HttpClient) -> None:
-        """Give back the device's memory, the weights' too: others are on their way."""
-        ...
-
-    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
-        """Take the memory of these again."""
-        ...
 
 
 class _Server:
@@ -119,7 +66,7 @@ class ServerEngine:
         *,
         name: str,
         url: str | None,
-        decode: Callable[[Sequence[int]], str],
+        decode: Decode,
         vocab_size: int,
         max_model_len: int,
         finish_limit_s: float | None,
@@ -175,7 +122,7 @@ class ServerEngine:
         last, given_up = -1, 0
         while done.finish_reason == "abort":
             reply, version = await self._reply(prompt_ids, sampling, done)
-            self._extend(done, reply, version, sampling)
+            extend(done, reply, version, sampling, self._decode)
             given_up = given_up + 1 if version == last else 0
             if given_up == BROKEN_ANSWERS:
                 raise EngineError(f"{self._who} gave up a completion {given_up} times without new weights{self._see}")
@@ -229,35 +176,6 @@ class ServerEngine:
             self._num_asked -= 1
             if not self._num_asked:
                 self._none_asked.set()
-
-    def _extend(self, done: Completion, reply: Reply, version: int, sampling: Sampling) -> None:
-        joint, count = len(done.token_ids), len(reply.token_ids)
-        end = joint + count
-        done.token_ids += reply.token_ids
-        done.logprobs += reply.logprobs
-        done.policy_versions += reply.policy_versions or [version] * count
-        done.kept_ids += reply.kept_ids or [[]] * count
-        done.finish_reason = reply.finish_reason
-        if sampling.stop:
-            end = self._stopped_at(done.token_ids, sampling, joint, reply.finish_reason)
-        if end < joint + count or (reply.finish_reason == "abort" and end == sampling.max_new_tokens):
-            done.finish_reason = "stop" if end < joint + count else "length"
-        for column in (done.token_ids, done.logprobs, done.policy_versions, done.kept_ids):
-            del column[end:]
-
-    def _stopped_at(self, token_ids: list[int], sampling: Sampling, joint: int, reason: FinishReason) -> int:
-        """How many tokens complete the first stop string that ends behind the joint, or all of them.
-
-        A server does not see one that began before the tokens it was asked for, and where it draws several tokens at once it may
-        give some behind the end.
-        """
-        reach = max(len(text.encode()) for text in sampling.stop) + 4  # tokens that may hold one: see EmbeddedEngine
-        first = joint if joint else max(0, len(token_ids) - 2 * reach if reason == "stop" else len(token_ids))
-        for end in range(first + 1, len(token_ids) + 1):
-            text = self._decode(token_ids[max(0, end - reach) : end])
-            if any(stop in text for stop in sampling.stop):
-                return end
-        return len(token_ids)
 
     async def unfinished(self) -> dict[int, Completion]:
         """Of those that were given back at a publication, what they had then; the server does not say more."""

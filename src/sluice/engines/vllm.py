@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
 from sluice.engines.guard import PORT, Launch, seen
 from sluice.engines.http import HttpClient, HttpError
-from sluice.engines.server import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
 from sluice.weights.fingerprint import combined

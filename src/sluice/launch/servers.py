@@ -12,8 +12,8 @@ from sluice.launch.checked import window_of
 from sluice.launch.models import engine_threads
 
 if TYPE_CHECKING:
+    from sluice.engines.dialect import Dialect
     from sluice.engines.router import Router
-    from sluice.engines.server import Dialect
     from sluice.trainers.model import PolicyModel
 
 

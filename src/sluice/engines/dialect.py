@@ -1,0 +1,68 @@
+"""What one kind of server wants said, and how it says what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from sluice.engines.guard import Launch
+from sluice.engines.http import HttpClient
+from sluice.types import FinishReason, Sampling
+
+PUBLISH_LIMIT_S = 600.0
+"""For each request by which a server takes over weights."""
+STATUS_LIMIT_S = 10.0
+POLL_S = 0.2
+
+
+@dataclass
+class Reply:
+    """What a server made of one request: as in a `Completion`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    """`abort`: it gave back what it had, because weights are published."""
+    policy_versions: list[int] | None = None
+    """None: all by the weights that the server had when it was asked."""
+    kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+
+
+class Dialect(Protocol):
+    """All of it raises OSError, HttpError and TimeoutError."""
+
+    name: str
+
+    def launch(self) -> Launch:
+        """The command that starts one, with random weights."""
+        ...
+
+    async def check(self, http: HttpClient) -> None:
+        """Raises EngineError for a server that cannot serve a run."""
+        ...
+
+    async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply: ...
+
+    async def pause(self, http: HttpClient) -> None:
+        """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
+        ...
+
+    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
+        """Take over the weights of a folder; it is paused."""
+        ...
+
+    async def resume(self, http: HttpClient) -> None: ...
+
+    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+        """Of its own weights, which should be those of the folder."""
+        ...
+
+    async def sleep(self, http: HttpClient) -> None:
+        """Give back the device's memory, the weights' too: others are on their way."""
+        ...
+
+    async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of these again."""
+        ...
