@@ -19,6 +19,7 @@ import pytest
 from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
 
 from sluice.engines.dialect import Reply
+from sluice.engines.pieces import extend
 from sluice.errors import EngineError, EngineLostError, PromptTooLongError
 from sluice.types import Completion
 from sluice.weights.fingerprint import fingerprint
@@ -197,7 +198,7 @@ def test_a_stop_text_is_found_across_a_publication(one: Served):
     whole = Completion([], [], "abort", [], 0.7)
     for part, reason in ((slice(0, 10), "abort"), (slice(10, 20), "length")):
         reply = Reply(free.token_ids[part], free.logprobs[part], reason)
-        one.engine._extend(whole, reply, 0, sampling(20, stop=(stop,)))
+        extend(whole, reply, 0, sampling(20, stop=(stop,)), one.chat.decode)
     assert whole.finish_reason == "stop"
     assert whole.token_ids == free.token_ids[:11]
     assert len(whole.logprobs) == len(whole.policy_versions) == 11
