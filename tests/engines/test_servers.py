@@ -57,7 +57,7 @@ async def begun(one: Served, wants: Sequence[Sampling]) -> list[asyncio.Task[Com
     """Requests that the server is at. A real one may be done with them before it is looked at; then they are asked again."""
     for _ in range(20):
         asked = [asyncio.create_task(one.engine.generate(PROMPT, want)) for want in wants]
-        await until(lambda asked=asked: any(task.done() for task in asked) or one.num_running() == len(asked))
+        await until(lambda asked=asked: any(task.done() for task in asked) or one.num_running() > 0)
         if not any(task.done() for task in asked):
             return asked
         await asyncio.gather(*asked)
@@ -151,7 +151,7 @@ def test_prompts_that_cannot_be_sampled_from_are_refused(one: Served, prompt: li
 
 def test_what_nobody_waits_for_is_given_up_by_the_server(one: Served):
     async def cancelled() -> None:
-        asked = await begun(one, [sampling(190, stop_token_ids=frozenset())] * 3)
+        asked = await begun(one, [sampling(190, stop_token_ids=frozenset())] * 16)
         for task in asked:
             task.cancel()
         await until(lambda: one.num_running() == 0)
@@ -279,7 +279,7 @@ def test_a_killed_server_loses_what_it_was_asked_and_comes_back(one: Served):
     first one would have said."""
     one.publish(model(2), 0)
     one.publish(model(1), 1)
-    wants = [sampling(100, seed=i, stop_token_ids=frozenset()) for i in range(4)]
+    wants = [sampling(190, seed=i, stop_token_ids=frozenset()) for i in range(16)]
 
     async def completions() -> list[Completion | BaseException]:
         return await asyncio.gather(*(one.engine.generate(PROMPT, want) for want in wants), return_exceptions=True)
@@ -297,7 +297,7 @@ def test_a_killed_server_loses_what_it_was_asked_and_comes_back(one: Served):
         assert isinstance(before, Completion)
         assert said.token_ids == before.token_ids
         assert same(said.logprobs, logprobs_of(model(1), PROMPT, said))
-        assert said.policy_versions == [1] * 100
+        assert said.policy_versions == [1] * 190
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -315,7 +315,7 @@ def test_one_that_stands_still_is_killed(kind: str, tmp_path: Path):
 
         with pytest.raises(EngineLostError, match=r"no sign of life for 2 s \(engine.hang_timeout_s\)"):
             made.run(through())
-        assert not server_pids(made)
+        made.run(until(lambda: not server_pids(made)))
 
 
 def instead(code: str, monkeypatch: pytest.MonkeyPatch, made: Served) -> None:

@@ -56,6 +56,7 @@ class _Server:
         self.cause = ""
         """Of its end."""
         self.watching: asyncio.Task[None] | None = None
+        self.closing: asyncio.Task[None] | None = None
 
 
 class ServerEngine:
@@ -293,12 +294,12 @@ class ServerEngine:
             await server.http.get("/health", STATUS_LIMIT_S)
             await self._dialect.check(server.http)
         except (OSError, HttpError) as error:
-            server.http.close()
+            await server.http.close()
             raise Died(
                 f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
             ) from error
         except BaseException:
-            server.http.close()
+            await server.http.close()
             raise
         return server
 
@@ -329,7 +330,7 @@ class ServerEngine:
         except BaseException as error:
             connection.end(f"it did not start: {error}")
             if server:
-                server.http.close()
+                await server.http.close()
             if isinstance(error, SluiceError) and not isinstance(error, Died):
                 raise EngineError(f"{self._who} could not be started: {error}{self._see}") from error
             raise
@@ -383,7 +384,7 @@ class ServerEngine:
     def _ended(self, server: _Server | None, cause: str) -> None:
         if server:
             server.cause = cause
-            server.http.close()
+            server.closing = asyncio.create_task(server.http.close())
             if server.watching and server.watching is not asyncio.current_task():
                 server.watching.cancel()
             if server is self._server:
@@ -416,6 +417,7 @@ class ServerEngine:
                     await server.connection.ask(Stop(), 2 * STOP_LIMIT_S)
                 server.connection.end("the engine was closed")
             self._ended(server, "the engine was closed")
+            await server.http.close()
         self._publication.close()
 
     def belongs_to(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from sluice.algorithms import Algorithm
 from sluice.config import AnyReward, FileData, FsdpTrainer, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
+from sluice.configengines import ServerEngine
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows
@@ -40,6 +41,8 @@ def check(config: TrainConfig) -> Checked:
         raise ConfigError(
             "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
         )
+    if isinstance(config.engine, ServerEngine) and not find_spec("aiohttp"):
+        raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install 'sluice[servers]'")
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],
