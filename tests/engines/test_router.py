@@ -378,6 +378,32 @@ def test_each_death_is_told_once_whoever_hears_of_it(is_heard_twice: bool):
     assert [f"{left} more left" in text for text, left in zip(died, (4, 3), strict=True)] == [True, True], died
 
 
+def test_one_that_dies_again_as_it_starts_is_counted_each_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(routing, "LONGEST_PAUSE_S", 0.001)
+
+    class Frail(Replica):
+        async def fingerprint(self) -> str:  # type: ignore[override]
+            if self.lost.is_set() and self.process < 3:
+                self.process += 1
+                raise EngineLostError("it does not start", self.process)
+            return await super().fingerprint()
+
+    engines = [Frail(0), Replica(1)]
+    router = router_over(engines, max_restarts=5)
+
+    async def run() -> None:
+        await router.update_weights(WEIGHTS, 0)
+        engines[0].lost.set()
+        await asyncio.gather(*(router.generate([1], sampling(ticket)) for ticket in range(4)))
+        await asyncio.sleep(0.1)
+        assert router.drain_metrics().values_by_name()["perf/lost_engines"] == 3
+        await router.close()
+
+    finish(run())
+    kinds = [kind for kind, _ in router.events]  # type: ignore[attr-defined]
+    assert kinds == [*3 * ["engine_died"], "engine_returned"]
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_without_any_engine_left_ends_at_once_and_says_why(workshop: Workshop, max_staleness: int):
     class Dying(Replica):

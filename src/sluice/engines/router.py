@@ -85,7 +85,7 @@ class Router:
         self._num_bytes = 0
         """That the last publication moved."""
         self._changed = asyncio.Condition()
-        self._num_resent = self._num_ejected = 0
+        self._num_resent = self._num_lost = 0
         self._closed = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
@@ -167,8 +167,8 @@ class Router:
             {f"perf/engine_requests/{k}": Sum(replica.num_requests) for k, replica in enumerate(self._replicas)}
         )
         metrics["perf/resent_requests"] = Sum(self._num_resent)
-        metrics["perf/lost_engines"] = Sum(self._num_ejected)
-        self._num_resent = self._num_ejected = 0
+        metrics["perf/lost_engines"] = Sum(self._num_lost)
+        self._num_resent = self._num_lost = 0
         for replica in self._replicas:
             replica.num_requests = 0
         return metrics
@@ -228,12 +228,12 @@ class Router:
         has_been_told = error.process <= replica.last_lost and replica.state != "up"
         if has_been_told or replica.state == "gone":
             return
-        self._num_ejected += 1
         self._count_loss(replica, error)
         if replica.state != "gone" and not replica.returning:
             replica.returning = asyncio.create_task(self._return(replica))
 
     def _count_loss(self, replica: Replica, error: EngineLostError) -> None:
+        self._num_lost += 1
         replica.num_lost += 1
         replica.last_lost = error.process
         replica.why, replica.version, replica.is_promised = str(error), None, False
