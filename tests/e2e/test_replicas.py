@@ -125,6 +125,12 @@ def test_a_hung_engine_is_found_out(ready: Path):
     assert not Path(f"/proc/{hung[0]}").exists()
 
 
+def see_sitecustomize(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started import it first."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
 def test_an_engine_whose_decoding_makes_no_progress_is_found_out(ready: Path, monkeypatch: pytest.MonkeyPatch):
     """Its event loop runs, and its completions do not."""
     (ready / "sitecustomize.py").write_text(
@@ -138,13 +144,33 @@ def test_an_engine_whose_decoding_makes_no_progress_is_found_out(ready: Path, mo
         "        await asyncio.Event().wait()\n"
         "    EmbeddedEngine._drive = never\n"
     )
-    path = os.pathsep.join([str(ready), *filter(None, [os.environ.get("PYTHONPATH")])])
-    monkeypatch.setenv("PYTHONPATH", path)
+    see_sitecustomize(ready, monkeypatch)
     run = finished("train", "config.yaml", "engine.process=own", "engine.num_threads=1", "engine.hang_timeout_s=3")
     assert (ready / "stuck").exists()
     assert samples_of(run, 3) == each_once(12)
     (died,) = (event["message"] for event in events_of(run) if event["kind"] == "engine_died")
     assert "it got nothing of its work done for 3 s (engine.hang_timeout_s)" in died
+
+
+def test_an_engine_is_not_blamed_for_taking_weights_over(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its unfinished completions wait meanwhile, for longer than its work may take."""
+    (ready / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'sluice.engines.serving' in ' '.join(sys.orig_argv):\n"
+        "    import time\n"
+        "    from sluice.weights.shared_memory import SharedInlet\n"
+        "    read = SharedInlet.read\n"
+        "    def slow(self, model, version):\n"
+        "        time.sleep(5 * (version == 1))\n"
+        "        read(self, model, version)\n"
+        "    SharedInlet.read = slow\n"
+    )
+    see_sitecustomize(ready, monkeypatch)
+    lengths = ("rollout.max_staleness=1", "rollout.max_new_tokens=200", "run.num_steps=2")
+    words = ("engine.process=own", "engine.num_threads=1", "engine.num_slots=4", "engine.hang_timeout_s=3", *lengths)
+    run = finished("train", "config.yaml", *words)
+    assert [event["kind"] for event in events_of(run)] == []
+    assert any(len(set(row["policy_versions"]) - {-1}) > 1 for row in rows_of(run, 2)), "none was unfinished"
 
 
 def test_an_engine_is_not_blamed_for_what_holds_up_the_trainer(ready: Path):

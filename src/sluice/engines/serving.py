@@ -90,6 +90,7 @@ class _Server:
         self.engine: EmbeddedEngine
         self.inlet: Inlet
         self.requests: dict[int, asyncio.Task[None]] = {}
+        self.is_updating = False
 
     async def take(self, message: Any) -> None:
         match message:
@@ -104,7 +105,7 @@ class _Server:
             case Update(version, finish):
                 self.tasks.create_task(self._answered(self._update(version, finish)))
             case Ping():
-                self._say(Alive(self.engine.is_busy, self.engine.num_steps))
+                self._say(Alive(self.engine.is_busy and not self.is_updating, self.engine.num_steps))
             case Fingerprint():
                 await self._answered(self.engine.fingerprint())
             case Unfinished():
@@ -120,8 +121,10 @@ class _Server:
         if finish:
             await self.engine.finish_active()
         async with self.engine.paused():
+            self.is_updating = True  # which has a limit of its own
             await asyncio.to_thread(self.inlet.read, self.engine.model, version)
             await self.engine.update_weights(InProcessWeights(self.engine.model), version)
+            self.is_updating = False
 
     async def _answered(self, work: Awaitable[Any]) -> None:
         try:
