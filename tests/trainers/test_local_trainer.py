@@ -500,7 +500,7 @@ def test_an_update_makes_older_handles_to_the_weights_stale_and_waits_while_they
     forward_backward(trainer, make_minibatch(some_samples(), packing, row("cispo"), 0))
 
     async def update() -> None:
-        async with handle.updates.weights.read():
+        async with handle.updates.lock.read():
             stepping = asyncio.create_task(trainer.optim_step())
             await asyncio.sleep(0.01)
             assert not stepping.done()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_a_version_on_disk_appears_whole_and_the_one_before_goes(tmp_path: Path)
     assert not folder.exists()
 
 
+def test_what_is_not_ours_stays_in_the_folder(tmp_path: Path):
+    """A folder of that name was there before."""
+    trainer, disk = tiny_model("qwen3"), Disk(tmp_path)
+    disk.belongs_to(Path("runs/some"))
+    folder = tmp_path / "some-weights"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    whole(disk.publish(InProcessWeights(trainer), 0))
+    disk.close()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
 def test_an_engine_that_does_not_see_the_folder_says_so(tmp_path: Path):
     disk = Disk(tmp_path)
     disk.belongs_to(Path("runs/some"))
@@ -172,6 +185,20 @@ def test_other_weights_are_refused_by_name():
     ):
         whole(run())
     assert time.monotonic() - start < LIMIT_S / 2, "the trainer waited for it"
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_they_meet_at_an_address_of_ipv6():
+    trainer = tiny_model("qwen3")
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S, host="::1")
+    engine = Engine(publication, tiny_model("qwen3"))
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer), 0)
+        await engine.take(0)
+
+    whole(run())
+    assert engine.fingerprint == fingerprint(trainer.named_weights())
 
 
 def test_a_dead_engine_does_not_hold_the_trainer_up():

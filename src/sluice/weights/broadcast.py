@@ -65,7 +65,8 @@ class Broadcast:
         """`weights` say what is published: names, shapes and dtypes. `host` is this one's address as trainer and engines see it."""
         self._tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in weights)
         self._num_bytes = sum(t.nbytes for t in _like(self._tensors))
-        listening = socket.create_server((host, 0))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, 0), family=family)
         self._port = listening.getsockname()[1]
         self._store: Any = dist.TCPStore(
             host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from sluice.errors import EngineError, boundary
 from sluice.interfaces import LanguageModel, Weights
 from sluice.weights.fingerprint import Part, combined, parts
-from sluice.weights.publication import Place
+from sluice.weights.publication import ReadWriteLock
 
 
 class Disk:
@@ -24,8 +25,9 @@ class Disk:
     def __init__(self, parent: Path | None) -> None:
         """`parent` gets a folder with the name of the run; None: the run's own folder has one."""
         self._parent = parent
-        self.folder = Path()
-        self._place = Place()
+        self.folder: Path
+        """Of the run that it belongs to."""
+        self._lock = ReadWriteLock()
         self.version: int | None = None
 
     def belongs_to(self, run: Path) -> None:
@@ -33,7 +35,7 @@ class Disk:
         self.folder = (self._parent / f"{run.name}-weights" if self._parent else run / "weights").absolute()
 
     async def publish(self, weights: Weights, version: int) -> int:
-        async with self._place.written():
+        async with self._lock.written():
             if version == self.version:
                 return 0
             final = self.of(version)
@@ -49,28 +51,33 @@ class Disk:
     def _put_in_place(self, unfinished: Path, final: Path) -> None:
         shutil.rmtree(final, ignore_errors=True)  # of a run that was killed
         unfinished.rename(final)
-        for other in self.folder.glob("*version-*"):
-            if other != final:
-                shutil.rmtree(other, ignore_errors=True)
+        self._remove_all_but(final)
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        for version in self.folder.glob("*version-*"):
+            if version != kept:
+                shutil.rmtree(version, ignore_errors=True)
 
     def of(self, version: int) -> Path:
         """The folder of a version."""
         return self.folder / f"version-{version:06d}"
 
     def link(self, engine: str) -> _DiskLink:
-        return _DiskLink(DiskInlet(str(self.folder)), self._place)
+        return _DiskLink(DiskInlet(str(self.folder)), self._lock)
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove_all_but(None)
+        with suppress(OSError):  # it is gone already, or has what is not ours
+            self.folder.rmdir()
 
 
 @dataclass(frozen=True)
 class _DiskLink:
     inlet: DiskInlet
-    place: Place
+    lock: ReadWriteLock
 
     async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
-        async with self.place.read():
+        async with self.lock.read():
             await take_over()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sluice.interfaces import SharedMemory
 from sluice.weights.broadcast import Address, Sender
-from sluice.weights.publication import Place, WeightsMoved
+from sluice.weights.publication import ReadWriteLock, WeightsMoved
 
 
 class Updates:
@@ -19,11 +19,11 @@ class Updates:
     def __init__(self) -> None:
         self.count = 0
         self.sender = Sender()
-        self.weights = Place()
+        self.lock = ReadWriteLock()
 
     @asynccontextmanager
     async def another(self) -> AsyncGenerator[None]:
-        async with self.weights.written():
+        async with self.lock.written():
             self.count += 1
             yield
 
@@ -44,7 +44,7 @@ class InProcessWeights:
         await asyncio.to_thread(self.model.export(), folder)
 
     async def broadcast(self, address: Address, version: int) -> None:
-        async with self.updates.weights.read():
+        async with self.updates.lock.read():
             if self.updates.count != self.count:
                 raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
             await asyncio.to_thread(

@@ -63,8 +63,8 @@ class Publication(Protocol):
     def close(self) -> None: ...
 
 
-class Place:
-    """Where the trainer leaves weights for others to read: it is written while nobody reads it."""
+class ReadWriteLock:
+    """Around weights that the trainer leaves for others to read: they are written while nobody reads them."""
 
     def __init__(self) -> None:
         self._open = asyncio.Lock()

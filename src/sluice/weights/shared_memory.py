@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sluice.interfaces import LanguageModel, Weights
-from sluice.weights.publication import Place
+from sluice.weights.publication import ReadWriteLock
 
 _ALIGNMENT = 64
 
@@ -59,14 +59,14 @@ class SharedMemory:
         """`weights` say what is published: names, shapes and dtypes; the numbers do not matter yet."""
         self._shared = SharedWeights(weights)
         self.fds: tuple[int, ...] = (self._shared.fd,)
-        self._place = Place()
+        self._lock = ReadWriteLock()
         self.version: int | None = None
 
     def belongs_to(self, run: Path) -> None:
         """Nothing is left there."""
 
     async def publish(self, weights: Weights, version: int) -> int:
-        async with self._place.written():
+        async with self._lock.written():
             if version == self.version:
                 return 0
             await weights.copy_to(self._shared)
@@ -74,7 +74,7 @@ class SharedMemory:
             return self._shared.num_bytes
 
     def link(self, engine: str) -> _SharedLink:
-        return _SharedLink(SharedInlet(self._shared.fd), self._place)
+        return _SharedLink(SharedInlet(self._shared.fd), self._lock)
 
     def close(self) -> None:
         if self.fds:
@@ -85,10 +85,10 @@ class SharedMemory:
 @dataclass(frozen=True)
 class _SharedLink:
     inlet: SharedInlet
-    place: Place
+    lock: ReadWriteLock
 
     async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
-        async with self.place.read():
+        async with self.lock.read():
             await take_over()
 
 
