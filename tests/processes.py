@@ -25,6 +25,26 @@ def engines(parent: int | None = None) -> list[int]:
     return children("sluice.engines.serving", parent)
 
 
+def living_in(folder: Path) -> dict[int, str]:
+    """The command lines of all processes that work in it: those of a run that was started there, wherever they come from."""
+    found: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if Path(os.readlink(process / "cwd")) == folder:
+                found[int(process.name)] = command(int(process.name))
+    return found
+
+
+def command(pid: int) -> str:
+    """Its words, with spaces between them. Raises OSError when it has ended."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def parent_of(pid: int) -> int:
+    """Raises OSError when it has ended."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """As long as the block; it may have ended."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -155,13 +155,18 @@ def cause_of(code: int | None) -> tuple[str, bool]:
     return f"its process was killed ({signal.Signals(-code).name}{hint})", True
 
 
-def belong_to(parent: int, fd: int) -> socket.socket:
-    """In the process itself, first of all: it lives as long as its parent, and leaves Ctrl-C to it. Gives the socket."""
+def kill_own_group() -> None:
+    """This process, and whatever it has started."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def belong_to(parent: int, fd: int, end: Callable[[], None] = kill_own_group) -> socket.socket:
+    """In the process itself, first of all: when its parent is gone it calls `end`, and it leaves Ctrl-C to it. Gives the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
         faulthandler.register(signal.SIGUSR1)  # says in the log where it is
     _wake_with_parents_death()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, end), daemon=True).start()
     os.set_inheritable(fd, False)
     return socket.socket(fileno=fd)
 
@@ -176,8 +181,8 @@ def _wake_with_parents_death() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
-def _end_with(parent: int) -> None:
-    """Kill this process, and whatever it has started, when its parent is gone. (Who is busy reads no end of file.)"""
+def _end_with(parent: int, end: Callable[[], None]) -> None:
+    """By looking, and not by the end of file alone, which who is busy does not read."""
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
-    os.killpg(0, signal.SIGKILL)
+    end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sluice.data.batch import Layout, make_minibatch
 from sluice.errors import NonFiniteError, TrainingError
+from sluice.processes import Died, Process
 from sluice.trainers.optim import OptimizerSettings
 from sluice.trainers.ranks import RankedTrainer
 from sluice.types import Sample
@@ -156,6 +158,22 @@ def test_a_rank_that_is_killed_ends_all(two: Two):
 
     two.run(killed())
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+class Stillborn(Process):
+    def connect(self) -> socket.socket:
+        raise Died("its machine was lost")
+
+
+def test_a_rank_that_dies_before_it_is_there_is_named_to_all_who_wait():
+    async def answers() -> list[Any]:
+        async with ranks(Setup(), 2) as trainer:
+            trainer._launch = lambda rank: Stillborn
+            return await asyncio.gather(trainer.fingerprint(), trainer.update_reference(), return_exceptions=True)
+
+    for answer in asyncio.run(answers()):
+        assert isinstance(answer, TrainingError)
+        assert str(answer) == "trainer rank 0 could not be started: its machine was lost"
 
 
 def with_returns(samples: list[Sample]) -> list[Sample]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from models import tiny_model
-from sluice.errors import EngineError
+from sluice.errors import EngineError, TrainingError
+from sluice.processes import Died
 from sluice.trainers.model import PolicyModel
 from sluice.weights import broadcast
 from sluice.weights.broadcast import Broadcast, buckets
@@ -219,6 +220,36 @@ def test_a_dead_engine_does_not_hold_the_trainer_up():
     with pytest.raises(EngineError, match="it has died"):
         whole(run())
     assert time.monotonic() - start < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("dead", ["engine", "trainer"])
+def test_of_an_end_that_dies_on_the_way_the_end_itself_is_believed(dead: str, monkeypatch: pytest.MonkeyPatch):
+    """Both ends see their connection break off, and only one of them is dead."""
+    trainer = tiny_model("qwen3")
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+    error = Died("its process was killed") if dead == "engine" else TrainingError("rank 0 was killed")
+
+    def breaks_off(self: Any, num_bytes: int) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    async def seen(work: Awaitable[None], end: str) -> None:
+        with pytest.raises(EngineError, match="broke off: RuntimeError"):
+            await work
+        raise error if end == dead else EngineError("it saw no more than that")
+
+    class Sent(InProcessWeights):
+        async def broadcast(self, address: Any, version: int) -> None:
+            await seen(super().broadcast(address, version), "trainer")
+
+    async def run() -> None:
+        await publication.publish(Sent(trainer), 0)
+        take = asyncio.to_thread(engine.inlet.read, engine.model, 0)
+        await engine.link.deliver(0, lambda: seen(take, "engine"))
+
+    monkeypatch.setattr(broadcast._Group, "_broadcast", breaks_off)
+    with pytest.raises(type(error), match="was killed"):
+        whole(run())
 
 
 def test_weights_that_have_moved_are_not_sent_and_the_engine_is_told():

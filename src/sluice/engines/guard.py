@@ -10,16 +10,24 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sluice.connection import Answer, failed, read, write
 from sluice.errors import EngineError
-from sluice.processes import belong_to
+from sluice.processes import belong_to, kill_own_group
 
 STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
+TIDY_LIMIT_S = 3.0
+"""For what removes the shared memory of a server that was killed."""
+LAST_WILL = ["sh", "-c", "read line; kill -9 0"]
+"""Run in the guard's process group, with a pipe from it: kills the group when the guard is gone, even if its parent is too."""
 PORT = "{port}"
 """Stands for the port in a command."""
 
@@ -44,8 +52,10 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 
 def serve(fd: int, parent: int) -> None:
-    pipe = belong_to(parent, fd)
+    pipe = belong_to(parent, fd, _end)
+    subprocess.Popen(LAST_WILL, stdin=subprocess.PIPE)
     code = asyncio.run(_serve(pipe))
+    _end_rest()
     if code < 0:  # so that who started us is told the signal
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -82,7 +92,32 @@ async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Proce
         await asyncio.sleep(STOP_LIMIT_S)
     except EOFError:  # the parent closed its end, or died
         pass
-    os.killpg(0, signal.SIGKILL)
+    _end()
+
+
+def _end() -> None:
+    _end_rest()
+    kill_own_group()
+
+
+def _end_rest() -> None:
+    """Kill the server's processes. Python's resource tracker among them ends by itself, after it has removed their shared memory."""
+    end = time.monotonic() + TIDY_LIMIT_S
+    while (rest := dict(_rest())) and time.monotonic() < end:
+        for pid, command in rest.items():
+            if b"multiprocessing.resource_tracker" not in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _rest() -> Iterator[tuple[int, bytes]]:
+    """The other processes of this one's group, with their commands; none where the system has no /proc."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            pid, command = int(process.name), (process / "cmdline").read_bytes()
+            if command and pid != os.getpid() and os.getpgid(pid) == os.getpgrp():  # without one it has ended
+                yield pid, command
 
 
 def _free_port() -> int:

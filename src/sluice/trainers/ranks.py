@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sluice.connection import Answer, Connection
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, deal, under_budget
-from sluice.errors import TrainingError, boundary
+from sluice.errors import SluiceError, TrainingError, boundary
 from sluice.interfaces import Layout, SharedMemory, TrainerOutput
 from sluice.processes import Child, Died, Launch, Process
 from sluice.tracking.metrics import Metrics
@@ -80,7 +80,7 @@ class RankedTrainer:
         self._connecting = asyncio.Lock()
         self._deaths: list[tuple[int, str, bool]] = []
         self._burial: asyncio.Task[None] | None = None
-        self._failure: TrainingError | None = None
+        self._failure: SluiceError | None = None
         self._restore: tuple[str, dict[str, Any]] | None = None
         self._numbers = count()
         self._writing: dict[int, asyncio.Future[None]] = {}
@@ -220,9 +220,9 @@ class RankedTrainer:
                 raise answer
         return answers
 
-    async def _failed(self) -> TrainingError:
+    async def _failed(self) -> SluiceError:
         if self._burial:
-            await asyncio.shield(self._burial)
+            await asyncio.wait([self._burial])
         return self._failure or TrainingError("the trainer was closed")
 
     async def _started(self) -> None:
@@ -234,17 +234,25 @@ class RankedTrainer:
             processes = [self._launched(rank) for rank in range(self.degrees.num_ranks)]
             try:
                 for rank, process in enumerate(processes):
-                    with boundary(TrainingError, f"trainer rank {rank} could not be started"):
-                        pipe = await asyncio.to_thread(process.connect)
-                        reader, writer = await asyncio.open_connection(sock=pipe)
-                    ended = partial(self._ended, rank)
-                    self._connections.append(Connection(process, reader, writer, self._take, ended))
+                    await self._connect(rank, process)
                 await self._begin()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, SluiceError):  # told to whoever else waits for them
+                    self._failure = error
                 await self.close()
                 for process in processes:
                     process.kill()
                 raise
+
+    async def _connect(self, rank: int, process: Child) -> None:
+        try:
+            with boundary(TrainingError, f"trainer rank {rank} could not be started"):
+                pipe = await asyncio.to_thread(process.connect)
+                reader, writer = await asyncio.open_connection(sock=pipe)
+        except Died as error:
+            raise TrainingError(f"trainer rank {rank} could not be started: {error}") from None
+        ended = partial(self._ended, rank)
+        self._connections.append(Connection(process, reader, writer, self._take, ended))
 
     def _launched(self, rank: int) -> Child:
         log = self.log_folder / f"trainer-{rank}.log" if self.log_folder else None

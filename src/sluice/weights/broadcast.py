@@ -19,8 +19,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from sluice.errors import EngineError, boundary
+from sluice.errors import EngineError, TrainingError, boundary
 from sluice.interfaces import LanguageModel, Weights
+from sluice.processes import Died
 from sluice.weights.publication import WeightsMoved
 
 dist: Any = torch.distributed  # its stores and groups have no types
@@ -97,12 +98,12 @@ class Broadcast:
                 for end in ("trainer", "engine"):  # neither need wait for the other
                     self._store.set(f"{address.engine}/{address.process}/{version}/{end}", GONE)
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
-            errors = [task.exception() for task in (taking, sending) if task.done()]
-            for error in sorted(filter(None, errors), key=lambda error: not isinstance(error, WeightsMoved)):
+            errors = [error for task in (taking, sending) if task.done() and (error := task.exception())]
+            if errors:
                 with boundary(
                     EngineError, f"the weights of version {version} could not be broadcast to {address.engine}"
                 ):
-                    raise error
+                    raise _cause(errors)
         finally:
             for task in (sending, taking):
                 task.cancel()  # a thread that waits for a process that has ended is left to its limit
@@ -137,8 +138,9 @@ class BroadcastInlet:
             )
         self._group = self._group or _Group(self.address, RECEIVER)
         self._group.meet(version, "engine", "trainer")
-        self._group.join(model.device)
-        self._group.receive(weights)
+        with boundary(EngineError, f"the weights of version {version} broke off"):  # with the trainer's process
+            self._group.join(model.device)
+            self._group.receive(weights)
 
 
 class Sender:
@@ -155,8 +157,9 @@ class Sender:
         if group is None or group.address != address:
             group = _Group(address, SENDER)
         group.meet(version, "trainer", "engine")
-        group.join(device)
-        group.send(weights)
+        with boundary(EngineError, f"the weights of version {version} broke off"):  # with the engine's process
+            group.join(device)
+            group.send(weights)
         self._groups[engine] = group  # one that failed is not used again
 
 
@@ -216,6 +219,12 @@ class _Group:
         self._group.broadcast(self._buffer[:num_bytes], SENDER).wait()
         if self._buffer.is_cuda:
             torch.cuda.current_stream(self._buffer.device).synchronize()  # `wait` is the stream's, not ours
+
+
+def _cause(errors: list[BaseException]) -> BaseException:
+    """What an end says of itself, if one does: the other only saw it break off."""
+    of_itself = (error for kind in (WeightsMoved, Died, TrainingError) for error in errors if isinstance(error, kind))
+    return next(of_itself, errors[0])
 
 
 def buckets(parts: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -1,0 +1,61 @@
+"""Of a server nothing is left, whichever of its processes, its guard or its guard's parent is killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from processes import living_in
+from sluice.engines.guard import Launch
+from sluice.processes import Process
+
+SERVER = """\
+import os, subprocess, sys, time
+from multiprocessing.shared_memory import SharedMemory
+
+memory = SharedMemory(create=True, size=8)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open("partial", "w") as file:
+    file.write(f"{os.getpid()} {memory.name}")
+os.rename("partial", "ready")
+time.sleep(600)
+"""
+ENDS: dict[str, Callable[[Process, int], None]] = {
+    "server": lambda guard, server: os.kill(server, signal.SIGKILL),
+    "guard": lambda guard, server: os.kill(guard.pid, signal.SIGKILL),
+    "guard's parent": lambda guard, server: guard.socket.close(),
+}
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ends_first", ENDS)
+def test_nothing_is_left(ends_first: str, tmp_path: Path):
+    """Shared memory neither, where the guard can see to it."""
+    guard = Process("sluice.engines.guard", path=sys.path, folder=str(tmp_path), log=None, variables={})
+    try:
+        launch = pickle.dumps(Launch([sys.executable, "-c", SERVER], {}))
+        guard.socket.sendall(len(launch).to_bytes(8) + launch)
+        wait_until((tmp_path / "ready").exists)
+        server, name = (tmp_path / "ready").read_text().split()
+        memory = Path("/dev/shm") / name
+        assert memory.exists()
+        assert len(living_in(tmp_path)) > 3  # among them Python's resource tracker
+        ENDS[ends_first](guard, int(server))
+        wait_until(lambda: not living_in(tmp_path))
+        assert memory.exists() == (ends_first == "guard")
+    finally:
+        guard.kill()
+        memory.unlink(missing_ok=True)
