@@ -1,4 +1,4 @@
-"""What runs beside an inference server that we start: it starts the server, and sees that it does not outlive us.
+"""What runs beside an inference server that we start, on its machine: it starts the server, and sees that it does not outlive us.
 
 The server is another's program, in an environment of its own, which knows nothing of us; it belongs to the guard's process group,
 and that ends with its parent. The parent's side is `sluice.engines.server`.
@@ -20,17 +20,28 @@ from sluice.processes import belong_to
 
 STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
-PORT = "{port}"
-"""Stands for the port in a command."""
+HOST, PORT = "{host}", "{port}"
+"""Stand for where the server listens, in a command."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The first message; the answer is the port, on which the server will listen some time later."""
+    """How a server is started."""
 
     command: list[str]
     variables: dict[str, str]
     """Of its environment, beside those that are there."""
+    python_path: str | None = None
+    """Folder that its Python looks into first."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message; the answer is the URL at which the server will listen some time later."""
+
+    launch: Launch
+    folder: str
+    """In which weights are published."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +66,43 @@ def serve(fd: int, parent: int) -> None:
 
 async def _serve(pipe: socket.socket) -> int:
     """The exit code of the server, or minus the signal that ended it."""
+    host = _own_address(pipe)
+    port = _free_port(host)
     reader, writer = await asyncio.open_connection(sock=pipe)
-    launch: Launch = await read(reader)
-    port = _free_port()
-    command = [word.replace(PORT, str(port)) for word in launch.command]
-    print(f"$ {' '.join(command)}", flush=True)
     try:
-        server = await asyncio.create_subprocess_exec(*command, env={**os.environ, **launch.variables})
-    except OSError as error:
-        write(writer, failed(None, EngineError(f"{command[0]} cannot be started: {error.strerror}")))
+        server = await _started(await read(reader), host, port)
+    except EngineError as error:
+        write(writer, failed(None, error))
         await writer.drain()
         return 1
-    write(writer, Answer(None, port))
+    write(writer, Answer(None, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"))
     listening = asyncio.create_task(_listen(reader, server))
     try:
         return await server.wait()
     finally:
         listening.cancel()
+
+
+async def _started(start: Start, host: str, port: int) -> asyncio.subprocess.Process:
+    _check_sees(start.folder)
+    launch = start.launch
+    command = [word.replace(HOST, host).replace(PORT, str(port)) for word in launch.command]
+    path = os.pathsep.join(filter(None, [launch.python_path, os.environ.get("PYTHONPATH")]))
+    print(f"$ {' '.join(command)}", flush=True)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, "PYTHONPATH": path, **launch.variables}
+        )
+    except OSError as error:
+        raise EngineError(f"{command[0]} cannot be started: {error.strerror}") from error
+
+
+def _check_sees(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise EngineError(
+            f"{socket.gethostname()} does not see {folder}, in which weights are published; set engine.publication_folder to a folder that "
+            "all machines share"
+        )
 
 
 async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Process) -> None:
@@ -85,7 +116,12 @@ async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Proce
     os.killpg(0, signal.SIGKILL)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _own_address(pipe: socket.socket) -> str:
+    """Of this machine, as whoever is at the other end sees it."""
+    return "127.0.0.1" if pipe.family == socket.AF_UNIX else pipe.getsockname()[0]
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return probe.getsockname()[1]

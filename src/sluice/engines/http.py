@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _LONGEST_HEAD = 2**16
+_CONNECT_LIMIT_S = 10.0
 
 
 class HttpError(Exception):
@@ -27,12 +28,14 @@ class HttpError(Exception):
 class HttpClient:
     """Of one server. Cancelling a request closes its connection, by which the server knows that nobody waits for it."""
 
-    def __init__(self, url: str) -> None:
-        """`url` is `http://host:port`, or `https://…`, with no path."""
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """`url` is `http://host:port`, or `https://…`, with no path; `key` is what the server wants to hear from who may give it orders."""
         parts = urlsplit(url)
         self.url = url
         self._host, self._tls = parts.hostname or "", parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
+        self._greeting = f"Host: {self._host}:{self._port}\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
+        self._open = set[asyncio.StreamWriter]()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._closed = False
 
@@ -48,15 +51,17 @@ class HttpClient:
             return await self._ask("POST", path, b"" if body is None else json.dumps(body).encode())
 
     async def _ask(self, method: str, path: str, body: bytes) -> Any:
-        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
+        head = f"{method} {path} HTTP/1.1\r\n{self._greeting}Content-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         while self._idle:
             reader, writer = self._idle.pop()
             with suppress(asyncio.IncompleteReadError, ConnectionError):  # the server has closed it meanwhile
                 return await self._exchange(reader, writer, request)
-        reader, writer = await asyncio.open_connection(
-            self._host, self._port, ssl=self._tls or None, limit=_LONGEST_HEAD
-        )
+        async with asyncio.timeout(_CONNECT_LIMIT_S):
+            reader, writer = await asyncio.open_connection(
+                self._host, self._port, ssl=self._tls or None, limit=_LONGEST_HEAD
+            )
+        self._open.add(writer)
         try:
             return await self._exchange(reader, writer, request)
         except asyncio.IncompleteReadError as error:
@@ -75,13 +80,15 @@ class HttpClient:
                 self._idle.append((reader, writer))
             else:
                 writer.transport.abort()
+                self._open.discard(writer)
         if status >= 300:
             raise HttpError(status, _complaint(body))
         return json.loads(body) if "json" in headers.get("content-type", "") else None
 
     def close(self) -> None:
+        """Breaks off what it waits for: of a machine that is lost nothing comes, not even an end."""
         self._closed = True
-        for _, writer in self._idle:
+        for writer in self._open:
             writer.transport.abort()
         self._idle.clear()
 
