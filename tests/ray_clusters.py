@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 START_LIMIT_S = 120
@@ -95,10 +97,24 @@ def short_folder() -> Iterator[str]:
 
 
 @contextmanager
-def cluster_of_this_machine(num_cpus: int, folder: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Its address, and the environment that lets one join it."""
+def joined_by_runs(num_cpus: int, num_gpus: int = 0) -> Iterator[tuple[str, str]]:
+    """The settings of runs in a cluster that stays from one to the next."""
+    with (
+        short_folder() as folder,
+        cluster_of_this_machine(num_cpus, folder, num_gpus) as (address, env),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield "placement.name=ray", f"placement.address={address}"
+
+
+@contextmanager
+def cluster_of_this_machine(num_cpus: int, folder: str, num_gpus: int = 0) -> Iterator[tuple[str, dict[str, str]]]:
+    """Its address, and the environment that lets one join it. GPUs need not be there."""
     env = {**QUIET, "RAY_AUTH_MODE": "disabled"}  # it is read when ray is imported, which here was long ago
-    said = ray("start", "--head", "--port=0", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *SMALL, env=env)
+    amounts = f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"
+    said = ray("start", "--head", "--port=0", *amounts, f"--temp-dir={folder}", *SMALL, env=env)
     (address,) = set(re.findall(r"--address='([\d.]+:\d+)'", said))
     raylets = [
         pid

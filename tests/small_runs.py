@@ -82,6 +82,14 @@ def make_architecture(folder: str | Path, alphabet: str, **changes: Any) -> Path
     return make_char_tokenizer(folder, alphabet)
 
 
+def make_stand_in_python(path: Path) -> Path:
+    """A Python whose vLLM and SGLang are stand-ins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}/tests/standins:$PYTHONPATH" exec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(path)

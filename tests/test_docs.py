@@ -29,6 +29,7 @@ from small_runs import (
     DRY_ONLY,
     documented_metrics,
     finished,
+    make_stand_in_python,
     metrics_of,
     sluice,
     workplace,
@@ -123,13 +124,6 @@ def write_users_code(folder: Path) -> None:
         (folder / f"{module}.py").write_text("\n\n".join(codes))
 
 
-def stand_in_python(path: Path) -> None:
-    """A Python whose vLLM and SGLang are stand-ins."""
-    path.parent.mkdir(parents=True)
-    path.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}/tests/standins:$PYTHONPATH" exec {sys.executable} "$@"\n')
-    path.chmod(0o755)
-
-
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
@@ -148,7 +142,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "longer.yaml").write_text("rollout: {max_new_tokens: 12}\n")
     write_users_code(folder)
     for name in ("vllm", "sglang"):
-        stand_in_python(folder / f".venv-{name}/bin/python")
+        make_stand_in_python(folder / f".venv-{name}/bin/python")
     for link in ("recipes", "examples"):
         (folder / link).symlink_to(ROOT / link)
     task = [sys.executable, "examples/recheck/task.py", "runs/recheck/task", "--demonstrations", "32"]

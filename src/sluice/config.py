@@ -219,7 +219,9 @@ class TrainConfig(Section):
             self.engine.check_process(self.rollout.max_staleness)
         if isinstance(self.placement, RayPlacement):
             has_ranks = isinstance(self.trainer, FsdpTrainer)
-            self.placement.check_fits(self.has_engine_apart(), has_ranks, self.weights_go_by())
+            self.placement.check_fits(self.num_engines_apart() > 0, has_ranks, self.weights_go_by())
+            if isinstance(self.engine, ServerEngine):
+                self.placement.check_server(self.engine)
         if isinstance(self.engine, ServerEngine):
             rollout = self.rollout
             self.engine.check_run(rollout.max_staleness, rollout.top_p, rollout.top_k, self.model.device)
@@ -310,9 +312,12 @@ class TrainConfig(Section):
             )
         return self
 
-    def has_engine_apart(self) -> bool:
-        """Whether an engine of ours has a process of its own."""
-        return isinstance(self.engine, EmbeddedEngine) and self.engine.process == "own"
+    def num_engines_apart(self) -> int:
+        """Engines that are started as processes of their own: ours, or servers."""
+        engine = self.engine
+        if isinstance(engine, ServerEngine):
+            return engine.replicas if engine.python else 0
+        return engine.replicas if isinstance(engine, EmbeddedEngine) and engine.process == "own" else 0
 
     def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
         """How they reach an engine of ours in a process of its own."""

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from ray_clusters import cluster_of_this_machine, short_folder
+from ray_clusters import joined_by_runs
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
@@ -39,14 +39,8 @@ def broken(prompt, trajectory):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, str]]:
-    with (
-        short_folder() as folder,
-        cluster_of_this_machine(4, folder) as (address, env),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in env.items():
-            patch.setenv(name, value)
-        yield "placement.name=ray", f"placement.address={address}"
+    with joined_by_runs(4) as settings:
+        yield settings
 
 
 @pytest.fixture
@@ -196,7 +190,7 @@ def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tu
     ("words", "complaint"),
     [
         (["placement.address=127.0.0.1:9"], "placement.address=127.0.0.1:9: no Ray cluster could be joined"),
-        (["placement.engine_cpus=2"], "placement.engine_cpus has no effect: the engine has no process of its own"),
+        (["placement.engine_cpus=2"], "placement.engine_cpus has no effect: no process is started for the engine"),
         (["engine.process=own", "placement.engine_gpus=64"], "no room for the run"),
         (["engine.process=own", "engine.publication=shared_memory"], "set engine.publication=broadcast"),
         (["placement.address=ray://head:10001"], "auto, HOST:PORT"),

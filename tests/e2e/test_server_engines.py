@@ -59,10 +59,9 @@ def servers() -> list[int]:
     found: list[int] = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            if {b"sglang.launch_server", b"vllm.entrypoints.openai.api_server"} & {*words} and os.readlink(
-                path / "cwd"
-            ) == os.getcwd():
+            command = (path / "cmdline").read_bytes()
+            is_one = b"sglang.launch_server" in command or b"vllm.entrypoints.openai.api_server" in command
+            if is_one and os.readlink(path / "cwd") == os.getcwd():
                 found.append(int(path.name))
     return sorted(found)
 

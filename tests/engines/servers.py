@@ -24,6 +24,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.engines.server import ServerEngine
 from sluice.engines.sglang import Sglang, SglangServer
 from sluice.engines.vllm import Vllm, VllmServer
+from sluice.processes import Process
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
 from sluice.weights.disk import Disk
@@ -133,6 +134,7 @@ def served(
             finish_limit_s=None,
             start_limit_s=start_limit_s,
             hang_timeout_s=hang_timeout_s,
+            launch=Process,
         )
         engine.belongs_to(folder / ("guest" if url else "run"))
         (folder / "run").mkdir(exist_ok=True)

@@ -9,16 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
 
+from processes import stopped
 from sluice.engines.dialect import Reply
+from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.pieces import extend
 from sluice.errors import EngineError, EngineLostError, PromptTooLongError
 from sluice.types import Completion, Sampling
@@ -320,8 +324,8 @@ def test_one_that_stands_still_is_killed(kind: str, tmp_path: Path):
 
 def instead(code: str, monkeypatch: pytest.MonkeyPatch, made: Served) -> None:
     """Another program is started in the server's place."""
-    launch = replace(made.engine._dialect.launch(), command=[sys.executable, "-c", code])
-    monkeypatch.setattr(made.engine._dialect, "launch", lambda: launch)
+    launch = replace(made.engine._dialect.launch("key"), command=[sys.executable, "-c", code])
+    monkeypatch.setattr(made.engine._dialect, "launch", lambda key: launch)
 
 
 def test_one_that_ends_while_it_starts_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -380,19 +384,44 @@ def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
         time.sleep(0.1)
 
 
+@contextmanager
+def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
+    """A server that a user has started, without those words of our command: its URL."""
+    with served(kind, folder) as made:
+        words = made.engine._dialect.launch("key").command
+    if kind == "sglang":
+        words[1:3] = ["-m", "sglang.launch_server"]
+    words = [word for word in words if word not in ("--middleware", "sluice_key.RequireKey", *left_out)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [word.replace("{host}", "127.0.0.1").replace("{port}", str(port)) for word in words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}
+    server, url = subprocess.Popen(words, env=environment), f"http://127.0.0.1:{port}"
+    try:
+        limit = time.monotonic() + 60
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+                break
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
-    with served(kind, tmp_path) as owner:
-        owner.publish(model(1), 0)
-        with served(kind, tmp_path, url=owner.url) as guest:
-            gone = owner.url
-            guest.publish(model(2), 5)
-            said = guest.run(guest.engine.generate(PROMPT, sampling()))
-            assert same(said.logprobs, logprobs_of(model(2), PROMPT, said))
-            assert said.policy_versions == [5] * len(said.token_ids)
-        assert owner.run(owner.engine.generate(PROMPT, sampling()))
+    with by_hand(kind, tmp_path) as url:
+        for version in (5, 6):
+            with served(kind, tmp_path, url=url) as guest:
+                guest.publish(model(version), version)
+                said = guest.run(guest.engine.generate(PROMPT, sampling()))
+                assert same(said.logprobs, logprobs_of(model(version), PROMPT, said))
+                assert said.policy_versions == [version] * len(said.token_ids)
     with (
-        served(kind, tmp_path, url=gone) as guest,
+        served(kind, tmp_path, url=url) as guest,
         pytest.raises(EngineLostError, match=r"no .* server answers at engine\.url"),
     ):
         guest.publish(model(2), 6)
@@ -400,26 +429,69 @@ def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
 
 def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
     """It could sample, and could not be given weights."""
-    with served("vllm", tmp_path) as owner:
-        launch = owner.engine._dialect.launch()
-        assert "sluice_worker.Weights" in launch.command
-    words = [word for word in launch.command if word not in ("--worker-extension-cls", "sluice_worker.Weights")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}
-    bare = subprocess.Popen([word.replace("{port}", str(port)) for word in words], env=environment)
-    try:
-        with served("vllm", tmp_path, url=f"http://127.0.0.1:{port}") as guest:
-            limit = time.monotonic() + 60
-            while True:
-                with pytest.raises(EngineError) as refused:
-                    guest.publish(model(1), 0)
-                if "no vLLM server answers" not in str(refused.value):
-                    break
-                assert time.monotonic() < limit
-                time.sleep(0.2)
-            assert "--worker-extension-cls sluice_worker.Weights" in str(refused.value)
-    finally:
-        bare.kill()
-        bare.wait()
+    with (
+        by_hand("vllm", tmp_path, "--worker-extension-cls", "sluice_worker.Weights") as url,
+        served("vllm", tmp_path, url=url) as guest,
+        pytest.raises(EngineError, match=r"--worker-extension-cls sluice_worker\.Weights"),
+    ):
+        guest.publish(model(1), 0)
+
+
+# Who may give it orders
+
+ORDERS = {
+    "vllm": [
+        "/pause?mode=keep",
+        "/collective_rpc",
+        "/update_weight_version",
+        "/sleep?level=2",
+        "/inference/v1/generate",
+        "/nothing",
+    ],
+    "sglang": ["/pause_generation", "/update_weights_from_disk", "/release_memory_occupation", "/generate", "/nothing"],
+}
+
+
+def test_who_has_no_key_gives_no_orders(one: Served):
+    """And nobody finds the key where all on the machine look, or in the log."""
+    assert one.engine._server
+    key = one.engine._server.http._session.headers["Authorization"].split()[-1]
+
+    async def refused(wrong: str | None) -> None:
+        client = HttpClient(one.url, wrong)
+        for path in ORDERS[one.kind.removeprefix("real ")]:
+            with pytest.raises(HttpError, match=r"^HTTP 401"):
+                await client.post(path, {}, 10)
+        await client.close()
+
+    for wrong in (None, key[:-1]):
+        one.run(refused(wrong))
+    assert not processes_with(key)
+    assert key not in (one.folder / "run/engine.log").read_text()
+    assert one.run(one.engine.generate(PROMPT, sampling()))
+
+
+def test_a_server_whose_machine_sees_no_weights_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with served("vllm", tmp_path) as made:
+        made.engine._publication.folder = tmp_path / "elsewhere"
+        monkeypatch.setattr(made.engine._publication, "publish", AsyncMock(return_value=0))
+        with pytest.raises(
+            EngineError, match=r"does not see .*/elsewhere.*; set engine\.publication_folder to a folder that all"
+        ):
+            made.publish(model(1), 0)
+
+
+def test_what_was_asked_of_a_lost_machine_is_lost_too(one: Served):
+    """Of which nothing comes, not even the end of a connection: here of a server that is stopped."""
+
+    async def through() -> None:
+        client = HttpClient(one.url)
+        with stopped(min(server_pids(one))):
+            asked = asyncio.ensure_future(client.get("/health", 60))
+            await asyncio.sleep(0.3)
+            await client.close()
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(asked, 5)
+        await asyncio.sleep(0)
+
+    one.run(through())

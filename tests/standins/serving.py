@@ -109,8 +109,10 @@ class Sampler:
         found["versions"].append(self.version)
 
 
-async def serve(port: int, handlers: dict[str, Handler]) -> None:
-    """HTTP/1.1 on localhost; a handler gets the request's JSON and query, and is cancelled when who asked has gone."""
+async def serve(handlers: dict[str, Handler], key: str | None) -> None:
+    """HTTP/1.1 where the command line says; a handler gets the request's JSON and query, and is cancelled when who asked has gone.
+
+    With a `key`, who does not say it gets no more than a sign of life."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -128,7 +130,10 @@ async def serve(port: int, handlers: dict[str, Handler]) -> None:
                     )
                 )
                 body = json.loads(await reader.readexactly(length) or b"{}") | dict(parse_qsl(target.query))
-                handler = handlers.get(target.path)
+                is_known = (
+                    key is None or f"Authorization: Bearer {key}" in head or target.path in ("/health", "/metrics")
+                )
+                handler = handlers.get(target.path) if is_known else unauthorized
                 work = asyncio.ensure_future(handler(body)) if handler else None
                 gone = asyncio.ensure_future(reader.read(1))
                 if work:
@@ -148,9 +153,13 @@ async def serve(port: int, handlers: dict[str, Handler]) -> None:
                 )
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", port)
+    server = await asyncio.start_server(answer, option("--host"), int(option("--port")))
     async with server:
         await server.serve_forever()
+
+
+async def unauthorized(body: dict[str, Any]) -> tuple[int, Any]:
+    return 401, {"error": "Unauthorized"}
 
 
 def option(name: str, default: str = "") -> str:

@@ -35,8 +35,8 @@ class Dialect(Protocol):
 
     name: str
 
-    def launch(self) -> Launch:
-        """The command that starts one, with random weights."""
+    def launch(self, key: str) -> Launch:
+        """How one is started, with random weights; nobody else is to give it orders than who knows the `key`."""
         ...
 
     async def check(self, http: HttpClient) -> None:

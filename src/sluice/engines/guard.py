@@ -1,4 +1,4 @@
-"""What runs beside an inference server that we start: it starts the server, and sees that it does not outlive us.
+"""What runs beside an inference server that we start, on its machine: it starts the server, and sees that it does not outlive us.
 
 The server is another's program, in an environment of its own, which knows nothing of us; it belongs to the guard's process group,
 and that ends with its parent. The parent's side is `sluice.engines.server`.
@@ -28,17 +28,28 @@ TIDY_LIMIT_S = 3.0
 """For what removes the shared memory of a server that was killed."""
 LAST_WILL = ["sh", "-c", "read line; kill -9 0"]
 """Run in the guard's process group, with a pipe from it: kills the group when the guard is gone, even if its parent is too."""
-PORT = "{port}"
-"""Stands for the port in a command."""
+HOST, PORT = "{host}", "{port}"
+"""Stand for where the server listens, in a command."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The first message; the answer is the port, on which the server will listen some time later."""
+    """How a server is started."""
 
     command: list[str]
     variables: dict[str, str]
     """Of its environment, beside those that are there."""
+    python_path: str | None = None
+    """Folder that its Python looks into first."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message; the answer is the URL at which the server will listen some time later."""
+
+    launch: Launch
+    folder: str
+    """In which weights are published."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +76,45 @@ def serve(fd: int, parent: int) -> None:
 
 async def _serve(pipe: socket.socket) -> int:
     """The exit code of the server, or minus the signal that ended it."""
+    host = _own_address(pipe)
+    holder = _reserved_port(host)
+    port: int = holder.getsockname()[1]
     reader, writer = await asyncio.open_connection(sock=pipe)
-    launch: Launch = await read(reader)
-    port = _free_port()
-    command = [word.replace(PORT, str(port)) for word in launch.command]
-    print(f"$ {' '.join(command)}", flush=True)
     try:
-        server = await asyncio.create_subprocess_exec(*command, env={**os.environ, **launch.variables})
-    except OSError as error:
-        write(writer, failed(None, EngineError(f"{command[0]} cannot be started: {error.strerror}")))
+        server = await _started(await read(reader), host, port)
+    except EngineError as error:
+        write(writer, failed(None, error))
         await writer.drain()
         return 1
-    write(writer, Answer(None, port))
+    write(writer, Answer(None, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"))
     listening = asyncio.create_task(_listen(reader, server))
     try:
         return await server.wait()
     finally:
         listening.cancel()
+        holder.close()
+
+
+async def _started(start: Start, host: str, port: int) -> asyncio.subprocess.Process:
+    _check_sees(start.folder)
+    launch = start.launch
+    command = [word.replace(HOST, host).replace(PORT, str(port)) for word in launch.command]
+    path = os.pathsep.join(filter(None, [launch.python_path, os.environ.get("PYTHONPATH")]))
+    print(f"$ {' '.join(command)}", flush=True)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, "PYTHONPATH": path, **launch.variables}
+        )
+    except OSError as error:
+        raise EngineError(f"{command[0]} cannot be started: {error.strerror}") from error
+
+
+def _check_sees(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise EngineError(
+            f"{socket.gethostname()} does not see {folder}, in which weights are published; set engine.publication_folder to a folder that "
+            "all machines share"
+        )
 
 
 async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Process) -> None:
@@ -120,7 +153,15 @@ def _rest() -> Iterator[tuple[int, bytes]]:
                 yield pid, command
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _own_address(pipe: socket.socket) -> str:
+    """Of this machine, as whoever is at the other end sees it."""
+    return "127.0.0.1" if pipe.family == socket.AF_UNIX else pipe.getsockname()[0]
+
+
+def _reserved_port(host: str) -> socket.socket:
+    """Bound, and never listening: nobody else is given the port while the server loads, which takes a minute, and the server may share it."""
+    holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    holder.bind((host, 0))
+    for option in ("SO_REUSEADDR", "SO_REUSEPORT"):  # after the choice, for which nothing may be shared
+        holder.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
+    return holder

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any
 
 from sluice.connection import Connection, Died
 from sluice.engines.dialect import POLL_S, STATUS_LIMIT_S, Dialect, Reply
-from sluice.engines.guard import STOP_LIMIT_S, Stop
+from sluice.engines.guard import STOP_LIMIT_S, Start, Stop
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.pieces import Decode, extend
 from sluice.engines.sampling import check_ids, check_room
 from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
 from sluice.interfaces import Weights
-from sluice.processes import Process
+from sluice.processes import Launch
 from sluice.types import Completion, Sampling
 from sluice.weights.disk import Disk
 
@@ -43,8 +44,8 @@ TICKS = 10
 class _Server:
     """One that runs, from its start to its end."""
 
-    def __init__(self, url: str, number: int) -> None:
-        self.http = HttpClient(url)
+    def __init__(self, url: str, number: int, key: str | None = None) -> None:
+        self.http = HttpClient(url, key)
         self.number = number
         """Which of its engine's servers it is."""
         self.connection: Connection | None = None
@@ -73,21 +74,20 @@ class ServerEngine:
         finish_limit_s: float | None,
         start_limit_s: float,
         hang_timeout_s: float,
-        start: Callable[..., Process] = Process,
+        launch: Launch,
     ) -> None:
-        """With a `url` the server is there, and is never started; without one it is started through `start` when weights are published
+        """With a `url` the server is there, and is never started; without one `launch` starts it somewhere, when weights are published
         for the first time. `name` is that of its log. `decode` turns ids into text, for stop strings only.
 
         `finish_limit_s`: completions that were begun end with the weights that they began with, for which a publication waits so long at
         most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
-        self._dialect, self._publication, self._name, self._url, self._start = dialect, publication, name, url, start
+        self._dialect, self._publication, self._name, self._url, self._launch = dialect, publication, name, url, launch
         self._log: Path | None = None
         self._decode, self._vocab_size, self._max_model_len = decode, vocab_size, max_model_len
         self._finish_limit_s, self._start_limit_s = finish_limit_s, start_limit_s
         self._hang_timeout_s = hang_timeout_s
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
-        self._link = publication.link(name)
         self._server: _Server | None = None
         self._num_started = 0
         self._untold: EngineLostError | None = None
@@ -306,11 +306,12 @@ class ServerEngine:
     async def _started(self) -> _Server:
         """Raises Died when it ends before it answers, EngineError."""
         with boundary(EngineError, f"{self._who} could not be started"):
-            process = self._start(
+            process = self._launch(
                 "sluice.engines.guard", path=self._path, folder=self._folder, log=self._log, variables={}
             )
         try:
-            reader, writer = await asyncio.open_connection(sock=process.socket)
+            pipe = await asyncio.to_thread(process.connect)
+            reader, writer = await asyncio.open_connection(sock=pipe)
         except BaseException:
             process.kill()
             raise
@@ -323,8 +324,9 @@ class ServerEngine:
 
         connection = Connection(process, reader, writer, _no_requests, ended)
         try:
-            port = await connection.ask(self._dialect.launch(), LAUNCH_LIMIT_S)
-            server = _Server(f"http://127.0.0.1:{port}", self._num_started)
+            key = secrets.token_urlsafe(32)
+            start = Start(self._dialect.launch(key), str(self._publication.folder))
+            server = _Server(await connection.ask(start, LAUNCH_LIMIT_S), self._num_started, key)
             server.connection, server.over = connection, over
             await self._ready(server)
         except BaseException as error:
@@ -424,6 +426,7 @@ class ServerEngine:
         """A run with this folder; what the server prints goes to a file there."""
         self._log = folder / f"{self._name}.log"
         self._publication.belongs_to(folder)
+        self._link = self._publication.link(self._name)
 
     def status(self) -> str:
         """What it does at the moment, for people."""

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import PORT, Launch, seen
+from sluice.engines.guard import HOST, PORT, Launch, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
 from sluice.weights.disk import fingerprint_of_folder
 
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_KEY = "SLUICE_API_KEY"
+_ENTRY = f"""\
+import os, runpy, sys
+sys.argv += ["--api-key", os.environ.pop("{_KEY}")]
+runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+"""Puts the key behind the words of the command line, where others on the machine do not see it. Without it SGLang answers what begins with
+/health, /ready and /metrics only."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class SglangServer:
     deterministic: bool = False
     arguments: Sequence[str] = field(default=())
 
-    def launch(self) -> Launch:
-        words = [self.python, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", PORT]
+    def launch(self, key: str) -> Launch:
+        words = [self.python, "-c", _ENTRY, "--host", HOST, "--port", PORT]
         words += ["--json-model-override-args", json.dumps({"architectures": [self.architecture]})]
         words += ["--model-path", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
         words += ["--dtype", self.dtype, "--context-length", str(self.max_model_len)]
@@ -67,7 +75,7 @@ class SglangServer:
         if self.deterministic:
             words += ["--enable-deterministic-inference"]
         offline = os.environ.get("HF_HUB_OFFLINE", "1")
-        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline} | seen(self.gpus))
+        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline, _KEY: key} | seen(self.gpus))
 
 
 class Sglang:
@@ -82,9 +90,9 @@ class Sglang:
         self._held: dict[str, str] = {}
         """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
 
-    def launch(self) -> Launch:
+    def launch(self, key: str) -> Launch:
         assert self._server
-        return self._server.launch()
+        return self._server.launch(key)
 
     async def check(self, http: HttpClient) -> None:
         await http.get("/get_model_info", STATUS_LIMIT_S)

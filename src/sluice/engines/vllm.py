@@ -2,7 +2,7 @@
 
 Written for, and run with, vLLM 0.32. It wants `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out` (token ids in and out),
 `--logprobs-mode processed_logprobs` (of the policy that was drawn from) and our extension of its workers
-(`engines/inside_vllm/sluice_worker.py`).
+(`engines/inside_vllm/sluice_worker.py`); and it is started with our guard of its interface (`engines/inside_vllm/sluice_key.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import PORT, Launch, seen
+from sluice.engines.guard import HOST, PORT, Launch, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
@@ -47,8 +47,9 @@ class VllmServer:
     top_k: int
     """Of the run's sampling; so many ids are reported with each token."""
     num_threads: int
-    first_thread: int
-    """How many threads servers beside it have, on the last cores: its own are on those before."""
+    first_thread: int | None
+    """How many threads servers beside it have, on the last cores of this machine: its own are on those before. None: they are bound to no
+    cores."""
     cache_gb: int
     """10⁹ bytes of key-value cache, on the CPU."""
     tensor_parallel: int = 1
@@ -60,15 +61,15 @@ class VllmServer:
     compiles: bool = False
     arguments: Sequence[str] = field(default=())
 
-    def launch(self) -> Launch:
-        words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", PORT]
+    def launch(self, key: str) -> Launch:
+        words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", PORT]
         words += ["--hf-overrides", json.dumps({"architectures": [self.architecture]})]
         words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
         words += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         words += ["--max-num-seqs", str(self.max_num_seqs), "--generation-config", "vllm"]
         words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max(1, self.top_k))]
         words += ["--enable-scale-out", "--worker-extension-cls", "sluice_worker.Weights"]
-        words += ["--disable-uvicorn-access-log"]
+        words += ["--disable-uvicorn-access-log", "--middleware", "sluice_key.RequireKey"]
         if self.tensor_parallel > 1:
             words += ["--tensor-parallel-size", str(self.tensor_parallel)]
         if self.memory_fraction is not None:
@@ -81,13 +82,9 @@ class VllmServer:
             words += ["--enable-sleep-mode"]
         if not self.compiles:
             words += ["--enforce-eager"]
-        return Launch([*words, *self.arguments], self._variables())
+        return Launch([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
 
     def _variables(self) -> dict[str, str]:
-        cores = sorted(os.sched_getaffinity(0), reverse=True)  # the trainer's threads are not bound
-        cores = cores[self.first_thread :][: self.num_threads] or cores
-        of_ranks = [cores[rank :: self.tensor_parallel] or cores for rank in range(self.tensor_parallel)]
-        path = os.environ.get("PYTHONPATH")
         eager = (
             {} if self.compiles else {"TORCH_COMPILE_DISABLE": "1"}
         )  # some of its sampling is compiled even when eager
@@ -95,15 +92,23 @@ class VllmServer:
             seen(self.gpus)
             | eager
             | {
-                "PYTHONPATH": os.pathsep.join([str(INSIDE), *([path] if path else [])]),
                 "VLLM_SERVER_DEV_MODE": "1",
                 "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in of_ranks),
+                "VLLM_CPU_OMP_THREADS_BIND": self._cores(),
                 "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
-                "OMP_NUM_THREADS": str(self.num_threads),
+                "OMP_NUM_THREADS": str(max(1, self.num_threads // self.tensor_parallel)),
                 "HF_HUB_OFFLINE": "1",
             }
         )
+
+    def _cores(self) -> str:
+        """Of each of its ranks."""
+        if self.first_thread is None:
+            return "nobind"
+        cores = sorted(os.sched_getaffinity(0), reverse=True)  # the trainer's threads are not bound
+        cores = cores[self.first_thread :][: self.num_threads] or cores
+        of_ranks = [cores[rank :: self.tensor_parallel] or cores for rank in range(self.tensor_parallel)]
+        return "|".join(",".join(map(str, own)) for own in of_ranks)
 
 
 class Vllm:
@@ -119,9 +124,9 @@ class Vllm:
         self._loaded: dict[Path, list[Any]] = {}
         """What was read from the folder that was loaded last, by the folder."""
 
-    def launch(self) -> Launch:
+    def launch(self, key: str) -> Launch:
         assert self._server
-        return self._server.launch()
+        return self._server.launch(key)
 
     async def check(self, http: HttpClient) -> None:
         try:

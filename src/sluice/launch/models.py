@@ -95,7 +95,7 @@ def _engine(
     if isinstance(config.engine, ServerEngine):
         from sluice.launch.servers import servers
 
-        return servers(config, config.engine, model, chat)
+        return servers(config, config.engine, model, chat, placement)
     if config.engine.process == "trainer":
         return embedded_engine(config.engine, model, chat)
 
@@ -312,20 +312,18 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
 def engines_here(config: TrainConfig) -> EmbeddedEngine | ServerEngine | None:
     """Engines whose own processes share this machine with the trainer."""
     engine, placement = config.engine, config.placement
-    if isinstance(engine, ServerEngine):
-        return engine if engine.python else None
     elsewhere = isinstance(placement, RayPlacement) and placement.address
-    return engine if isinstance(engine, EmbeddedEngine) and engine.process == "own" and not elsewhere else None
+    if isinstance(engine, ScriptedEngine) or not config.num_engines_apart() or elsewhere:
+        return None
+    return engine
 
 
 def engine_threads(config: TrainConfig) -> int:
     """Of each engine's own process."""
     engine, placement = config.engine, config.placement
     assert not isinstance(engine, ScriptedEngine)
-    if isinstance(placement, RayPlacement) and isinstance(engine, EmbeddedEngine):
-        cores = int(placement.engine_cpus)
-    else:
-        cores = num_cores() // 2 // engine.replicas
+    on_ray = isinstance(placement, RayPlacement)
+    cores = int(placement.engine_cpus) if on_ray else num_cores() // 2 // engine.replicas
     return engine.num_threads or max(1, cores)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sluice.config import EmbeddedEngine, FsdpTrainer, TrainConfig
+from sluice.config import FsdpTrainer, TrainConfig
+from sluice.configengines import ServerEngine
 from sluice.configplacement import RayPlacement
 from sluice.processes import Launch, Process
 
@@ -27,7 +28,7 @@ class Placement:
     ranks_have_gpus: bool = False
     """Where they are elsewhere."""
 
-    def engine(self, index: int, fds: Sequence[int]) -> Launch:
+    def engine(self, index: int, fds: Sequence[int] = ()) -> Launch:
         """One on this machine inherits the descriptors; one on another can do without."""
         return self.at(f"engine-{index}") if self.at else partial(Process, pass_fds=fds)
 
@@ -50,7 +51,7 @@ def placement_of(config: TrainConfig) -> Generator[Placement]:
     from sluice.distributed.process import RayProcess
 
     num_cpus = (
-        _num_engines(config) * settings.engine_cpus
+        config.num_engines_apart() * settings.engine_cpus
         + _num_ranks(config) * settings.rank_cpus
         + config.reward_workers * settings.reward_cpus
     )
@@ -74,16 +75,15 @@ def _places(config: TrainConfig, settings: RayPlacement, has_gpus: bool) -> list
     from sluice.distributed.cluster import Place
 
     default = 1.0 if has_gpus and config.model.device != "cpu" else 0.0
-    engine_gpus = default if settings.engine_gpus is None else settings.engine_gpus
+    of_engine = config.engine.tensor_parallel if isinstance(config.engine, ServerEngine) else 1
+    engine_gpus = default * of_engine if settings.engine_gpus is None else settings.engine_gpus
     rank_gpus = default if settings.rank_gpus is None else settings.rank_gpus
     ranks = [Place(f"trainer-{index}", settings.rank_cpus, rank_gpus) for index in range(_num_ranks(config))]
-    engines = [Place(f"engine-{index}", settings.engine_cpus, engine_gpus) for index in range(_num_engines(config))]
+    engines = [
+        Place(f"engine-{index}", settings.engine_cpus, engine_gpus) for index in range(config.num_engines_apart())
+    ]
     rewards = [Place(f"reward-{index}", settings.reward_cpus) for index in range(config.reward_workers)]
     return ranks + engines + rewards
-
-
-def _num_engines(config: TrainConfig) -> int:
-    return config.engine.replicas if isinstance(config.engine, EmbeddedEngine) and config.has_engine_apart() else 0
 
 
 def _num_ranks(config: TrainConfig) -> int:

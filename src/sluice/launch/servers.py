@@ -14,10 +14,13 @@ from sluice.launch.models import engine_threads
 if TYPE_CHECKING:
     from sluice.engines.dialect import Dialect
     from sluice.engines.router import Router
+    from sluice.launch.placing import Placement
     from sluice.trainers.model import PolicyModel
 
 
-def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, chat: Chat) -> Router:
+def servers(
+    config: TrainConfig, settings: ServerEngine, model: PolicyModel, chat: Chat, placement: Placement
+) -> Router:
     """One server, or several of the same kind, each with its own copy of the weights."""
     from sluice.engines.router import Router
     from sluice.engines.server import ServerEngine as Engine
@@ -37,6 +40,7 @@ def servers(config: TrainConfig, settings: ServerEngine, model: PolicyModel, cha
             finish_limit_s=rollout.timeout_s if settings.on_new_weights == "finish" else None,
             start_limit_s=settings.start_limit_s,
             hang_timeout_s=settings.hang_timeout_s,
+            launch=placement.engine(k),
         )
         for k in range(settings.replicas)
     ]
@@ -72,7 +76,8 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         **shared,
         top_k=config.rollout.top_k,
         num_threads=engine_threads(config),
-        first_thread=k * engine_threads(config),
+        # Ray counts cores, and does not say which are whose
+        first_thread=k * engine_threads(config) if config.placement.name == "local" else None,
         cache_gb=settings.cache_gb,
         speculative=_drafting(settings),
         compiles=settings.compile,

@@ -29,6 +29,8 @@ BUCKET_BYTES = 2**26
 """What one broadcast holds at most."""
 SENDER, RECEIVER = 0, 1
 """Ranks in a group."""
+LAST_WORDS_S = 5.0
+"""For the trainer to say what happened to it, when the engine has seen the connection break off."""
 READY, GONE = b"ready", b"gone"
 """What an end says of itself in the store; the run's own process says the other for it."""
 
@@ -98,6 +100,7 @@ class Broadcast:
                 for end in ("trainer", "engine"):  # neither need wait for the other
                     self._store.set(f"{address.engine}/{address.process}/{version}/{end}", GONE)
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
+                await asyncio.wait([sending], timeout=LAST_WORDS_S)
             errors = [error for task in (taking, sending) if task.done() and (error := task.exception())]
             if errors:
                 with boundary(

@@ -117,4 +117,4 @@ HANDLERS = {
 }
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(option("--port")), HANDLERS))
+    asyncio.run(serve(HANDLERS, option("--api-key") or None))

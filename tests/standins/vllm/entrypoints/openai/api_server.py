@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -116,4 +117,4 @@ HANDLERS = {
 }
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(option("--port")), HANDLERS))
+    asyncio.run(serve(HANDLERS, os.environ["VLLM_API_KEY"] if "sluice_key.RequireKey" in sys.argv else None))
