@@ -25,8 +25,8 @@ class Disk:
     def __init__(self, parent: Path | None) -> None:
         """`parent` gets a folder with the name of the run; None: the run's own folder has one."""
         self._parent = parent
-        self.folder: Path
-        """Of the run that it belongs to."""
+        self.folder = Path()
+        """Of the run that it belongs to, once it does."""
         self._lock = ReadWriteLock()
         self.version: int | None = None
 
@@ -66,6 +66,8 @@ class Disk:
         return _DiskLink(DiskInlet(str(self.folder)), self._lock)
 
     def close(self) -> None:
+        if self.version is None:  # nothing of ours is there
+            return
         self._remove_all_but(None)
         with suppress(OSError):  # it is gone already, or has what is not ours
             self.folder.rmdir()
