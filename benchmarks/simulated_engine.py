@@ -265,10 +265,6 @@ class SimulatedEngine:
         self._numbers += 1
         return self._numbers
 
-    def busy_share(self, since_s: float, before: float) -> float:
-        """Share of the time since then in which a replica had something to do; `before` is `busy_s` then."""
-        return (self.busy_s() - before) / (len(self.replicas) * (self.loop.time() - since_s))
-
     def busy_s(self) -> float:
         """Of all replicas together."""
         for replica in self.replicas:

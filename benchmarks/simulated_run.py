@@ -66,10 +66,6 @@ class Setting:
     None: it computes elsewhere."""
     seed: int = 0
 
-    @property
-    def samples_per_step(self) -> int:
-        return self.groups_per_step * self.group_size
-
 
 @dataclass
 class Outcome:

@@ -67,8 +67,7 @@ class EmbeddedEngine(Section):
                     )
         elif self.publication_folder is not None and self.publication != "disk":
             raise ValueError(
-                f"engine.publication_folder has no effect with engine.publication={self.publication or 'shared_memory'}; leave it out, or set "
-                "engine.publication=disk"
+                "engine.publication_folder has no effect without engine.publication=disk; set that, or leave it out"
             )
         elif max_staleness == 0 and self.on_new_weights == "finish":
             raise ValueError(
@@ -154,6 +153,7 @@ class ServerEngine(Section):
             of_start = (
                 *("replicas", "hang_timeout_s", "start_limit_s", "num_slots", "num_threads", "tensor_parallel"),
                 *("gpus", "memory_fraction", "quantization", "speculative", "sleep", "arguments"),
+                *("cache_gb", "compile"),
             )
             if name := next((key for key in of_start if key in self.changed()), None):
                 raise ValueError(

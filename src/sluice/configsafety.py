@@ -90,7 +90,9 @@ class ChecksSection(Section):
 RESUMABLE = (
     *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
     *("trainer.num_ranks", "trainer.num_threads", "trainer.answer_limit_s"),
+    *("engine.python", "engine.url", "engine.replicas", "engine.num_threads", "engine.gpus", "engine.publication"),
+    *("engine.publication_folder", "engine.max_restarts", "engine.hang_timeout_s", "engine.start_limit_s"),
     *("placement.", "checkpoint.", "checks.", "watchdog."),
 )
-"""Keys that may be other when a run goes on: none of them changes what was done until then. (Another number of ranks sums in
-another order, so what follows is the same to rounding only.)"""
+"""Keys that may be other when a run goes on: none of them changes what was done until then. (Other numbers of ranks
+and engines sum in another order, so what follows is the same to rounding only.)"""

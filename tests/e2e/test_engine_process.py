@@ -252,7 +252,7 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
         (["engine.num_threads=1"], "has no effect with engine.process=trainer"),
         (["engine.on_new_weights=finish"], "has no effect with engine.process=trainer"),
         (["engine.publication=disk"], "has no effect with engine.process=trainer"),
-        (["engine.process=own", "engine.publication_folder=x"], "has no effect with engine.publication=shared_memory"),
+        (["engine.process=own", "engine.publication_folder=x"], "has no effect without engine.publication=disk"),
         (["engine.process=own", "engine.on_new_weights=finish"], "has no effect with rollout.max_staleness=0"),
     ],
 )

@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 
 from same import assert_same_runs, consumed_prompts
+from sluice.config import TrainConfig
+from sluice.configfile import dump, load
+from sluice.errors import ConfigError
+from sluice.launch.resuming import resolve_resume
 from small_runs import events_of, finished, metrics_of, set_up, sluice, started, workplace, write_rows
 
 EVERY = ("checkpoint.every_steps=1", "checkpoint.keep_last=null")
@@ -202,6 +206,18 @@ def test_auto_resume_begins_goes_on_and_refuses_another_config(ready: Path, caps
     assert "runs/job was run with another config: run.seed was 0 and is 5" in capsys.readouterr().err
     assert sluice("train", "config.yaml", "checkpoint.auto_resume=true") == 2
     assert "checkpoint.auto_resume needs run.name" in capsys.readouterr().err
+
+
+def test_where_a_run_computes_may_be_other_when_it_goes_on(ready: Path):
+    """A server that has moved, or fewer machines, are no reason to begin again."""
+    server = ["engine.name=vllm", "engine.url=http://127.0.0.1:1", "rollout.max_staleness=1"]
+    run = Path("runs/moved")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump(load(TrainConfig, ["config.yaml"], server)))
+    moved = ["engine.url=http://far:2", "engine.publication_folder=/shared", "engine.max_restarts=9"]
+    assert resolve_resume(str(run), moved)[0].config.engine.url == "http://far:2"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match=r"engine\.on_new_weights was continue and is finish"):
+        resolve_resume(str(run), ["engine.on_new_weights=finish"])
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:

@@ -205,6 +205,7 @@ PYTHON = "engine.python=python"
         (["engine.name=vllm", PYTHON, "engine.url=http://localhost:1"], "and not both"),
         (["engine.name=vllm", "engine.url=http://far:1"], "set engine.publication_folder"),
         (["engine.name=vllm", "engine.url=http://localhost:1", "engine.num_slots=4"], "engine.num_slots has no effect"),
+        (["engine.name=vllm", "engine.url=http://localhost:1", "engine.compile=true"], "engine.compile has no effect"),
         (["engine.name=vllm", "engine.url=far"], "looks like http://host:port"),
         (["engine.name=vllm", PYTHON, "engine.on_new_weights=finish"], "has no effect with rollout.max_staleness=0"),
         (["engine.name=vllm", PYTHON, "engine.gpus=[0,1,2]"], "name as many"),

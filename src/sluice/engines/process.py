@@ -193,8 +193,8 @@ class EngineProcess:
             await connection.ask(update, PUBLISH_LIMIT_S + (self._finish_limit_s or 0.0))
             connection.version = update.version
 
-        while (version := self._publication.version) not in (None, connection.version):
-            async with self._asking:
+        async with self._asking:
+            while (version := self._publication.version) not in (None, connection.version):
                 await self._link.deliver(version, take_over)
 
     def _ended(self, connection: Connection, cause: str) -> None:

@@ -25,8 +25,8 @@ class Disk:
     def __init__(self, parent: Path | None) -> None:
         """`parent` gets a folder with the name of the run; None: the run's own folder has one."""
         self._parent = parent
-        self.folder: Path | None = None
-        """Of the run that it belongs to."""
+        self.folder = Path()
+        """Of the run that it belongs to, once it does."""
         self._lock = ReadWriteLock()
         self.version: int | None = None
 
@@ -54,21 +54,19 @@ class Disk:
         self._remove_all_but(final)
 
     def _remove_all_but(self, kept: Path | None) -> None:
-        assert self.folder
         for version in self.folder.glob("*version-*"):
             if version != kept:
                 shutil.rmtree(version, ignore_errors=True)
 
     def of(self, version: int) -> Path:
         """The folder of a version."""
-        assert self.folder
         return self.folder / f"version-{version:06d}"
 
     def link(self, engine: str) -> _DiskLink:
         return _DiskLink(DiskInlet(str(self.folder)), self._lock)
 
     def close(self) -> None:
-        if self.folder is None:
+        if self.version is None:  # nothing of ours is there
             return
         self._remove_all_but(None)
         with suppress(OSError):  # it is gone already, or has what is not ours
