@@ -27,7 +27,7 @@ STOP_LIMIT_S = 10.0
 TIDY_LIMIT_S = 3.0
 """For what removes the shared memory of a server that was killed."""
 LAST_WILL = ["sh", "-c", "read line; kill -9 0"]
-"""Run in the guard's process group, with a pipe from it: kills the group when the guard is gone, even if its parent is too."""
+"""Kills its process group when there is nothing more to read."""
 HOST, PORT = "{host}", "{port}"
 """Stand for where the server listens, in a command."""
 
@@ -64,7 +64,10 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd, _end)
-    subprocess.Popen(LAST_WILL, stdin=subprocess.PIPE)
+    theirs, _ = (
+        os.pipe()
+    )  # nobody else has the other end, so the group ends with this process, even if its parent is killed with it
+    subprocess.Popen(LAST_WILL, stdin=theirs)
     code = asyncio.run(_serve(pipe))
     _end_rest()
     if code < 0:  # so that who started us is told the signal
