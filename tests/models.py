@@ -32,6 +32,7 @@ _SMALL = {
 
 CONFIGS = {
     "qwen3": lambda: Qwen3Config(**_SMALL),
+    "qwen3_all_heads": lambda: Qwen3Config(**(_SMALL | {"num_key_value_heads": 4})),
     "qwen2": lambda: Qwen2Config(**_SMALL),
     "llama": lambda: LlamaConfig(**_SMALL),
     "mistral_window": lambda: MistralConfig(**_SMALL, sliding_window=6),

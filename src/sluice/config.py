@@ -250,12 +250,11 @@ class TrainConfig(Section):
             )
         if not isinstance(self.trainer, DryTrainer):
             self.trainer.check_schedule("trainer")
+            self.trainer.check_adapters()
         if isinstance(self.trainer, FsdpTrainer):
             self.trainer.check_ranks(
                 self.engine.process if isinstance(self.engine, EmbeddedEngine) else self.engine.name
             )
-        if isinstance(self.trainer, LocalTrainer):
-            self.trainer.check_adapters()
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
             raise ValueError(

@@ -192,7 +192,7 @@ class LocalTrainer(BatchedOptimizer, AdapterFields):
     """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
 
 
-class FsdpTrainer(BatchedOptimizer):
+class FsdpTrainer(BatchedOptimizer, AdapterFields):
     name: Literal["fsdp"] = "fsdp"
     """Several processes, each with a shard of the model, its gradient and its optimiser state (torch FSDP2)."""
     num_ranks: PositiveInt = 2
@@ -200,7 +200,7 @@ class FsdpTrainer(BatchedOptimizer):
     num_threads: PositiveInt | None = None
     """CPU threads of each; left out, those cores that the engine leaves, divided."""
     tensor_parallel: PositiveInt = 1
-    """Ranks that divide the matrices of each layer; for layers like those of Llama, Mistral and Qwen."""
+    """Ranks that divide the matrices of each layer; for layers like those of Llama, Mistral and Qwen, and not with `compile`."""
     context_parallel: PositiveInt = 1
     """Ranks that divide the tokens of a micro-batch, for samples too long for one; in attention they divide the heads."""
     cpu_offload: bool = False
@@ -222,8 +222,11 @@ class FsdpTrainer(BatchedOptimizer):
                 f"trainer.tensor_parallel={self.tensor_parallel} × trainer.context_parallel={self.context_parallel} must divide "
                 f"trainer.num_ranks={self.num_ranks}"
             )
-        if self.compile:
-            raise ValueError("trainer.compile has no effect with trainer.name=fsdp; leave it out")
+        if self.compile and self.tensor_parallel > 1:
+            raise ValueError(
+                f"trainer.compile does not work with trainer.tensor_parallel={self.tensor_parallel}: torch's compiler cannot follow what "
+                "divides a layer's matrices, for rows of any length; leave one of the two out"
+            )
         if engine == "trainer":
             raise ValueError(
                 "engine.process=trainer generates with the trainer's own weights, of which no process of trainer.name=fsdp has all; "

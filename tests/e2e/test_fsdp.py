@@ -69,6 +69,27 @@ def test_two_ranks_make_the_run_of_one_process(ready: Path):
     assert not ranks_running()
 
 
+@pytest.mark.parametrize("publication", ["shared_memory", pytest.param("disk", marks=pytest.mark.proof)])
+def test_two_ranks_train_the_adapters_of_one_process(ready: Path, publication: str):
+    """The engine has what the ranks merged: it samples what it does beside one process, and that its weights are theirs is a check."""
+    words = (
+        f"engine.publication={publication}",
+        "trainer.lora_rank=4",
+        "trainer.learning_rate=1e-2",
+        "algorithm.kl_coef=0.1",
+    )
+    one = finished("train", "config.yaml", *APART, *words)
+    two = finished("train", "config.yaml", *RANKS, *words, name="two")
+    for before, after in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert all(close(before[name], after[name]) for name in before if not name.startswith("perf/"))
+    assert [row["token_ids"] for row in ledger_of(one, 3)] == [row["token_ids"] for row in ledger_of(two, 3)]
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        expected, written = (load_file(run / "checkpoints/step-000003" / file) for run in (one, two))
+        assert written.keys() == expected.keys()
+        assert all(close(written[name].flatten().tolist(), expected[name].flatten().tolist()) for name in expected)
+    assert not [event for event in events_of(two) if event["kind"] == "check"]
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("publication", ["broadcast", "disk"])
 def test_weights_reach_the_engine_from_rank_0_in_every_way(ready: Path, publication: str):
@@ -125,7 +146,12 @@ def test_check_and_replay_of_a_run_with_ranks(ready: Path, capsys: pytest.Captur
     [
         (["trainer.name=fsdp"], "set engine.process=own"),
         ([*RANKS, "trainer.tensor_parallel=4"], "must divide trainer.num_ranks=2"),
-        ([*RANKS, "trainer.compile=true"], "trainer.compile has no effect with trainer.name=fsdp"),
+        (
+            [*RANKS, "trainer.compile=true", "trainer.tensor_parallel=2"],
+            "trainer.compile does not work with trainer.tens",
+        ),
+        ([*RANKS, "trainer.lora_targets=[q_proj]"], "trainer.lora_targets has no effect without trainer.lora_rank"),
+        ([*RANKS, "trainer.lora_rank=4", "trainer.lora_targets=[nosuch]"], "has no linear layer called nosuch"),
         ([*RANKS, "trainer.cpu_offload=true", "model.device=cpu"], "has no effect without a GPU"),
         ([*RANKS, "trainer.num_ranks=4", "trainer.tensor_parallel=4"], "must divide the model's 4 heads and 2"),
     ],

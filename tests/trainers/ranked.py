@@ -19,11 +19,14 @@ from sluice.algorithms import Algorithm, resolve
 from sluice.data.batch import Packing, make_minibatch
 from sluice.interfaces import Layout
 from sluice.trainers.critic import Critic
-from sluice.trainers.fsdp import Degrees, Place, ShardedModel, ShardedOptimizer
+from sluice.trainers.fsdp import Degrees, Place, ShardedModel
 from sluice.trainers.local import LocalTrainer
+from sluice.trainers.lora import LoraModel
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 from sluice.trainers.ranks import RankedTrainer
+from sluice.trainers.sharded_lora import ShardedLoraModel
+from sluice.trainers.sharded_optim import ShardedOptimizer
 from sluice.types import Sample
 from sluice.update import loss_of
 from sluice.weights.shared_memory import SharedWeights
@@ -43,6 +46,10 @@ class Setup:
     critic: str | None = None
     reference: bool = False
     recompute: bool = False
+    compile: bool = False
+    """Of the ranks."""
+    adapters: dict[str, Any] | None = None
+    """What is trained, when it is not the weights: of `LoraModel`."""
     layout: Layout = "packed"
     budget: int = 40
 
@@ -62,9 +69,11 @@ def outline(architecture: str, dtype: torch.dtype) -> PolicyModel:
 
 def rank_trainer(setup: Setup, place: Place) -> LocalTrainer:
     torch.set_num_threads(1)
-    model = _sharded(setup, place, seed=0, learns=True)
+    model = _sharded(setup, place, seed=0, learns=True, adapters=setup.adapters)
     if setup.recompute:
         model.recompute_activations()
+    if setup.compile:
+        model.compile()
     optimizer = ShardedOptimizer(model.model, setup.optimizer, 100, place=place, model=model)
     critic = None
     if setup.critic:
@@ -79,6 +88,8 @@ def local_trainer(setup: Setup, weights: Sequence[tuple[str, Tensor]] | None = N
     model = tiny_model(setup.architecture, setup.dtype)
     if weights is not None:
         model.model.load_state_dict(dict(weights), strict=False)
+    if setup.adapters:
+        model = LoraModel(model, **setup.adapters)
     if setup.recompute:
         model.recompute_activations()
     critic = None
@@ -103,17 +114,24 @@ def _trainer(setup: Setup, degrees: Degrees, model: Any, optimizer: Any, critic:
     )
 
 
-def _sharded(setup: Setup, place: Place, seed: int, *, learns: bool, with_head: bool = True) -> ShardedModel:
-    dtype = torch.float32 if learns else setup.dtype
-    source = None
+def _sharded(
+    setup: Setup,
+    place: Place,
+    seed: int,
+    *,
+    learns: bool,
+    with_head: bool = True,
+    adapters: dict[str, Any] | None = None,
+) -> ShardedModel:
+    dtype = torch.float32 if learns and not adapters else setup.dtype
+    whole = None
     if place.rank == 0:
-        # rounded as the local trainer's are, from which its masters are made
-        whole = tiny_model(setup.architecture, setup.dtype, seed).model.to(dtype)
-        source = {
-            **dict(whole.named_parameters(remove_duplicate=False)),
-            **dict(whole.named_buffers(remove_duplicate=False)),
-        }
-    model = ShardedModel(outline(setup.architecture, dtype), source, place, setup.dtype, with_head=with_head)
+        whole = tiny_model(setup.architecture, setup.dtype, seed)
+        whole.model.to(dtype)  # rounded as the local trainer's are, from which its masters are made
+    parts = (outline(setup.architecture, dtype), whole, place, setup.dtype)
+    if adapters:
+        return ShardedLoraModel(*parts, **adapters)
+    model = ShardedModel(*parts, with_head=with_head)
     model.model.requires_grad_(learns)
     return model
 
@@ -136,7 +154,7 @@ async def ranks(
         shapes,
         NoTokenizer(),
         on_gpu=False,
-        answer_limit_s=120.0,
+        answer_limit_s=600.0 if setup.compile else 120.0,
     )
     trainer.log_folder = folder
     try:

@@ -247,6 +247,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path, numbe
         ("llama", 4, 2, 1),
         ("mistral_window", 2, 2, 1),
         ("mistral_window", 2, 1, 2),
+        ("qwen3_all_heads", 4, 2, 2),
         ("gemma3", 4, 1, 2),
         ("gemma2", 2, 1, 1),
         ("gpt2", 2, 1, 2),
@@ -271,6 +272,26 @@ def test_recomputed_activations_have_one_gradient():
         setup = Setup(recompute=True)
         async with ranks(setup, 2) as trainer:
             await assert_same_update(trainer, setup, some_samples(), "packed", "cispo")
+
+    asyncio.run(whole())
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("num", "tensor", "context", "words"),
+    [
+        (2, 1, 1, {}),
+        (2, 1, 1, {"recompute": True}),
+        (2, 2, 1, {}),
+        (2, 1, 2, {}),
+    ],
+)
+def test_compiled_layers_have_one_gradient(num: int, tensor: int, context: int, words: dict[str, Any]):
+    async def whole() -> None:
+        setup = Setup(compile=True, **words)
+        async with ranks(setup, num, tensor, context) as trainer:
+            for layout in ("packed", "rows"):
+                await assert_same_update(trainer, setup, some_samples(), layout, "cispo", tolerance=1e-5)
 
     asyncio.run(whole())
 

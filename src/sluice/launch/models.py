@@ -261,13 +261,21 @@ def adapted(model: PolicyModel, settings: AdapterFields, seed: int) -> PolicyMod
     """With adapters, if such are to be trained instead of the model itself."""
     if settings.lora_rank is None:
         return model
-    try:
-        from sluice.trainers.lora import LoraModel
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"trainer.lora_rank: {error}; pip install 'sluice[lora]'") from error
+    check_adapters(model, settings)
+    from sluice.trainers.lora import LoraModel
+
     return LoraModel(
         model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets, seed=seed
     )
+
+
+def check_adapters(model: PolicyModel, settings: AdapterFields) -> None:
+    """Whether a model can have them. Raises ConfigError without peft, and for targets that are not there."""
+    try:
+        from sluice.trainers.lora import adapted_layers
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"trainer.lora_rank: {error}; pip install 'sluice[lora]'") from error
+    adapted_layers(model, settings.lora_targets)
 
 
 def trained(model: PolicyModel, settings: BatchedOptimizer) -> PolicyModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sluice.algorithms import Algorithm
 from sluice.config import FsdpTrainer, TrainConfig
@@ -12,6 +12,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
 from sluice.launch.checked import check_heads, check_second, check_vocabulary, num_cores
 from sluice.launch.models import (
+    check_adapters,
     engine_threads,
     engines_here,
     learner,
@@ -59,6 +60,8 @@ def ranked_trainer(
     check_vocabulary(f"model.path={config.model.path}", len(chat.tokenizer), outline.config.vocab_size)
     check_heads(config, *outline.num_heads)
     check_layers(outline, degrees_of(settings))
+    if settings.lora_rank is not None:
+        check_adapters(outline, settings)
     trainer = RankedTrainer(
         partial(rank_trainer, config, algorithm, packing),
         degrees_of(settings),
@@ -74,7 +77,7 @@ def ranked_trainer(
 
 def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, place: Place) -> Local:
     """In a rank's process: rank 0 loads each model, and every rank keeps its shard of it."""
-    from sluice.trainers.fsdp import ShardedOptimizer
+    from sluice.trainers.sharded_optim import ShardedOptimizer
 
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, FsdpTrainer)
@@ -105,38 +108,49 @@ def _sharded(
     learns: bool = False,
     with_head: bool = True,
 ) -> ShardedModel:
-    """A model that learns has FP32 shards, whatever it computes with. A second model is checked against the `policy`."""
-    from sluice.trainers.fsdp import ShardedModel
+    """Weights that learn have FP32 shards, whatever is computed with: those of the model, or of the adapters that the policy is trained
+    by. A second model is checked against the `policy`."""
+    from sluice.trainers.fsdp import ShardedModel, check_layers
     from sluice.trainers.model import DTYPES, load_outline
 
     settings = config.trainer
     assert isinstance(settings, FsdpTrainer)
     key = key if path else "model.path"
-    outline = load_outline(path or config.model.path, key=key, dtype="float32" if learns else config.model.dtype)
+    has_adapters = policy is None and settings.lora_rank is not None
+    dtype = "float32" if learns and not has_adapters else config.model.dtype
+    outline = load_outline(path or config.model.path, key=key, dtype=dtype)
     if policy:
         own, theirs = (outline.config.vocab_size, outline.max_length), (policy.config.vocab_size, policy.max_length)
         check_second(config, key, path, chat, own, theirs)
-    source = None
+        check_layers(outline, place.degrees)
+    whole = None
     if place.rank == 0:
-        in_ram = config.model.model_copy(update={"device": "cpu", "dtype": "float32" if learns else config.model.dtype})
-        whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path).model
-        source = {
-            **dict(whole.named_parameters(remove_duplicate=False)),
-            **dict(whole.named_buffers(remove_duplicate=False)),
-        }
-    model = ShardedModel(
-        outline,
-        source,
-        place,
-        DTYPES[config.model.dtype],
-        with_head=with_head,
-        cpu_offload=settings.cpu_offload,
-    )
+        in_ram = config.model.model_copy(update={"device": "cpu", "dtype": dtype})
+        whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path)
+    parts = (outline, whole, place, DTYPES[config.model.dtype])
+    if has_adapters:
+        model = _with_adapters(settings, config.run.seed, *parts)
+    else:
+        model = ShardedModel(*parts, with_head=with_head, cpu_offload=settings.cpu_offload)
     if learns:
         trained(model, settings)
     else:
         model.model.requires_grad_(False)
     return model
+
+
+def _with_adapters(settings: FsdpTrainer, seed: int, *parts: Any) -> ShardedModel:
+    from sluice.trainers.sharded_lora import ShardedLoraModel
+
+    assert settings.lora_rank is not None
+    return ShardedLoraModel(
+        *parts,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        seed=seed,
+        cpu_offload=settings.cpu_offload,
+    )
 
 
 def rank_threads(config: TrainConfig) -> int:

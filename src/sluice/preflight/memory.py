@@ -145,7 +145,8 @@ def _own_parts(
 
 
 def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Batch, device: str) -> list[Part]:
-    """Of all ranks in RAM, or of one on its GPU. Shards are in FP32; each rank has a micro-batch, and the whole head while it is used."""
+    """Of all ranks in RAM, or of one on its GPU. Shards of what learns are in FP32; each rank has a micro-batch, and the whole head while
+    it is used."""
     trainer, width = config.trainer, _width(config.model)
     assert isinstance(trainer, FsdpTrainer)
     ranks = trainer.num_ranks if device == "cpu" else 1
@@ -155,12 +156,16 @@ def _ranks_parts(config: TrainConfig, models: dict[str, ModelFolder], batch: Bat
     for name in ("policy", "critic"):
         if model := models.get(name):
             of = "" if name == "policy" else f"{name}'s "
-            parts += [Part(p.name, share * p.bytes, p.fixed) for p in learner(name, model, FP32, model.num_parameters)]
+            has_adapters = name == "policy" and trainer.lora_rank is not None
+            count = num_trained(model, trainer) if has_adapters else model.num_parameters
+            own = learner(name, model, width if has_adapters else FP32, count)
+            parts += [Part(p.name, share * p.bytes, p.fixed) for p in own]
             parts.append(Part(f"{of}activations", ranks / divided * activation_bytes(model, width, batch)))
     policy = models["policy"]
     parts.append(Part("logits", ranks * logits_bytes(policy, width, batch, device)))
     head = policy.vocab_size * policy.config.hidden_size
-    parts.append(Part("the head as a whole, and its gradient", ranks * head * (width + FP32)))
+    gradient = FP32 if trainer.lora_rank is None else 0
+    parts.append(Part("the head as a whole, and its gradient", ranks * head * (width + gradient)))
     if "reference" in models:
         parts.append(Part("reference", share * models["reference"].num_parameters * width, fixed=True))
     return parts
@@ -224,7 +229,7 @@ def checkpoint_bytes(config: TrainConfig | SftConfig, models: dict[str, ModelFol
     learners = {name: models[name] for name in ("policy", "critic") if name in models}
     weights = sum(model.num_parameters for model in learners.values())
     trained = weights
-    if "policy" in models and not isinstance(config.trainer, DryTrainer | FsdpTrainer):
+    if "policy" in models and not isinstance(config.trainer, DryTrainer):
         trained += num_trained(models["policy"], config.trainer) - models["policy"].num_parameters
     masters = width < FP32 or isinstance(config.trainer, FsdpTrainer)
     return width * weights + (masters * FP32 + 2 * FP32) * trained

@@ -1,4 +1,4 @@
-"""A model and its optimiser of which each rank holds a shard: FSDP2, with tensor and context parallelism below it.
+"""A model of which each rank holds a shard: FSDP2, with tensor and context parallelism below it.
 
 A rank's trainer is a `LocalTrainer` over these: the same head, losses and bookkeeping as on one device. Whatever a rank computes is
 its part of a sum over all ranks, since losses are divided by global counts before they come here.
@@ -6,7 +6,7 @@ its part of a sum over all ranks, since losses are divided by global counts befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from sluice.data.packing import Piece
 from sluice.errors import ConfigError
 from sluice.trainers.attention import PackedAttention
-from sluice.trainers.model import PolicyModel
-from sluice.trainers.optim import Optimizer, OptimizerSettings
+from sluice.trainers.model import PolicyModel, check_compiler
 from sluice.trainers.split_rows import Gather, SplitAttention, padded, share_of
-from sluice.trainers.tensor_parallel import PER_HEAD, divide_layer, refuse_undividable
+from sluice.trainers.tensor_parallel import divide_layer, refuse_undividable
 
 
 @dataclass(frozen=True)
@@ -123,30 +122,28 @@ class ShardedModel(PolicyModel):
     def __init__(
         self,
         outline: PolicyModel,
-        source: Mapping[str, Tensor] | None,
+        whole: PolicyModel | None,
         place: Place,
         dtype: torch.dtype,
         *,
         with_head: bool = True,
         cpu_offload: bool = False,
     ) -> None:
-        """Whole weights and buffers by name are in the `source` of rank 0, and None elsewhere. Shards have the outline's dtype, and what
-        is computed with has `dtype`. The heads can be divided as `place` says. Raises ConfigError for layers that cannot."""
+        """Weights and buffers are those of the `whole` of rank 0, in RAM; elsewhere it is None. Shards have the outline's dtypes, and what
+        is computed with has `dtype`. Heads and layers can be divided as `place` says (`check_layers`)."""
         super().__init__(outline.model)
         self.place, self.device, self.dtype = place, place.device, dtype
-        check_layers(outline, place.degrees)
         self.layers = _layers_of(self.body)
         self.num_heads = (self.num_heads[0] // place.degrees.tensor, self.num_heads[1] // place.degrees.tensor)
-        self._shard(source, with_head, cpu_offload)
+        self._shard(_tensors(whole.model) if whole else None, with_head, cpu_offload)
         self.head_shards = {name: p for name, p in self.head.named_parameters() if with_head}
         """Its parameters as the optimiser knows them; those that the head itself has while it is whole are others."""
 
     def _shard(self, source: Mapping[str, Tensor] | None, with_head: bool, cpu_offload: bool) -> None:
         place = self.place
-        param_dtype = None if self.model.dtype == self.dtype else self.dtype
         settings: dict[str, Any] = {
             "mesh": place.shards,
-            "mp_policy": MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False),
+            "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         }
         inside = {module for layer in self.layers for module in layer.modules()}
@@ -169,6 +166,12 @@ class ShardedModel(PolicyModel):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    def compile(self) -> None:
+        """Layer by layer, so that what puts weights together and shards them again stays outside."""
+        check_compiler()
+        for layer in self.layers:
+            layer.forward = _compiled_with_gradient(layer.forward)
 
     def reshard(self) -> None:
         """After a forward that no backward follows."""
@@ -200,123 +203,45 @@ class ShardedModel(PolicyModel):
             return super()._packed_attention(pieces)
         return SplitAttention(pieces, *self.num_heads, self.device, self.place.context)
 
-    def named_weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Whole, one after the other, or those of some names, in the dtype that they are computed with. All ranks take part."""
-        for name, param in self.model.named_parameters():
-            if names is None or name in names:
-                yield name, whole(param.detach(), self.dtype)
+    def published(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Shards under the names, and with the numbers, that others see: in the dtype that is computed with. All ranks take part."""
+        for name, tensor in tensors:
+            yield name, tensor.detach().to(self.dtype) if isinstance(tensor, nn.Parameter) else tensor
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole, one after the other. All ranks take part."""
+        return ((name, whole(shard)) for name, shard in self.published(self.model.named_parameters()))
 
     @torch.no_grad()
     def take_weights(self, other: PolicyModel) -> None:
-        """Shard by shard, of a model that is sharded in the same way."""
-        for old, new in zip(self.model.parameters(), other.model.parameters(), strict=True):
+        """Shard by shard, of a model that is sharded in the same way. All ranks take part."""
+        assert isinstance(other, ShardedModel)
+        shards = other.published(other.model.named_parameters())
+        for (_, old), (_, new) in zip(self.model.named_parameters(), shards, strict=True):
             local(old).copy_(local(new))
 
+    def export(self) -> Callable[[str], None]:
+        """As that of a model in one process, of weights and buffers under all their names: all ranks take part, and rank 0 writes."""
+        state = self.model.state_dict(keep_vars=True)
+        first: dict[int, str] = {}
+        owners = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+        weights = self.copied_whole(self.published((name, state[name]) for name in first.values()))
+        if weights is None:
+            return lambda folder: None
+        weights |= {name: weights[owner] for name, owner in owners.items() if name != owner}  # what is one stays one
+        return lambda folder: self.write(folder, weights)
 
-class ShardedOptimizer(Optimizer):
-    """Steps this rank's shards, plain tensors that share their memory with the sharded weights, and clips by the norm over all ranks."""
+    def copied_whole(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor] | None:
+        """Into the RAM of rank 0, one after the other. All ranks take part."""
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            together = whole(tensor)
+            if self.place.rank == 0:
+                copies[name] = together.to("cpu", copy=True)
+        return copies if self.place.rank == 0 else None
 
-    def __init__(
-        self,
-        module: nn.Module,
-        settings: OptimizerSettings,
-        num_updates: int,
-        owner: str = "policy",
-        *,
-        place: Place,
-        model: ShardedModel | None = None,
-    ) -> None:
-        """`model` is the one whose head has its gradient from `gradient_of`."""
-        self.place = place
-        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
-        super().__init__(module, settings, num_updates, owner)
-        self._head = model
-        self._head_sums: dict[str, Tensor] = {}
-        self._per_head = [name.split(".")[-2] in PER_HEAD if "." in name else False for name in self.names]
-
-    def _make_masters(self) -> list[Tensor]:
-        self.own_masters = False
-        return [local(p) for p in self.params]
-
-    def gradient_of(self, param: Tensor) -> Tensor | None:
-        """Of a weight of the head, while that is whole: a sum over this rank's tokens, for `collect_gradients` to sum over the ranks."""
-        assert self._head is not None
-        for name, own in self._head.head.named_parameters():
-            if own is param:
-                sums = self._head_sums[name] = torch.zeros(own.shape, dtype=torch.float32, device=own.device)
-                return None if self.place.repeats_head else sums
-        return None
-
-    def collect_gradients(self) -> None:
-        """After each backward, on all ranks: what FSDP has reduced, and what it does not know of."""
-        for param, master, per_head in zip(self.params, self.masters, self._per_head, strict=True):
-            if param.grad is None:
-                continue
-            gradient = local(param.grad).float()
-            param.grad = None
-            if per_head and self.place.degrees.tensor > 1:
-                dist.all_reduce(gradient, group=self.place.tensor.get_group())
-            if not isinstance(param, DTensor) and self.place.repeats_head:
-                gradient.zero_()
-            _add(master, gradient)
-        for name, sums in self._head_sums.items():
-            assert self._head is not None
-            shard = self._head.head_shards[name]
-            at = next(i for i, p in enumerate(self.params) if p is shard)
-            assert isinstance(shard, DTensor)
-            partial = DTensor.from_local(sums, self.place.shards, [Partial()], run_check=False)
-            _add(self.masters[at], local(partial.redistribute(placements=shard.placements)))
-        self._head_sums.clear()
-
-    def drop_gradients(self) -> None:
-        super().drop_gradients()
-        self._head_sums.clear()
-
-    def _clipped_norm(self) -> Tensor:
-        """The same number on all ranks. What several ranks hold counts once."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.place.device)
-        for param, master in zip(self.params, self.masters, strict=True):
-            if param.numel() and local(param).data_ptr() != master.data_ptr():
-                raise RuntimeError("FSDP has moved a shard away from its optimiser")
-            if not isinstance(param, DTensor):  # a critic's head, whole on every rank
-                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-                dist.all_reduce(master.grad, group=self.place.shards.get_group())
-            if master.grad is not None:
-                norm = torch.linalg.vector_norm(master.grad, dtype=torch.float64)
-                squares += norm.square().to(squares.device) / self._holders(param)
-        dist.all_reduce(squares)
-        norm = squares.sqrt().float()
-        scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for master in self.masters:
-            if master.grad is not None:
-                master.grad.mul_(scale.to(master.grad.device))
-        return norm
-
-    def _holders(self, param: Tensor) -> int:
-        """Ranks that have the same numbers of it."""
-        if not isinstance(param, DTensor):
-            return self.place.degrees.num_ranks
-        return self.place.degrees.num_ranks // param.device_mesh.size()
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights and moments, by name: DTensors over the memory that is stepped, and whole tensors where each rank has all."""
-        for name, param, master in zip(self.names, self.params, self.masters, strict=True):
-            state = self.adamw.state[master]
-            if not state:  # as AdamW would begin
-                step = torch.zeros((), dtype=torch.float32, device=master.device)
-                state |= {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-            for kind, tensor in (
-                ("weight", master),
-                ("exp_avg", state["exp_avg"]),
-                ("exp_avg_sq", state["exp_avg_sq"]),
-            ):
-                yield f"{kind}.{name}", self.place.like(param, tensor)
-
-    def set_update(self, update: int) -> None:
-        """After the tensors were read: how many updates have made them."""
-        self.update = update
-        for master in self.masters:
-            self.adamw.state[master]["step"].fill_(float(update))
+    def check_base(self, folder: str) -> None:
+        """Raises ConfigError for a checkpoint over weights that this model does not have; those of this one are all in it."""
 
 
 def check_layers(outline: PolicyModel, degrees: Degrees) -> None:
@@ -326,21 +251,20 @@ def check_layers(outline: PolicyModel, degrees: Degrees) -> None:
         refuse_undividable(outline.config, layers, degrees.tensor)
 
 
+def _compiled_with_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Any = torch.compile(forward, dynamic=True)
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, in the same memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put together on every rank; cast before it travels."""
-    param = param.to(dtype)
-    return param.full_tensor() if isinstance(param, DTensor) else param
-
-
-def _add(master: Tensor, gradient: Tensor) -> None:
-    gradient = gradient.to(master.device)
-    master.grad = gradient.clone() if master.grad is None else master.grad.add_(gradient)
+def whole(shard: Tensor) -> Tensor:
+    """Put together on every rank."""
+    return shard.full_tensor() if isinstance(shard, DTensor) else shard
 
 
 def _layers_of(body: nn.Module) -> list[nn.Module]:
@@ -352,6 +276,14 @@ def _layers_of(body: nn.Module) -> list[nn.Module]:
             f"trainer.name=fsdp: {type(body).__name__} has no layers that sluice can tell apart; set trainer.name=local"
         )
     return layers
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, under all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 @torch.no_grad()

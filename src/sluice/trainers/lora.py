@@ -38,70 +38,98 @@ class LoraModel(PolicyModel):
         """
         super().__init__(base.model)
         self._base_fingerprint = fingerprint(base.named_weights())
-        linear = {
-            name.rpartition(".")[2] for name, module in base.body.named_modules() if isinstance(module, nn.Linear)
-        }
-        if unknown := sorted({*targets} - linear):
-            raise ConfigError(
-                f"trainer.lora_targets: {type(base.model).__name__} has no linear layer called {', '.join(unknown)}; it has "
-                f"{', '.join(sorted(linear))}"
-            )
-        # by full name: the head, should it be called like one of them, is left alone
-        inside = [
-            name
-            for name, module in base.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and module is not base.head
-            and name.rpartition(".")[2] in (targets or linear)
-        ]
-        self.settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=inside, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
-        torch.manual_seed(seed)
-        inject_adapter_in_model(self.settings, base.model)
-        self.model.eval()
+        self.settings = add_adapters(base, rank, alpha, targets, seed)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self._merged(self.model.named_parameters())
 
     def export(self) -> Callable[[str], None]:
-        weights, adapter = copied(dict(self._merged(self.model.state_dict().items()))), copied(self._adapter())
+        weights, adapter = copied(dict(self._merged(self.model.state_dict().items()))), copied(adapter_of(self.model))
 
         def write(folder: str) -> None:
             self.write(folder, weights)
-            path = Path(folder) / FOLDER
-            path.mkdir()
-            self.settings.save_pretrained(str(path))
-            save_file(adapter, path / FILE, {"format": "pt", BASE: self._base_fingerprint})
+            write_adapter(folder, self.settings, adapter, self._base_fingerprint)
 
         return write
 
     @torch.no_grad()
     def load_weights(self, folder: str) -> None:
         """Take the adapter of a checkpoint, over the base that this model has. Raises ConfigError when it was made over another."""
+        check_base(folder, self._base_fingerprint)
         with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
-            if file.metadata()[BASE] != self._base_fingerprint:
-                raise ConfigError(
-                    "the model under the adapter has other weights than when the run began: those of model.path were changed; put "
-                    "them back, or begin a new run"
-                )
-            for name, tensor in self._adapter().items():
+            for name, tensor in adapter_of(self.model).items():
                 tensor.copy_(file.get_tensor(name))
 
-    def _adapter(self) -> dict[str, Tensor]:
-        """Its tensors, as peft names them in a file."""
-        state = get_peft_model_state_dict(self.model)
-        return {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-
     def _merged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            if ".lora_" in name:
-                continue
-            if name.endswith(".base_layer.weight"):
-                tensor = _merged_weight(self.model.get_submodule(name.removesuffix(".base_layer.weight")))
-            yield name.replace(".base_layer.", "."), tensor
+        return merged(self.model, tensors, lambda layer: merged_weight(*factors(layer)))
+
+
+def adapted_layers(base: PolicyModel, targets: Sequence[str]) -> list[str]:
+    """By full name: the head, should it be called like one of them, is left alone. Raises ConfigError when a target is not there."""
+    linear = {name.rpartition(".")[2] for name, module in base.body.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted({*targets} - linear):
+        raise ConfigError(
+            f"trainer.lora_targets: {type(base.model).__name__} has no linear layer called {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(linear))}"
+        )
+    return [
+        name
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and module is not base.head and name.rpartition(".")[2] in (targets or linear)
+    ]
+
+
+def add_adapters(base: PolicyModel, rank: int, alpha: float, targets: Sequence[str], seed: int) -> LoraConfig:
+    """Into the model itself, whose own weights are not trained from then on."""
+    inside = adapted_layers(base, targets)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=inside, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(seed)
+    inject_adapter_in_model(settings, base.model)
+    base.model.eval()
+    return settings
+
+
+def adapter_of(model: Any) -> dict[str, Tensor]:
+    """Its tensors, as peft names them in a file."""
+    return {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def write_adapter(folder: str, settings: LoraConfig, adapter: dict[str, Tensor], base: str) -> None:
+    """`base` is the fingerprint of the model that it was made over."""
+    path = Path(folder) / FOLDER
+    path.mkdir()
+    settings.save_pretrained(str(path))
+    save_file(adapter, path / FILE, {"format": "pt", BASE: base})
+
+
+def check_base(folder: str, base: str) -> None:
+    """Raises ConfigError when the adapter of a checkpoint was made over another model."""
+    with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
+        if file.metadata()[BASE] != base:
+            raise ConfigError(
+                "the model under the adapter has other weights than when the run began: those of model.path were changed; put "
+                "them back, or begin a new run"
+            )
+
+
+def merged(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], merge: Callable[[Any], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model with adapters under their names without; where there is an adapter, what `merge` makes of the layer."""
+    for name, tensor in tensors:
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            tensor = merge(model.get_submodule(name.removesuffix(".base_layer.weight")))
+        yield name.replace(".base_layer.", "."), tensor
+
+
+def factors(layer: Any) -> tuple[Tensor, Tensor, Tensor, float]:
+    """W, A, B and alpha / rank."""
+    return layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME]
 
 
 @torch.no_grad()
-def _merged_weight(layer: Any) -> Tensor:
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """W + (alpha / rank) · B A, computed in FP32, in W's dtype."""
-    weight, a, b = layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=layer.scaling[NAME]).to(weight.dtype)
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)

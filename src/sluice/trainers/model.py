@@ -90,10 +90,7 @@ class PolicyModel:
 
     def compile(self) -> None:
         """Forwards that have a backward go through `torch.compile` from now on. Raises ConfigError without a C++ compiler."""
-        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise ConfigError(
-                "trainer.compile needs a C++ compiler (g++ or clang++), and none is on the PATH; leave it out"
-            )
+        check_compiler()
         self._forward = torch.compile(self.body, dynamic=True)
 
     def recompute_activations(self) -> None:
@@ -248,6 +245,14 @@ class PolicyModel:
                     f"{type(self.model).__name__}: with sluice's {what} the logits differ from the model's own by {error:.3g}; "
                     "this architecture is not supported (full and sliding-window attention are)"
                 )
+
+
+def check_compiler() -> None:
+    """Raises ConfigError without one of C++."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            "trainer.compile needs a C++ compiler (g++ or clang++), and none is on the PATH; leave it out"
+        )
 
 
 def copied(state: Any) -> Any:

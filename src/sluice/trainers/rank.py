@@ -28,10 +28,11 @@ from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
 from sluice.interfaces import TrainerOutput
 from sluice.processes import belong_to
 from sluice.tracking.metrics import Metrics
-from sluice.trainers.fsdp import Degrees, Place, ShardedModel, ShardedOptimizer
+from sluice.trainers.fsdp import Degrees, Place, ShardedModel
 from sluice.trainers.local import LocalTrainer, Seen
 from sluice.trainers.logprobs import Loss
-from sluice.trainers.sharded_state import Snapshot, export_weights, read_into, take_snapshot, write_snapshot
+from sluice.trainers.sharded_optim import ShardedOptimizer
+from sluice.trainers.sharded_state import Snapshot, read_into, take_snapshot, write_snapshot
 from sluice.weights.broadcast import Address, Sender
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.shared_memory import SharedWeights
@@ -55,6 +56,8 @@ class Begin:
     """Longest wait for the other ranks."""
     restore: tuple[str, dict[str, Any]] | None
     """Folder of a checkpoint and what its `WriteSnapshot` gave."""
+    published: list[tuple[str, Tensor]]
+    """Names, shapes and dtypes."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +231,15 @@ def _begun(message: Begin, store: Any) -> _Rank:
         timeout=limit,
     )
     place = Place.of(message.rank, degrees, device)
-    rank = _Rank(message.trainer(place), place)
+    rank = _Rank(message.trainer(place), place, message.published)
     if message.restore:
         rank.restore(*message.restore)
     return rank
 
 
 class _Rank:
-    def __init__(self, trainer: LocalTrainer, place: Place) -> None:
-        self.trainer, self.place = trainer, place
+    def __init__(self, trainer: LocalTrainer, place: Place, published: Sequence[tuple[str, Tensor]]) -> None:
+        self.trainer, self.place, self.published = trainer, place, published
         self.refused: list[NonFiniteError] = []
         trainer.refuse = self.refused.append  # the other ranks wait in their collectives, so it goes on
         self.sender = Sender()
@@ -289,11 +292,7 @@ class _Rank:
         if self.place.rank > 0:
             return fingerprint(weights)
         if (pid, fd) not in self.shared:
-            like = [
-                (name, torch.empty(p.shape, dtype=self.trainer.model.dtype, device="meta"))
-                for name, p in _named(self.trainer)
-            ]
-            self.shared[pid, fd] = SharedWeights(like, os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR))
+            self.shared[pid, fd] = SharedWeights(self.published, os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR))
         shared = self.shared[pid, fd]
 
         def written() -> Any:
@@ -313,9 +312,7 @@ class _Rank:
                 pass
 
     def save(self, folder: str) -> None:
-        weights = dict(export_weights(self.trainer.model))
-        if self.place.rank == 0:
-            self.trainer.model.model.save_pretrained(folder, state_dict=weights)
+        self.trainer.model.export()(folder)
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -329,10 +326,12 @@ class _Rank:
 
     def write_snapshot(self, folder: str) -> None:
         assert self.snapshot is not None
-        write_snapshot(self.snapshot, folder, self.trainer.model, self.place)
+        write_snapshot(self.snapshot, folder, self.place)
 
     def restore(self, folder: str, state: dict[str, Any]) -> None:
         trainer = self.trainer
+        assert isinstance(trainer.model, ShardedModel)
+        trainer.model.check_base(folder)
         if not state["reference_moved"]:
             trainer.check_reference(state["reference_fingerprint"])
         read_into(trainer, folder, self.place, state["reference_moved"])
@@ -342,10 +341,6 @@ class _Rank:
         if trainer.critic:
             assert isinstance(trainer.critic.optimizer, ShardedOptimizer)
             trainer.critic.optimizer.set_update(state["critic_update"])
-
-
-def _named(trainer: LocalTrainer) -> Any:
-    return trainer.model.model.named_parameters()
 
 
 def _no_loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:

@@ -73,7 +73,7 @@ class RankedTrainer:
         self.degrees, self.packing = degrees, packing
         self.log_folder: Path | None = None
         """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
-        self._trainer, self._shapes, self._tokenizer = trainer, list(weights), tokenizer
+        self._trainer, self._published, self._tokenizer = trainer, _on_no_device(weights), tokenizer
         self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._launch = launch
         self._connections: list[Connection] = []
@@ -263,10 +263,8 @@ class RankedTrainer:
     async def _begin(self) -> None:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
         (address,) = await self._first_failure([first])
-        begins = [
-            Begin(self._trainer, rank, self.degrees, self._on_gpu, address, self._answer_limit_s, self._restore)
-            for rank in range(self.degrees.num_ranks)
-        ]
+        rest = (self.degrees, self._on_gpu, address, self._answer_limit_s, self._restore, self._published)
+        begins = [Begin(self._trainer, rank, *rest) for rank in range(self.degrees.num_ranks)]
         await self._first_failure(
             [c.ask(begin, START_LIMIT_S) for c, begin in zip(self._connections, begins, strict=True)]
         )
@@ -326,6 +324,10 @@ class RankedWeights:
 
 def _size(micro_batch: MicroBatch) -> int:
     return micro_batch.input_ids.numel()
+
+
+def _on_no_device(weights: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(name, tensor.detach().to("meta")) for name, tensor in weights]
 
 
 def _sent(micro_batch: MicroBatch) -> MicroBatch:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from sluice.trainers.fsdp import Place, ShardedModel, ShardedOptimizer, local, whole
+from sluice.trainers.fsdp import Place, ShardedModel, local
 from sluice.trainers.local import LocalTrainer
-from sluice.trainers.model import PolicyModel
+from sluice.trainers.sharded_optim import ShardedOptimizer
 
 FOLDER = "shards"
 """Within a checkpoint."""
@@ -26,11 +25,11 @@ FOLDER = "shards"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a rank's state in RAM, and of the whole weights at rank 0."""
+    """A copy of a rank's state in RAM."""
 
     shards: dict[str, Tensor]
-    weights: dict[str, Tensor] | None
-    """As they are published: what `transformers` loads."""
+    write_weights: Callable[[str], None]
+    """As they are published, by rank 0, into a folder that `transformers` loads."""
 
 
 def tensors_of(trainer: LocalTrainer, reference_moved: bool) -> dict[str, Tensor]:
@@ -49,23 +48,10 @@ def tensors_of(trainer: LocalTrainer, reference_moved: bool) -> dict[str, Tensor
 def take_snapshot(trainer: LocalTrainer, place: Place, reference_moved: bool) -> Snapshot:
     """All ranks take part."""
     shards = {name: _copied(tensor, place) for name, tensor in tensors_of(trainer, reference_moved).items()}
-    weights = export_weights(trainer.model)
-    return Snapshot(shards, {name: tensor.cpu() for name, tensor in weights} if place.rank == 0 else _used_up(weights))
+    return Snapshot(shards, trainer.model.export())
 
 
-def export_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    """Weights and buffers under all the names that a model folder has them by; what is one tensor stays one. All ranks take part."""
-    seen: dict[int, Tensor] = {}
-    for name, tensor in model.model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            dtype = (
-                model.dtype if tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter) else tensor.dtype
-            )
-            seen[id(tensor)] = whole(tensor.detach(), dtype)
-        yield name, seen[id(tensor)]
-
-
-def write_snapshot(snapshot: Snapshot, folder: str, model: PolicyModel, place: Place) -> None:
+def write_snapshot(snapshot: Snapshot, folder: str, place: Place) -> None:
     """From a thread of every rank. Raises NonFiniteError for weights that are no numbers."""
     with _quiet():
         save(
@@ -73,8 +59,7 @@ def write_snapshot(snapshot: Snapshot, folder: str, model: PolicyModel, place: P
             storage_writer=FileSystemWriter(Path(folder) / FOLDER, sync_files=False),
             process_group=place.files,
         )
-    if snapshot.weights is not None:
-        model.write(folder, snapshot.weights)
+    snapshot.write_weights(folder)
 
 
 def read_into(trainer: LocalTrainer, folder: str, place: Place, reference_moved: bool) -> None:
@@ -95,11 +80,6 @@ def _optimizer(optimizer: Any) -> ShardedOptimizer:
 def _copied(tensor: Tensor, place: Place) -> Tensor:
     copy = local(tensor).to("cpu", copy=True)
     return place.like(tensor, copy) if isinstance(tensor, DTensor) else copy
-
-
-def _used_up(weights: Iterator[tuple[str, Tensor]]) -> None:
-    for _ in weights:
-        pass
 
 
 @contextmanager

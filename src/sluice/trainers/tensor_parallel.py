@@ -17,12 +17,14 @@ PER_HEAD = {"q_norm", "k_norm"}
 
 
 def divide_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
-    """Each rank of the mesh keeps its share of the matrices; norms stay whole. The layer was looked at by `refuse_undividable`."""
+    """Each rank of the mesh keeps its share of the matrices; norms stay whole, and of an adapter's two factors the one that only has the
+    rank and what is not divided. The layer was looked at, without adapters, by `refuse_undividable`."""
     plan = {}
     for path, module in layer.named_modules():
-        name = path.rpartition(".")[2]
-        if isinstance(module, nn.Linear):
-            plan[path] = ColwiseParallel() if name in BY_OUTPUT else RowwiseParallel()
+        names = set(path.split("."))
+        by_output = not names.isdisjoint(BY_OUTPUT)
+        if isinstance(module, nn.Linear) and ("lora_A" if by_output else "lora_B") not in names:
+            plan[path] = ColwiseParallel() if by_output else RowwiseParallel()
     parallelize_module(layer, mesh, plan, src_data_rank=None)
 
 

@@ -1,0 +1,74 @@
+"""Adapters of a model of which each rank holds a shard: those are sharded like it, and it is not trained.
+
+Weights are merged shard by shard, and only then put together: no rank has more of the merged model than of one that has no adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from sluice.trainers.fsdp import Place, ShardedModel, local
+from sluice.trainers.lora import adapter_of, add_adapters, check_base, factors, merged, merged_weight, write_adapter
+from sluice.trainers.model import PolicyModel
+from sluice.weights.fingerprint import fingerprint
+
+
+class ShardedLoraModel(ShardedModel):
+    """Shards of its base weights have the outline's dtype, those of the adapters are in FP32."""
+
+    def __init__(
+        self,
+        outline: PolicyModel,
+        whole: PolicyModel | None,
+        place: Place,
+        dtype: torch.dtype,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        cpu_offload: bool = False,
+    ) -> None:
+        """As `ShardedModel` and `LoraModel`: with the same seed the adapters begin with the same numbers."""
+        base = [whole and fingerprint(whole.named_weights())]
+        dist.broadcast_object_list(base, 0, group=place.words)
+        self._base_fingerprint: Any = base[0]
+        if whole:
+            add_adapters(whole, rank, alpha, targets, seed)
+        self.settings = add_adapters(outline, rank, alpha, targets, seed)
+        for param in outline.model.parameters():
+            if param.requires_grad:
+                param.data = param.data.float()
+        super().__init__(outline, whole, place, dtype, cpu_offload=cpu_offload)
+
+    def published(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return merged(self.model, super().published(tensors), self._merged_shard)
+
+    @torch.no_grad()
+    def _merged_shard(self, layer: Any) -> Tensor:
+        """B is divided as W is by its rows, and A as W is by its columns if at all: of A's rows each rank needs all."""
+        weight, a, b, scaling = factors(layer)
+        a = a.detach().to(self.dtype)
+        if isinstance(a, DTensor):
+            a = a.redistribute(placements=[Replicate(), *a.placements[1:]])
+        return self.place.like(weight, merged_weight(local(weight), local(a), local(b).to(self.dtype), scaling))
+
+    def export(self) -> Callable[[str], None]:
+        write_weights = super().export()
+        adapter = self.copied_whole((name, t.to(self.dtype)) for name, t in adapter_of(self.model).items())
+
+        def write(folder: str) -> None:
+            write_weights(folder)
+            if adapter is not None:
+                write_adapter(folder, self.settings, adapter, self._base_fingerprint)
+
+        return write
+
+    def check_base(self, folder: str) -> None:
+        check_base(folder, self._base_fingerprint)
