@@ -155,7 +155,7 @@ def test_weights_that_a_rank_has_written_on_another_machine_are_missed(tmp_path:
 
     disk = Disk(tmp_path)
     disk.belongs_to(Path("runs/some"))
-    with pytest.raises(EngineError, match="is empty here; set engine.publication_folder"):
+    with pytest.raises(EngineError, match=r"is empty here; set engine\.publication_folder"):
         whole(disk.publish(Elsewhere(tiny_model("qwen3")), 0))
 
 
