@@ -149,6 +149,17 @@ def test_an_engine_that_does_not_see_the_folder_says_so(tmp_path: Path):
         whole(engine.take(0))
 
 
+def test_weights_that_a_rank_has_written_on_another_machine_are_missed(tmp_path: Path):
+    class Elsewhere(InProcessWeights):
+        async def save(self, folder: str) -> None:
+            await super().save(str(tmp_path / "of another machine"))
+
+    disk = Disk(tmp_path)
+    disk.belongs_to(Path("runs/some"))
+    with pytest.raises(EngineError, match=r"is empty here; set engine\.publication_folder"):
+        whole(disk.publish(Elsewhere(tiny_model("qwen3")), 0))
+
+
 def test_weights_are_not_written_while_an_engine_reads_them():
     """One that was started again reads the last version while the next one is published to the others."""
     trainer = tiny_model("qwen3")

@@ -44,6 +44,11 @@ class Disk:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 await weights.save(str(unfinished))
+                if not any(unfinished.iterdir()):
+                    raise EngineError(
+                        f"the weights of version {version} were written on another machine, that of the trainer's rank 0: {unfinished} "
+                        "is empty here; set engine.publication_folder to a place that all machines share"
+                    )
                 await asyncio.to_thread(self._put_in_place, unfinished, final)
             self.version = version
             return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
