@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from sluice.errors import SluiceError
+from sluice.errors import EngineError, PlacementError, SluiceError
 
 _PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -34,6 +34,16 @@ serve(fd={fd}, parent={parent})
 
 class Died(SluiceError):
     """The process did, before it answered."""
+
+
+def start_failure(error: BaseException, number: int, what: str, see: str) -> BaseException:
+    """What is to be raised when an engine's process of that number, from 1, did not start: `Died` where it may well start the next time."""
+    if (
+        isinstance(error, PlacementError) and number > 1
+    ):  # it did start once: its machine may be lost, or be full for a while
+        return Died(str(error))
+    is_told = isinstance(error, SluiceError) and not isinstance(error, Died)
+    return EngineError(f"{what}: {error}{see}") if is_told else error
 
 
 class Child(Protocol):

@@ -87,6 +87,7 @@ def dialect(kind: str, folder: Path, **changes: Any) -> Any:
         "model": str(folder / "model"),
         "architecture": "Qwen3ForCausalLM",
         "dtype": "float32",
+        "num_threads": 1,
         "max_model_len": WINDOW,
         "max_num_seqs": 16,
     }
@@ -95,7 +96,7 @@ def dialect(kind: str, folder: Path, **changes: Any) -> Any:
     python = VLLM if kind.startswith("real") else sys.executable
     repetition = {"max_pattern_size": 8, "min_count": 4}
     return Vllm(
-        VllmServer(python=str(python), **shared, top_k=8, num_threads=1, first_thread=0, cache_gb=1, **changes),
+        VllmServer(python=str(python), **shared, top_k=8, first_thread=0, cache_gb=1, **changes),
         repetition,
     )
 

@@ -495,3 +495,35 @@ def test_what_was_asked_of_a_lost_machine_is_lost_too(one: Served):
         await asyncio.sleep(0)
 
     one.run(through())
+
+
+def test_a_server_that_dies_as_it_goes_to_sleep_is_told_of_when_it_is_asked_next(one: Served):
+    """And not to the trainer, which has the memory now."""
+    if one.kind == "real vllm":
+        pytest.skip("needs a GPU")
+
+    async def through() -> Completion:
+        for pid in server_pids(one):
+            os.kill(pid, signal.SIGKILL)
+        await one.engine.sleep()
+        with pytest.raises(EngineLostError):
+            await one.engine.update_weights(InProcessWeights(model(1)), 7)
+        await one.engine.update_weights(InProcessWeights(model(1)), 8)
+        return await one.engine.generate(PROMPT, sampling())
+
+    assert set(one.run(through()).policy_versions) == {8}
+
+
+def test_an_sglang_server_with_weights_that_nobody_published_is_not_believed(tmp_path: Path):
+    """One that was started again behind its address answers with those that it was started with."""
+    with served("sglang", tmp_path) as made:
+        made.publish(model(1), 0)
+
+        async def through() -> None:
+            assert made.engine._server
+            body = {"model_path": str(made.engine._publication.of(0)), "weight_version": "default"}
+            await made.engine._server.http.post("/update_weights_from_disk", body, 10)
+            await made.engine.generate(PROMPT, sampling())
+
+        with pytest.raises(EngineError, match=r"weights that were not published \(default\)"):
+            made.run(through())

@@ -19,9 +19,9 @@ from pathlib import Path
 from sluice.connection import Answer, Connection
 from sluice.engines.embedded import EmbeddedEngine, settled
 from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Unfinished, Update
-from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
+from sluice.errors import EngineError, EngineLostError, boundary
 from sluice.interfaces import Weights
-from sluice.processes import Died, Launch
+from sluice.processes import Died, Launch, start_failure
 from sluice.types import Completion, Sampling
 from sluice.weights.publication import Link, Publication
 
@@ -178,9 +178,7 @@ class EngineProcess:
             await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:
             connection.end(f"it did not start: {error}") if connection else process.kill()
-            if isinstance(error, SluiceError) and not isinstance(error, Died):
-                raise EngineError(f"the engine's process could not be started: {error}{self._see}") from error
-            raise
+            raise start_failure(error, number, "the engine's process could not be started", self._see) from error
         connection.watch(self._hang_timeout_s)
         return connection
 

@@ -25,9 +25,9 @@ from sluice.engines.guard import STOP_LIMIT_S, Start, Stop
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.pieces import Decode, extend
 from sluice.engines.sampling import check_ids, check_room
-from sluice.errors import EngineError, EngineLostError, SluiceError, boundary
+from sluice.errors import EngineError, EngineLostError, boundary
 from sluice.interfaces import Weights
-from sluice.processes import Launch
+from sluice.processes import Launch, start_failure
 from sluice.types import Completion, Sampling
 from sluice.weights.disk import Disk
 
@@ -255,9 +255,12 @@ class ServerEngine:
         if server is None or server.is_asleep:
             return
         self._may_begin.clear()
-        async with self._telling(server):
-            await self._dialect.sleep(server.http)
-            server.is_asleep = True
+        try:
+            async with self._telling(server):
+                await self._dialect.sleep(server.http)
+                server.is_asleep = True
+        except EngineLostError as loss:  # of no matter to the trainer, which has the memory now
+            self._untold = loss
 
     # -- the server --
 
@@ -284,8 +287,11 @@ class ServerEngine:
                 self._num_started += 1
                 try:
                     self._server = await (self._found(self._url) if self._url else self._started())
-                except Died as error:
-                    raise self._told_loss(str(error), self._num_started) from None
+                except BaseException as error:
+                    self._may_begin.set()  # who waits is told
+                    if isinstance(error, Died):
+                        raise self._told_loss(str(error), self._num_started) from None
+                    raise
             return self._server
 
     async def _found(self, url: str) -> _Server:
@@ -293,7 +299,7 @@ class ServerEngine:
         try:
             await server.http.get("/health", STATUS_LIMIT_S)
             await self._dialect.check(server.http)
-        except (OSError, HttpError) as error:
+        except (OSError, HttpError, ValueError) as error:
             await server.http.close()
             raise Died(
                 f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
@@ -312,9 +318,9 @@ class ServerEngine:
         try:
             pipe = await asyncio.to_thread(process.connect)
             reader, writer = await asyncio.open_connection(sock=pipe)
-        except BaseException:
+        except BaseException as error:
             process.kill()
-            raise
+            raise start_failure(error, self._num_started, f"{self._who} could not be started", self._see) from error
         server: _Server | None = None
         over = asyncio.Event()
 
@@ -333,9 +339,7 @@ class ServerEngine:
             connection.end(f"it did not start: {error}")
             if server:
                 await server.http.close()
-            if isinstance(error, SluiceError) and not isinstance(error, Died):
-                raise EngineError(f"{self._who} could not be started: {error}{self._see}") from error
-            raise
+            raise start_failure(error, self._num_started, f"{self._who} could not be started", self._see) from error
         server.watching = asyncio.create_task(self._watch(server, connection))
         return server
 
@@ -343,7 +347,7 @@ class ServerEngine:
         try:
             async with asyncio.timeout(self._start_limit_s):
                 while not server.over.is_set():
-                    with suppress(OSError, HttpError):
+                    with suppress(OSError, HttpError, ValueError):
                         await server.http.get("/health", STATUS_LIMIT_S)
                         await self._dialect.check(server.http)
                         return

@@ -43,6 +43,7 @@ class SglangServer:
     dtype: str
     max_model_len: int
     max_num_seqs: int
+    num_threads: int
     tensor_parallel: int = 1
     memory_fraction: float | None = None
     quantization: str | None = None
@@ -74,8 +75,20 @@ class SglangServer:
             words += ["--enable-memory-saver"]
         if self.deterministic:
             words += ["--enable-deterministic-inference"]
-        offline = os.environ.get("HF_HUB_OFFLINE", "1")
-        return Launch([*words, *self.arguments], {"HF_HUB_OFFLINE": offline, _KEY: key} | seen(self.gpus))
+        variables = {
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "OMP_NUM_THREADS": str(self.num_threads),
+            _KEY: key,
+        }
+        return Launch([*words, *self.arguments], variables | seen(self.gpus))
+
+
+def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
+    """Of the weights, for so many tokens; by the server's own word, where it says so."""
+    version = str(about.get("weight_version") or "")
+    if version and not version.isdecimal():
+        raise ConnectionError(f"it answers with weights that were not published ({version}); was it started again?")
+    return [int(version)] * count if version else None
 
 
 class Sglang:
@@ -122,6 +135,7 @@ class Sglang:
                 token_ids=[token for _, token, *_ in drawn],
                 logprobs=[logprob for logprob, *_ in drawn],
                 finish_reason=REASONS[about["finish_reason"]["type"]],
+                policy_versions=_versions(about, len(drawn)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang's answer is none: {type(error).__name__}: {error}") from error

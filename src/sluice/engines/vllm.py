@@ -188,6 +188,8 @@ class Vllm:
     async def _call(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
         """Of all its workers: what each of them answers."""
         answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, PUBLISH_LIMIT_S)
+        if not isinstance(answer, dict) or "results" not in answer:
+            raise ValueError(f"vLLM answers {method} with {answer!r}")
         return answer["results"]
 
 

@@ -58,6 +58,7 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         "dtype": config.model.dtype,
         "max_model_len": window,
         "max_num_seqs": settings.num_slots,
+        "num_threads": engine_threads(config),
         "tensor_parallel": settings.tensor_parallel,
         "memory_fraction": settings.memory_fraction,
         "quantization": settings.quantization,
@@ -75,7 +76,6 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
     server = VllmServer(
         **shared,
         top_k=config.rollout.top_k,
-        num_threads=engine_threads(config),
         # Ray counts cores, and does not say which are whose
         first_thread=k * engine_threads(config) if config.placement.name == "local" else None,
         cache_gb=settings.cache_gb,
