@@ -191,7 +191,7 @@ def actors(cluster: str) -> list[int]:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("world", WORLDS)
 def test_twenty_kills_of_all_kinds_cost_no_sample(world: str, tmp_path: Path):
     set_up(tmp_path)
