@@ -114,6 +114,7 @@ def test_any_division_has_the_same_adapters(architecture: str, num: int, tensor:
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(900)  # of compiling
 @pytest.mark.parametrize(
     ("num", "words", "tolerance"),
     [
