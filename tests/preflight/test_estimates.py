@@ -9,16 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import CONFIGS
+from models import CONFIGS, tiny_model
 from sluice.algorithms import resolve
 from sluice.config import TrainConfig
 from sluice.configfile import load
 from sluice.data.packing import Piece
 from sluice.preflight.disk import ledger_bytes, num_checkpoints
 from sluice.preflight.folder import ModelFolder, count_parameters, read_folder
-from sluice.preflight.memory import Batch, _ram_free, activation_bytes, checkpoint_bytes
+from sluice.preflight.memory import Batch, _ram_free, activation_bytes, checkpoint_bytes, training_parts
+from sluice.trainers.lora import LoraModel
 from sluice.trainers.model import PolicyModel
 from small_runs import finished, set_up, sluice, workplace
+
+RANKS = ["engine.process=own", "engine.num_threads=1", "trainer.name=fsdp", "trainer.num_ranks=2"]
 
 
 @pytest.fixture
@@ -80,6 +83,20 @@ def test_the_record_of_a_run_is_not_larger_than_what_is_estimated(ready: Path, s
     estimate = checkpoint_bytes(config, {"policy": read_folder("model")})
     assert estimate <= real < estimate + 100_000
     assert num_checkpoints(config) == len(list(run.glob("checkpoints/step-*"))) == 2
+
+
+@pytest.mark.parametrize(("words", "per_weight"), [([], 8), (RANKS, 12)], ids=["one process", "ranks"])
+def test_optimiser_state_is_that_of_the_adapters(ready: Path, words: list[str], per_weight: int):
+    """In memory and in checkpoints; ranks write the adapters there besides, in FP32."""
+    config = load(TrainConfig, ["config.yaml"], ["model.device=cpu", "trainer.lora_rank=4", *words]).config
+    model = LoraModel(tiny_model("qwen3"), rank=4, alpha=32.0, targets=(), seed=0).model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    models = {"policy": read_folder("model")}
+    parts = {part.name: part.bytes for part in training_parts(config, models, 13, 64)}
+    assert parts["AdamW moments"] == 2 * 4 * trained
+    assert parts["gradients"] == 4 * trained
+    assert parts["weights"] == 4 * models["policy"].num_parameters
+    assert checkpoint_bytes(config, models) == parts["weights"] + per_weight * trained
 
 
 @pytest.mark.parametrize(

@@ -277,21 +277,13 @@ def test_recomputed_activations_have_one_gradient():
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(
-    ("num", "tensor", "context", "words"),
-    [
-        (2, 1, 1, {}),
-        (2, 1, 1, {"recompute": True}),
-        (2, 2, 1, {}),
-        (2, 1, 2, {}),
-    ],
-)
-def test_compiled_layers_have_one_gradient(num: int, tensor: int, context: int, words: dict[str, Any]):
+@pytest.mark.timeout(900)  # of compiling
+@pytest.mark.parametrize(("context", "recompute"), [(1, False), (1, True), (2, False)])
+def test_compiled_layers_have_one_gradient(context: int, recompute: bool):
     async def whole() -> None:
-        setup = Setup(compile=True, **words)
-        async with ranks(setup, num, tensor, context) as trainer:
-            for layout in ("packed", "rows"):
-                await assert_same_update(trainer, setup, some_samples(), layout, "cispo", tolerance=1e-5)
+        setup = Setup(compile=True, recompute=recompute)
+        async with ranks(setup, 2, 1, context) as trainer:
+            await assert_same_update(trainer, setup, some_samples(), "packed", "cispo", tolerance=1e-5)
 
     asyncio.run(whole())
 
