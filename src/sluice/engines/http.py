@@ -62,6 +62,8 @@ class HttpClient:
                 self._host, self._port, ssl=self._tls or None, limit=_LONGEST_HEAD
             )
         self._open.add(writer)
+        if self._closed:
+            self.close()
         try:
             return await self._exchange(reader, writer, request)
         except asyncio.IncompleteReadError as error:

@@ -316,6 +316,9 @@ class _Rank:
         weights = dict(export_weights(self.trainer.model))
         if self.place.rank == 0:
             self.trainer.model.model.save_pretrained(folder, state_dict=weights)
+        del weights
+        if self.place.device.type == "cuda":  # for a server that has slept on this GPU
+            torch.cuda.empty_cache()
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer

@@ -74,7 +74,7 @@ class RankedTrainer:
         self.log_folder: Path | None = None
         """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
         self._trainer, self._shapes, self._tokenizer = trainer, list(weights), tokenizer
-        self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
+        self.on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._launch = launch
         self._connections: list[Connection] = []
         self._connecting = asyncio.Lock()
@@ -256,7 +256,7 @@ class RankedTrainer:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
         (address,) = await self._first_failure([first])
         begins = [
-            Begin(self._trainer, rank, self.degrees, self._on_gpu, address, self._answer_limit_s, self._restore)
+            Begin(self._trainer, rank, self.degrees, self.on_gpu, address, self._answer_limit_s, self._restore)
             for rank in range(self.degrees.num_ranks)
         ]
         await self._first_failure(
