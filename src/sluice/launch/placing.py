@@ -93,7 +93,6 @@ def cpus_of(config: TrainConfig, settings: RayPlacement) -> float:
 @contextmanager
 def _stopped_by_sigterm() -> Generator[None]:
     """While Ray starts or has no room yet, for which it may take minutes."""
-
     asked = threading.Event()
 
     def stop(*_: object) -> None:
