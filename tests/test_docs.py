@@ -263,7 +263,7 @@ def test_whole_configs_are_valid(tmp_path: Path):
     """For more GPUs and machines than there are here, so they are only read."""
     page = (ROOT / "docs/scaling.md").read_text()
     found = re.findall(r"```text\n(model: .*?)```", page, re.DOTALL)
-    assert len(found) == 3
+    assert len(found) == 4
     for number, text in enumerate(found):
         (tmp_path / f"{number}.yaml").write_text(text)
         load(TrainConfig, [str(tmp_path / f"{number}.yaml")])

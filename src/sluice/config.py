@@ -220,6 +220,8 @@ class TrainConfig(Section):
         if isinstance(self.placement, RayPlacement):
             has_ranks = isinstance(self.trainer, FsdpTrainer)
             self.placement.check_fits(self.num_engines_apart() > 0, has_ranks, self.weights_go_by())
+            num_ranks = self.trainer.num_ranks if isinstance(self.trainer, FsdpTrainer) else 0
+            self.placement.check_layout(num_ranks, self.num_engines_apart(), self.gpus_of_engine())
             if isinstance(self.engine, ServerEngine):
                 self.placement.check_server(self.engine)
         if isinstance(self.engine, ServerEngine):
@@ -317,6 +319,10 @@ class TrainConfig(Section):
         if isinstance(engine, ServerEngine):
             return engine.replicas if engine.python else 0
         return engine.replicas if isinstance(engine, EmbeddedEngine) and engine.process == "own" else 0
+
+    def gpus_of_engine(self) -> int:
+        """That each of these takes, where there are any."""
+        return self.engine.tensor_parallel if isinstance(self.engine, ServerEngine) else 1
 
     def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
         """How they reach an engine of ours in a process of its own."""

@@ -23,6 +23,9 @@ class RayPlacement(Section):
     is started, and ends with the run."""
     strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """How the processes lie on the machines. pack: on few. spread: on many. strict_pack: on one. strict_spread: each on another."""
+    layout: Literal["disaggregated", "colocated"] = "disaggregated"
+    """Engines beside ranks of trainer.name=fsdp. disaggregated: each process has a place and GPUs of its own. colocated: each engine is on the
+    machine and on the GPUs of its ranks, which are as many as it takes GPUs: engine.tensor_parallel of a server, else one."""
     engine_cpus: PositiveFloat = 1.0
     """Reserved for an engine's own process (engine.process=own), or for a server. Rounded down it is also the number of its threads, if
     engine.num_threads is left out."""
@@ -58,6 +61,31 @@ class RayPlacement(Section):
         for name in ("rank_cpus", "rank_gpus"):
             if not has_ranks and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"placement.{name} has no effect without trainer.name=fsdp; leave it out")
+
+    def check_layout(self, num_ranks: int, num_engines: int, gpus_of_each: int) -> None:
+        """Raises ValueError for what cannot work with layout=colocated, and for what would have no effect."""
+        if self.layout == "disaggregated":
+            return
+        if not num_ranks or not num_engines:
+            raise ValueError(
+                "placement.layout=colocated has no effect without trainer.name=fsdp and engines in processes of their own; leave it out"
+            )
+        if num_ranks != num_engines * gpus_of_each:
+            of_each = f" of {gpus_of_each} GPUs each (engine.tensor_parallel)" if gpus_of_each > 1 else ""
+            raise ValueError(
+                f"placement.layout=colocated cannot work with trainer.num_ranks={num_ranks} and engine.replicas={num_engines}{of_each}: every "
+                "rank shares its GPU with one engine; let engines take as many GPUs as there are ranks"
+            )
+        if self.engine_gpus is not None:
+            raise ValueError(
+                "placement.engine_gpus has no effect with placement.layout=colocated, where an engine has the GPUs of its ranks; leave it "
+                "out"
+            )
+        if self.rank_gpus not in (None, 0.0, 1.0):
+            raise ValueError(
+                f"placement.rank_gpus={self.rank_gpus:g} cannot work with placement.layout=colocated, where an engine has the whole GPUs of "
+                "its ranks; set 0 or 1, or leave it out"
+            )
 
     def check_server(self, engine: ServerEngine) -> None:
         """Raises ValueError for what cannot work with a server."""

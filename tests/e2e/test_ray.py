@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 
 from ray_clusters import joined_by_runs
+from sluice.launch.checked import num_cores
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
 
@@ -153,7 +155,6 @@ def test_a_cluster_of_its_own_brings_words_variables_and_errors_back_and_says_no
     assert [line for line in console.out.splitlines() if line.startswith("2/2")] != []
 
 
-@pytest.mark.proof  # which of two failures is told first is a matter of timing when the machine is busy
 def test_what_a_reward_raises_reaches_the_driver(
     ready: Path, cluster: tuple[str, str], capfd: pytest.CaptureFixture[str]
 ):
@@ -162,7 +163,6 @@ def test_what_a_reward_raises_reaches_the_driver(
     assert "LookupError: no answer in the book" in capfd.readouterr().err
 
 
-@pytest.mark.proof  # which of two failures is told first is a matter of timing when the machine is busy
 def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tuple[str, str]):
     """As a machine sees it that does not share the folder of the run."""
     from sluice.distributed.cluster import Cluster, Place
@@ -172,18 +172,68 @@ def test_a_folder_that_the_other_machine_lacks_is_named(ready: Path, cluster: tu
     address = cluster[1].partition("=")[2]
     joined = Cluster(address, num_cpus=1, variables={}, start_limit_s=60, lost_after_s=10)
     try:
-        joined.reserve([Place("engine-0", cpus=1)], "PACK")
+        joined.reserve([[Place("engine-0", cpus=1)]], "PACK")
         launch = partial(RayProcess, joined, "engine-0")
         with pytest.raises(PlacementError, match="the folder /only/here, in which the run was started, does not exist"):
             launch("sluice.engines.serving", path=[], folder="/only/here", log=None, variables={}).connect()
         closed = launch("sluice.rewards.worker", path=[], folder="/", log=None, variables={})
         threading.Timer(0.2, closed.kill).start()
         start = time.monotonic()
-        with pytest.raises(PlacementError):
+        with pytest.raises(PlacementError, match="engine-0 was closed while it started"):
             closed.connect()
         assert time.monotonic() - start < 20
     finally:
         joined.close()
+
+
+def test_check_says_whether_there_is_room(
+    ready: Path, cluster: tuple[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sluice.preflight.places.LIMIT_S", 1.0)
+    words = ("check", "--offline", "config.yaml", "engine.process=own", *cluster)
+    assert sluice(*words) == 0
+    address = cluster[1].partition("=")[2]
+    assert f"places    ok       room for 2 places at {address}: 2 CPUs, 0 GPUs" in capfd.readouterr().out
+    assert sluice(*words, "engine.replicas=4", "engine.num_threads=1") == 2
+    said = capfd.readouterr().out
+    assert "failure: the Ray cluster has no room for the run" in said
+    assert "engine-3: 1 CPU" in said
+    assert sluice(*words, "placement.address=127.0.0.1:9") == 2
+    assert "no Ray cluster could be joined" in capfd.readouterr().out
+
+
+def test_check_counts_cores_for_a_cluster_of_this_machine_and_starts_none(
+    ready: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sluice.distributed.cluster.ray.init", lambda **_: pytest.fail("it was started"))
+    words = ("check", "--offline", "config.yaml", "placement.name=ray", "engine.process=own")
+    assert sluice(*words, f"placement.engine_cpus={num_cores()}") == 0
+    said = capfd.readouterr().out
+    assert f"placement reserves {num_cores() + 1} CPUs, and this machine has {num_cores()} cores" in said
+    assert sluice(*words, "placement.engine_cpus=0.5", "placement.reward_cpus=0.5") == 0
+    assert f"places    ok       1 CPUs of this machine's {num_cores()}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("during", ["init", "reserve"])
+def test_a_sigterm_while_ray_is_waited_for_is_no_failure(
+    ready: Path, during: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """While it starts, and while there is no room."""
+    from sluice.distributed import cluster
+
+    where: tuple[Any, str] = {"init": (cluster.ray, "init"), "reserve": (cluster.Cluster, "reserve")}[during]
+    original = getattr(*where)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(*where, interrupted)
+    monkeypatch.setattr(cluster.Cluster, "_can_never_hold", lambda *_: False)
+    assert sluice("train", "config.yaml", "placement.name=ray", "engine.process=own", "placement.engine_gpus=64") == 143
+    assert "stopped by SIGTERM before the first step" in capfd.readouterr().err
+    assert not cluster.ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,14 @@ class Actor:
         with self._cluster.in_use():
             start = self._start
             if start is None:
-                raise PlacementError(f"{self._name} was closed while it started")
+                raise self._closed_early()
             if not ray.wait([start], timeout=0)[0]:
                 return None
             try:
                 return ray.get(start, timeout=_ASK_LIMIT_S)
             except RayActorError as error:
-                failure = Died(f"the Ray actor of {self._name} died while it started it: {_reason(error)}")
+                died = Died(f"the Ray actor of {self._name} died while it started it: {_reason(error)}")
+                failure = self._closed_early() if self._start is None else died  # `kill` is called by other threads
             except RayError as error:
                 cause = getattr(error, "cause", error)
                 is_ours = isinstance(cause, SluiceError)
@@ -73,8 +74,12 @@ class Actor:
             except GetTimeoutError:
                 return "its machine does not answer", True
             except RayError as error:
-                return f"its Ray actor died: {_reason(error)}", True
+                closed = self._handle is None
+                return ("it was closed", False) if closed else (f"its Ray actor died: {_reason(error)}", True)
         return "the run has left the Ray cluster", False
+
+    def _closed_early(self) -> PlacementError:
+        return PlacementError(f"{self._name} was closed while it started")
 
     def kill(self) -> None:
         with suppress(PlacementError), self._cluster.in_use():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from sluice.errors import PlacementError, boundary
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster of our own: nothing that is large goes through Ray, and by default it would take a third of the memory."""
 _PROBE_LIMIT_S = 10.0
+_PIECE_S = 1.0
 _USERS_LIMIT_S = 60.0
 """For the calls of Ray that other threads make, each of which has a limit below this one."""
 
@@ -35,6 +36,8 @@ class Place:
     """engine-0, reward-3 …"""
     cpus: float
     gpus: float = 0.0
+    shares_gpus: bool = False
+    """It has none of its own, and sees those of the places beside it."""
 
     def resources(self) -> dict[str, float]:
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
@@ -63,7 +66,8 @@ class Cluster:
         where = (
             f"placement.address={address}: no Ray cluster could be joined" if address else "Ray could not be started"
         )
-        with _quiet(), boundary(PlacementError, where):
+        _tame()
+        with boundary(PlacementError, where), _left_when_it_fails():
             if address:
                 _probe(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -85,30 +89,57 @@ class Cluster:
         self._users, self._closed = 0, False
         self._changed = threading.Condition()
         self._places: dict[str, tuple[int, Place]] = {}
+        self._devices: dict[int, str] = {}
+        """CUDA_VISIBLE_DEVICES of whoever has all GPUs of a bundle, by its number."""
 
     def has_gpus(self) -> bool:
         return ray.cluster_resources().get("GPU", 0) > 0
 
-    def reserve(self, places: Sequence[Place], strategy: str) -> None:
-        """All places at once. `strategy` is Ray's word for how they lie on the machines: PACK, SPREAD, STRICT_PACK, STRICT_SPREAD.
+    def reserve(self, bundles: Sequence[Sequence[Place]], strategy: str) -> None:
+        """All places at once, those of a bundle on one machine. `strategy` is Ray's word for how bundles lie on the machines: PACK, SPREAD,
+        STRICT_PACK, STRICT_SPREAD.
 
         Raises PlacementError when there is no room in time.
         """
-        self._places = {place.name: (index, place) for index, place in enumerate(places)}
+        self._places = {place.name: (index, place) for index, bundle in enumerate(bundles) for place in bundle}
+        amounts = [_added(bundle) for bundle in bundles]
         with boundary(PlacementError, "Ray could not reserve resources"):
-            self._group = placement_group([place.resources() for place in places], strategy=strategy)
-            has_room = self._group.wait(0 if self._can_never_hold(places) else self.start_limit_s)
+            self._group = placement_group(amounts, strategy=strategy)
+            has_room = self._has_room(0.0 if self._can_never_hold(amounts) else self.start_limit_s)
+            shared = [index for index, bundle in enumerate(bundles) if any(place.shares_gpus for place in bundle)]
+            if has_room:
+                self._devices = self._devices_of({index: amounts[index].get("GPU", 0.0) for index in shared})
         if not has_room:
-            wanted = "; ".join(f"{place.name}: {_amounts(place.resources())}" for place in places)
+            wanted = "; ".join(
+                f"{' + '.join(place.name for place in bundle)}: {_amounts(amount)}"
+                for bundle, amount in zip(bundles, amounts, strict=True)
+            )
             there = "; ".join(f"{node['NodeManagerAddress']}: {_amounts(node['Resources'])}" for node in _live_nodes())
             raise PlacementError(
                 f"the Ray cluster has no room for the run (placement.strategy={strategy.lower()}, waited for "
                 f"placement.start_limit_s={self.start_limit_s:g} s). Wanted: {wanted}. Its machines: {there}"
             )
 
-    def _can_never_hold(self, places: Sequence[Place]) -> bool:
+    def _has_room(self, limit_s: float) -> bool:
+        """Waits for it in short pieces, within each of which Ray lets no signal be handled."""
+        end = time.monotonic() + limit_s
+        while not self._group.wait(min(_PIECE_S, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                return False
+        return True
+
+    def _devices_of(self, gpus: Mapping[int, float]) -> dict[int, str]:
+        """Of bundles with so many GPUs, as Ray tells whoever asks for all of them."""
+        asked = {
+            index: ray.remote(_visible_devices).options(num_cpus=0, num_gpus=count, **self._where(index)).remote()
+            for index, count in gpus.items()
+            if count
+        }
+        return {index: ray.get(answer, timeout=self.start_limit_s) for index, answer in asked.items()}
+
+    def _can_never_hold(self, amounts: Sequence[Mapping[str, float]]) -> bool:
         """No machine comes to a cluster of this machine alone; to another one may."""
-        gpus = sum(place.gpus for place in places)
+        gpus = sum(amount.get("GPU", 0.0) for amount in amounts)
         return self.address is None and gpus > ray.cluster_resources().get("GPU", 0)
 
     @contextmanager
@@ -129,8 +160,16 @@ class Cluster:
     def options(self, name: str) -> dict[str, Any]:
         """Of Ray, for an actor at the place of that name."""
         index, place = self._places[name]
-        where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return {"num_cpus": place.cpus, "num_gpus": place.gpus, "scheduling_strategy": where}
+        return {"num_cpus": place.cpus, "num_gpus": place.gpus, **self._where(index)}
+
+    def _where(self, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        return {"scheduling_strategy": strategy}
+
+    def devices(self, name: str) -> dict[str, str]:
+        """Variables by which a process at the place of that name sees its GPUs: none where Ray sets them itself."""
+        index, place = self._places[name]
+        return {} if place.gpus else {"CUDA_VISIBLE_DEVICES": self._devices.get(index, "") if place.shares_gpus else ""}
 
     def close(self) -> None:
         """Ends whatever still runs at its places."""
@@ -141,18 +180,21 @@ class Cluster:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def _left_when_it_fails() -> Generator[None]:
+    """Nothing of a start of Ray that was broken off stays."""
+    try:
+        yield
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def _tame() -> None:
     """Ray prints nothing of its own, and leaves SIGTERM to us."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     # It prints there of every actor that dies, whatever `log_to_driver` is; we tell of it in our own words.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # pyright: ignore
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+    ray._private.utils.set_sigterm_handler = lambda *_: None  # pyright: ignore
 
 
 def _probe(address: str) -> None:
@@ -160,6 +202,16 @@ def _probe(address: str) -> None:
     host, _, port = (address if address != "auto" else os.environ.get("RAY_ADDRESS", "")).rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _PROBE_LIMIT_S).close()
+
+
+def _visible_devices() -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def _added(places: Sequence[Place]) -> dict[str, float]:
+    """The resources of all of them."""
+    each = [place.resources() for place in places]
+    return {name: sum(of.get(name, 0.0) for of in each) for name in ("CPU", "GPU") if any(name in of for of in each)}
 
 
 def _live_nodes() -> list[dict[str, Any]]:

@@ -41,10 +41,7 @@ class RayProcess:
         self._socket: socket.socket | None = None
         self._printing: threading.Thread | None = None
         self._listener = Listener(cluster.host, cluster.lost_after_s)
-        no_gpu = (
-            {} if cluster.options(name)["num_gpus"] else {"CUDA_VISIBLE_DEVICES": ""}
-        )  # else it would see those of others
-        everything = {**no_gpu, **variables, **cluster.variables}
+        everything = {**cluster.devices(name), **variables, **cluster.variables}
         self._actor = Actor(cluster, name, self._listener.number, module, path, folder, everything)
 
     def __str__(self) -> str:

@@ -37,10 +37,7 @@ class Checked:
 
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
-    if config.placement.name == "ray" and not find_spec("ray"):
-        raise ConfigError(
-            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
-        )
+    check_ray(config)
     if isinstance(config.engine, ServerEngine) and not find_spec("aiohttp"):
         raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install 'sluice[servers]'")
     return Checked(
@@ -51,6 +48,14 @@ def check(config: TrainConfig) -> Checked:
         script=script_of(config),
         prompts=prompts_of(config),
     )
+
+
+def check_ray(config: TrainConfig) -> None:
+    """Raises ConfigError where it is wanted and not installed."""
+    if config.placement.name == "ray" and not find_spec("ray"):
+        raise ConfigError(
+            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
+        )
 
 
 def checked_reward(reward: AnyReward) -> RewardSpec:

@@ -22,11 +22,11 @@ class ColocatedTrainer:
     The rest is the trainer's own.
     """
 
-    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], device: str) -> None:
-        """`device` is the trainer's. Raises ConfigError for one without memory to share."""
-        if device != "cuda":
+    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], on_gpu: bool) -> None:
+        """`on_gpu`: the trainer is. Raises ConfigError where there is no memory to share."""
+        if not on_gpu:
             raise ConfigError(
-                f"engine.sleep=true has no effect with a trainer on {device}: there is no GPU to share; leave it out"
+                "engine.sleep=true has no effect with a trainer on the CPU: there is no GPU to share; leave it out"
             )
         self._trainer, self._engines = trainer, engines
 
@@ -42,7 +42,8 @@ class ColocatedTrainer:
         await asyncio.gather(*(engine.sleep() for engine in self._engines))
 
     def weights(self) -> Any:
-        """What the trainer's allocator keeps of memory that it does not use goes back first: the engine will want it."""
+        """What the trainer's allocator keeps of memory that it does not use goes back first: the engine will want it. (Ranks give it back
+        when they have written the weights.)"""
         give_back_unused_memory()
         return self._trainer.weights()
 

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.algorithms import Algorithm
 from sluice.config import FsdpTrainer, TrainConfig
-from sluice.configplacement import RayPlacement
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import check_heads, check_second, check_vocabulary, num_cores
+from sluice.launch.checked import check_heads, check_second, check_vocabulary
+from sluice.launch.cores import rank_threads
 from sluice.launch.models import (
     check_adapters,
-    engine_threads,
-    engines_here,
     learner,
     load_policy,
     optimizer_settings,
@@ -151,17 +149,6 @@ def _with_adapters(settings: FsdpTrainer, seed: int, *parts: Any) -> ShardedMode
         seed=seed,
         cpu_offload=settings.cpu_offload,
     )
-
-
-def rank_threads(config: TrainConfig) -> int:
-    """Of each rank of the trainer."""
-    settings, placement = config.trainer, config.placement
-    assert isinstance(settings, FsdpTrainer)
-    if isinstance(placement, RayPlacement):
-        return settings.num_threads or max(1, int(placement.rank_cpus))
-    engine = engines_here(config)
-    used = engine.replicas * engine_threads(config) if engine else 0
-    return settings.num_threads or max(1, (num_cores() - used) // settings.num_ranks)
 
 
 def gpus_of(config: TrainConfig) -> int:

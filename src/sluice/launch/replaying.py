@@ -13,12 +13,12 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.describe import algorithm_of
 from sluice.errors import ConfigError, DataError
 from sluice.launch.checked import checked_reward
+from sluice.launch.cores import trainer_threads
 from sluice.launch.models import (
     optimizer_settings,
     packing_of,
     policy_trainer,
     set_up_process,
-    trainer_threads,
 )
 from sluice.launch.placing import Placement
 from sluice.launch.ranks import ranked_trainer

@@ -22,6 +22,7 @@ from sluice.engines.router import Router
 from sluice.errors import DataError, RunStopped, SluiceError
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
+from sluice.launch.cores import crowding, trainer_threads
 from sluice.launch.models import (
     Parts,
     adapted,
@@ -30,7 +31,6 @@ from sluice.launch.models import (
     optimizer_of,
     set_up_process,
     trained,
-    trainer_threads,
 )
 from sluice.launch.placing import Placement, placement_of
 from sluice.launch.resuming import config_of, resumable
@@ -72,6 +72,8 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
+        if crowded := crowding(config):
+            print(f"warning: {crowded}", file=sys.stderr)
         set_up_process(trainer_threads(config))
         placement = stack.enter_context(placement_of(config))
         parts = engine_and_trainer(config, checked, chat, placement)

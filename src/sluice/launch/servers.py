@@ -9,7 +9,7 @@ from sluice.config import TrainConfig
 from sluice.configengines import ServerEngine, SglangEngine, VllmEngine
 from sluice.data.chat import Chat
 from sluice.launch.checked import window_of
-from sluice.launch.models import engine_threads
+from sluice.launch.cores import engine_threads
 
 if TYPE_CHECKING:
     from sluice.engines.dialect import Dialect

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
 from sluice.configengines import ServerEngine
+from sluice.configplacement import RayPlacement
 from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet
 from sluice.describe import algorithm_of
@@ -27,11 +28,13 @@ from sluice.launch.checked import (
 from sluice.launch.checked import (
     check_sft as pairs_of,
 )
+from sluice.launch.cores import crowding, ranks_elsewhere
 from sluice.preflight.disk import check_disk, ledger_bytes, num_checkpoints
 from sluice.preflight.findings import Item, plural
 from sluice.preflight.folder import ModelFolder, read_chat, read_folder
 from sluice.preflight.gold import check_gold
 from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
+from sluice.preflight.places import check_places
 from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
 from sluice.preflight.server import check_server
 from sluice.preflight.trial import Trial
@@ -68,7 +71,11 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
             yield Item.skipped("rewards", _needs("rows, a tokeniser and rewards"))
         if isinstance(config.engine, ServerEngine):
             yield check_server(config.engine)
-        if policy is not None:
+        if isinstance(config.placement, RayPlacement):
+            yield check_places(config, config.placement)
+        if ranks_elsewhere(config):
+            yield Item.skipped("memory", "ranks and engines are on machines of the cluster")
+        elif policy is not None:
             window = window_of(config, policy.max_length)
             yield check_memory(config, training_parts(config, models, longest or window, window))
         else:
@@ -128,6 +135,8 @@ def _names(config: TrainConfig) -> tuple[Item, Algorithm | None]:
     for resolve in (environment_of, filter_of, script_of):
         with item.failing():
             resolve(config)
+    if crowded := crowding(config):
+        item.warn(crowded)
     rollout, run = config.rollout, config.run
     item.summary = (
         f"{config.algorithm.name}, {plural(run.num_steps, 'step')} of {rollout.groups_per_step} groups × {rollout.group_size} "

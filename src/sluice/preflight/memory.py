@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sluice.config import ModelSection, SftConfig, TrainConfig
+from sluice.config import EmbeddedEngine, ModelSection, SftConfig, TrainConfig
 from sluice.configengines import ServerEngine, VllmEngine
 from sluice.configtraining import AdapterFields, BatchedOptimizer, DryTrainer, FsdpTrainer
+from sluice.launch.cores import engines_here
 from sluice.preflight.findings import Item, size
 from sluice.preflight.folder import ModelFolder
 from sluice.trainers.chunks import SHORT_ATTENTION, chunk_tokens
@@ -102,7 +103,8 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts = _own_parts(config, models, batch, device, num_trained(policy, config.trainer))
     if _in_ram(config.model):
         parts.append(Part("copy for a checkpoint", checkpoint_bytes(config, models)))
-    if config.engine.name == "embedded":
+    elsewhere = config.num_engines_apart() and engines_here(config) is None
+    if config.engine.name == "embedded" and not elsewhere:
         groups = rollout.groups_per_step * (rollout.max_staleness + 1)
         apart = _engines_apart(config)
         engines = max(1, apart)
@@ -121,7 +123,7 @@ def training_parts(config: TrainConfig, models: dict[str, ModelFolder], longest_
         parts.append(Part("engine's weights", copies))
         parts.append(Part("key-value cache", cache + engines * policy.cache_elements * width * prefill))
         parts.append(Part("sampling", DECODE_COPIES * slots * policy.vocab_size * FP32))
-    if isinstance(config.engine, ServerEngine):
+    if isinstance(config.engine, ServerEngine) and not elsewhere:
         parts += _server_parts(config.engine, policy.num_parameters * width, _in_ram(config.model))
     return parts
 
@@ -183,9 +185,9 @@ def _server_parts(engine: ServerEngine, weights: float, in_ram: bool) -> list[Pa
 
 
 def _engines_apart(config: TrainConfig) -> int:
-    """In processes of their own."""
-    engine = config.engine
-    return engine.replicas if engine.name == "embedded" and engine.process == "own" else 0
+    """In processes of their own on this machine."""
+    engine = engines_here(config)
+    return engine.replicas if isinstance(engine, EmbeddedEngine) else 0
 
 
 def sft_parts(config: SftConfig, model: ModelFolder, longest_row: int) -> list[Part]:

@@ -94,6 +94,8 @@ class Worker:
             ok, what = False, str(error)
         if not ok:
             self._kill()
+            if self._closed:
+                raise RewardError("the rubric was closed")
             raise RewardError(f"a reward process could not start: {what}")
 
     def values(self, sample: bytes, wait: Wait) -> list[float | dict[str, float]]:

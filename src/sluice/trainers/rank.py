@@ -313,6 +313,8 @@ class _Rank:
 
     def save(self, folder: str) -> None:
         self.trainer.model.export()(folder)
+        if self.place.device.type == "cuda":  # for a server that has slept on this GPU
+            torch.cuda.empty_cache()
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer
