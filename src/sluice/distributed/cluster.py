@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
 
 import ray
 from ray.util.placement_group import placement_group
@@ -67,23 +68,14 @@ class Cluster:
             f"placement.address={address}: no Ray cluster could be joined" if address else "Ray could not be started"
         )
         _tame()
-        with boundary(PlacementError, where), _left_when_it_fails():
+        self._folder: str | None = None
+        """Of a cluster of our own."""
+        with boundary(PlacementError, where), self._left_when_it_fails():
             if address:
                 _probe(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(
-                        len(os.sched_getaffinity(0)), -int(-num_cpus // 1)
-                    ),  # as many processes as are asked for
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    configure_logging=False,
-                    # As on one machine without Ray: a process is ended by the system when memory is short, and not before.
-                    _system_config={"memory_monitor_refresh_ms": 0},
-                )
+                self._start(num_cpus)
         self.host = ray.util.get_node_ip_address() if address else "127.0.0.1"
         self._group: Any = None
         self._users, self._closed = 0, False
@@ -91,6 +83,25 @@ class Cluster:
         self._places: dict[str, tuple[int, Place]] = {}
         self._devices: dict[int, str] = {}
         """CUDA_VISIBLE_DEVICES of whoever has all GPUs of a bundle, by its number."""
+
+    def _start(self, num_cpus: float) -> None:
+        """A cluster that nobody else finds, by its folder, or could join, by its token."""
+        self._folder = tempfile.mkdtemp(
+            prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None
+        )  # of short sockets
+        if os.environ.get("RAY_AUTH_MODE") != "disabled":
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray leaves one in the user's home
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), -int(-num_cpus // 1)),  # as many processes as are asked for
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            # As on one machine without Ray: a process is ended by the system when memory is short, and not before.
+            _system_config={"memory_monitor_refresh_ms": 0},
+            _temp_dir=self._folder,
+        )
 
     def has_gpus(self) -> bool:
         return ray.cluster_resources().get("GPU", 0) > 0
@@ -105,7 +116,7 @@ class Cluster:
         amounts = [_added(bundle) for bundle in bundles]
         with boundary(PlacementError, "Ray could not reserve resources"):
             self._group = placement_group(amounts, strategy=strategy)
-            has_room = self._has_room(0.0 if self._can_never_hold(amounts) else self.start_limit_s)
+            has_room = self._has_room(0.0 if self._can_never_hold(amounts, strategy) else self.start_limit_s)
             shared = [index for index, bundle in enumerate(bundles) if any(place.shares_gpus for place in bundle)]
             if has_room:
                 self._devices = self._devices_of({index: amounts[index].get("GPU", 0.0) for index in shared})
@@ -115,9 +126,11 @@ class Cluster:
                 for bundle, amount in zip(bundles, amounts, strict=True)
             )
             there = "; ".join(f"{node['NodeManagerAddress']}: {_amounts(node['Resources'])}" for node in _live_nodes())
+            apart = ", each on a machine of its own" if strategy == "STRICT_SPREAD" else ""
             raise PlacementError(
                 f"the Ray cluster has no room for the run (placement.strategy={strategy.lower()}, waited for "
-                f"placement.start_limit_s={self.start_limit_s:g} s). Wanted: {wanted}. Its machines: {there}"
+                f"placement.start_limit_s={self.start_limit_s:g} s). Wanted: {_amounts(_summed(amounts))} in {len(amounts)} places{apart}: "
+                f"{wanted}. Its machines: {there}. Lower what placement reserves for each, or have fewer engines, ranks or reward_workers"
             )
 
     def _has_room(self, limit_s: float) -> bool:
@@ -137,10 +150,11 @@ class Cluster:
         }
         return {index: ray.get(answer, timeout=self.start_limit_s) for index, answer in asked.items()}
 
-    def _can_never_hold(self, amounts: Sequence[Mapping[str, float]]) -> bool:
+    def _can_never_hold(self, amounts: Sequence[Mapping[str, float]], strategy: str) -> bool:
         """No machine comes to a cluster of this machine alone; to another one may."""
-        gpus = sum(amount.get("GPU", 0.0) for amount in amounts)
-        return self.address is None and gpus > ray.cluster_resources().get("GPU", 0)
+        gpus = _summed(amounts).get("GPU", 0.0)
+        wants_more = gpus > ray.cluster_resources().get("GPU", 0) or (strategy == "STRICT_SPREAD" and len(amounts) > 1)
+        return self.address is None and wants_more
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -176,17 +190,21 @@ class Cluster:
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._users, _USERS_LIMIT_S)
-        ray.shutdown()
+        self._leave()
 
-
-@contextmanager
-def _left_when_it_fails() -> Generator[None]:
-    """Nothing of a start of Ray that was broken off stays."""
-    try:
-        yield
-    except BaseException:
+    def _leave(self) -> None:
         ray.shutdown()
-        raise
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _left_when_it_fails(self) -> Generator[None]:
+        """Nothing of a start of Ray that was broken off stays."""
+        try:
+            yield
+        except BaseException:
+            self._leave()
+            raise
 
 
 def _tame() -> None:
@@ -210,8 +228,12 @@ def _visible_devices() -> str:
 
 def _added(places: Sequence[Place]) -> dict[str, float]:
     """The resources of all of them."""
-    each = [place.resources() for place in places]
-    return {name: sum(of.get(name, 0.0) for of in each) for name in ("CPU", "GPU") if any(name in of for of in each)}
+    return _summed([place.resources() for place in places])
+
+
+def _summed(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    kinds = [name for name in ("CPU", "GPU") if any(name in of for of in amounts)]
+    return {name: sum(of.get(name, 0.0) for of in amounts) for name in kinds}
 
 
 def _live_nodes() -> list[dict[str, Any]]:
