@@ -214,6 +214,7 @@ def test_check_counts_cores_for_a_cluster_of_this_machine_and_starts_none(
     assert f"places    ok       1 CPUs of this machine's {num_cores()}" in capfd.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves what it had started to us
 @pytest.mark.parametrize("during", ["init", "reserve"])
 def test_a_sigterm_while_ray_is_waited_for_is_no_failure(
     ready: Path, during: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

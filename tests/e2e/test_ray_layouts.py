@@ -71,6 +71,7 @@ def devices_seen(config: TrainConfig) -> dict[str, set[str]]:
         joined.close()
 
 
+@pytest.mark.proof
 def test_apart_each_has_gpus_of_its_own(ready: Path, cluster: tuple[str, str]):
     words = ["engine.name=vllm", "engine.python=./python", "engine.tensor_parallel=2", "engine.replicas=2"]
     seen = devices_seen(load(TrainConfig, ["config.yaml"], [*words, *RANKS[2:], *cluster]).config)
@@ -82,6 +83,7 @@ def test_apart_each_has_gpus_of_its_own(ready: Path, cluster: tuple[str, str]):
     assert seen["reward-0"] == {""}
 
 
+@pytest.mark.proof
 def test_colocated_an_engine_sees_the_gpus_of_its_ranks(ready: Path, cluster: tuple[str, str]):
     words = ["engine.name=vllm", "engine.python=./python", "engine.memory_fraction=0.4", "engine.replicas=2"]
     words += ["engine.tensor_parallel=2", "trainer.name=fsdp", "trainer.num_ranks=4"]
@@ -93,6 +95,7 @@ def test_colocated_an_engine_sees_the_gpus_of_its_ranks(ready: Path, cluster: tu
     assert seen["reward-0"] == {""}
 
 
+@pytest.mark.proof
 def test_colocated_is_the_run_of_places_apart(ready: Path, cluster: tuple[str, str]):
     """Without GPUs."""
     words = (*RANKS, "engine.replicas=2", "model.device=cpu", *cluster)

@@ -48,7 +48,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "replicas"), [("vllm", 2), ("sglang", 1), pytest.param("real vllm", 1, marks=pytest.mark.proof)]
+    ("kind", "replicas"),
+    [("vllm", 2), *(pytest.param(kind, 1, marks=pytest.mark.proof) for kind in ("sglang", "real vllm"))],
 )
 def test_it_is_the_run_with_servers_beside_the_trainer(ready: Path, cluster: tuple[str, str], kind: str, replicas: int):
     """Every column of the ledger and every metric; the server's address is the node's, and it ends with the run."""
