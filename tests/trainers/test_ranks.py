@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,17 +13,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from ranked import STATELESS, Setup, local_trainer, ranks, row, updated, weights_of
 from test_local_trainer import some_samples
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
+from disks import fill, small
+from sluice.connection import Answer
 from sluice.data.batch import Layout, make_minibatch
 from sluice.errors import NonFiniteError, TrainingError
 from sluice.processes import Died, Process
 from sluice.trainers.optim import OptimizerSettings
+from sluice.trainers.rank import WriteSnapshot, _Server
 from sluice.trainers.ranks import RankedTrainer
 from sluice.types import Sample
 from sluice.update import loss_of
@@ -141,6 +148,45 @@ def test_weights_are_saved_for_transformers(two: Two, tmp_path: Path):
         expected = ours.logits(ours.hidden_states(ids, torch.arange(17)[None])[0])
         torch.testing.assert_close(saved(input_ids=ids).logits[0], expected, rtol=0, atol=1e-5)
     assert two.trainer.weights().model is None
+
+
+def test_a_full_disk_is_told_and_what_had_no_room_can_be_written_later(two: Two, tmp_path: Path):
+    """Full for the shards, and full for rank 0's weights only; torch's first error is not the one that it raises."""
+
+    async def told() -> None:
+        write = two.trainer.snapshot()
+        with small(tmp_path / "disk", "4m") as disk:
+            for left in (0, 4096, 2**16):
+                ballast = fill(disk)
+                os.truncate(ballast, ballast.stat().st_size - left)
+                with pytest.raises(TrainingError, match=r"rank \d could not write its part: .*No space left on device"):
+                    await asyncio.to_thread(write, str(disk / "full"))
+                ballast.unlink()
+                shutil.rmtree(disk / "full", ignore_errors=True)
+            await asyncio.to_thread(write, str(disk / "whole"))
+            AutoModelForCausalLM.from_pretrained(disk / "whole")
+
+    two.run(told())
+
+
+def test_whatever_ends_the_writing_is_told():
+    """An exception that is no Exception too, such as torch has for checkpoints."""
+
+    async def told() -> Answer:
+        writer = Mock()
+        server = _Server("127.0.0.1", writer)
+        server.rank = Mock()
+        server.rank.write_snapshot.side_effect = CheckpointException("write", {})
+        server.take(WriteSnapshot(7, "folder"))
+        async with asyncio.timeout(10):
+            while not writer.write.called:  # noqa: ASYNC110 - a thread calls it
+                await asyncio.sleep(0.01)
+        return pickle.loads(writer.write.call_args.args[0][8:])
+
+    answer = asyncio.run(told())
+    assert answer.number == 7
+    assert isinstance(answer.error, TrainingError)
+    assert "CheckpointException" in str(answer.error)
 
 
 def test_a_rank_that_is_killed_ends_all(two: Two):

@@ -13,6 +13,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -117,20 +118,15 @@ class Save:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Keep a copy of the state until the next one is taken or `DropSnapshot`; answered by what is not in its files."""
+    """Keep a copy of the state until the next one is taken; answered by what is not in its files."""
 
 
 @dataclass(frozen=True)
 class WriteSnapshot:
-    """By a thread, while other requests are answered; answered under its number."""
+    """By a thread, while other requests are answered; answered under its number. May be asked for again."""
 
     number: int
     folder: str
-
-
-@dataclass(frozen=True)
-class DropSnapshot:
-    pass
 
 
 def serve(fd: int, parent: int) -> None:
@@ -170,7 +166,7 @@ class _Server:
         try:
             answer = Answer(None, self._answer(message))
         except SluiceError as error:
-            traceback.print_exc()
+            _explain()
             answer = failed(None, error)
         write(self.writer, answer)
 
@@ -199,20 +195,21 @@ class _Server:
                 self.rank.save(folder)
             case TakeSnapshot():
                 return self.rank.take_snapshot()
-            case DropSnapshot():
-                self.rank.snapshot = None
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
         return None
 
     def _write(self, message: WriteSnapshot) -> None:
+        answer = Answer(message.number)
         try:
             with boundary(TrainingError, f"rank {self.rank.place.rank} could not write its part"):
                 self.rank.write_snapshot(message.folder)
-            answer = Answer(message.number)
         except SluiceError as error:
-            traceback.print_exc()
+            _explain()
             answer = failed(message.number, error)
+        except BaseException as error:  # of a thread nobody sees the end, and the driver waits
+            _explain()
+            answer = failed(message.number, TrainingError(f"{type(error).__name__}: {error}"))
         self.loop.call_soon_threadsafe(write, self.writer, answer)
 
 
@@ -316,6 +313,7 @@ class _Rank:
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer
+        self.snapshot = None  # there is room for one
         self.snapshot = take_snapshot(trainer, self.place, trainer.reference_moved)
         return {
             "update": trainer.optimizer.update,
@@ -341,6 +339,12 @@ class _Rank:
         if trainer.critic:
             assert isinstance(trainer.critic.optimizer, ShardedOptimizer)
             trainer.critic.optimizer.set_update(state["critic_update"])
+
+
+def _explain() -> None:
+    """In the log, which may be on the disk that is full."""
+    with suppress(OSError):
+        traceback.print_exc()
 
 
 def _no_loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:

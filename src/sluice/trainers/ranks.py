@@ -30,7 +30,6 @@ from sluice.trainers.rank import (
     Begin,
     BroadcastTo,
     CopyTo,
-    DropSnapshot,
     Fingerprint,
     Forward,
     ForwardBackward,
@@ -169,8 +168,9 @@ class RankedTrainer:
             async with asyncio.timeout(self._answer_limit_s):
                 await self._first_failure(pending)
         except TimeoutError:
-            raise TrainingError(f"the ranks did not write {folder} within {self._answer_limit_s:g} s") from None
-        await self._ask_all(DropSnapshot())
+            raise TrainingError(
+                f"the ranks did not write {folder} within {self._answer_limit_s:g} s (trainer.answer_limit_s)"
+            ) from None
         self._tokenizer.save_pretrained(folder)
         return state
 
