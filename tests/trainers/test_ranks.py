@@ -8,6 +8,8 @@ import pickle
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,16 +22,19 @@ import torch
 from ranked import STATELESS, Setup, local_trainer, ranks, row, updated, weights_of
 from test_local_trainer import some_samples
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from disks import fill, small
 from sluice.connection import Answer
 from sluice.data.batch import Layout, make_minibatch
-from sluice.errors import NonFiniteError, TrainingError
+from sluice.errors import ConfigError, NonFiniteError, TrainingError
 from sluice.processes import Died, Process
 from sluice.trainers.optim import OptimizerSettings
 from sluice.trainers.rank import WriteSnapshot, _Server
 from sluice.trainers.ranks import RankedTrainer
+from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
 from sluice.update import loss_of
 
@@ -220,6 +225,52 @@ def test_a_rank_that_dies_before_it_is_there_is_named_to_all_who_wait():
     for answer in asyncio.run(answers()):
         assert isinstance(answer, TrainingError)
         assert str(answer) == "trainer rank 0 could not be started: its machine was lost"
+
+
+def test_a_rank_that_does_not_see_the_run_folder_is_named_before_it_loads_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its machine has a folder of that name, and it is another one."""
+    python, run = tmp_path / "python", tmp_path / "run"
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no other disk can be put in the place of a folder here")
+    run.mkdir()
+    python.write_text(
+        f'#!/bin/sh\nexec unshare -m sh -c \'mount -t tmpfs none {run} && exec {sys.executable} "$@"\' - "$@"\n'
+    )
+    python.chmod(0o755)
+
+    def elsewhere(*args: Any, **words: Any) -> Process:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            return Process(*args, **words)
+
+    async def told() -> None:
+        async with ranks(Setup(), 2, folder=run) as trainer:
+            trainer._launch = lambda rank: elsewhere if rank == 1 else Process
+            message = rf"{socket.gethostname()}, the machine of trainer rank 1 \(process \d+\), does not see the run folder {run}"
+            with pytest.raises(ConfigError, match=message):
+                await trainer.fingerprint()
+
+    asyncio.run(told())
+    assert sorted(file.name for file in run.iterdir()) == ["trainer-0.log", "trainer-1.log"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is enough here
+@pytest.mark.parametrize("lacking", ["shards", "shards/.metadata", "shards/__0_0.distcp", "model.safetensors"])
+def test_a_checkpoint_that_lacks_what_ranks_have_written_is_none(tmp_path: Path, lacking: str):
+    save({"weight": torch.arange(100)}, storage_writer=FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    (tmp_path / "model.safetensors").touch()
+    check_whole(str(tmp_path))
+    gone = tmp_path / lacking
+    if gone.suffix == ".distcp":
+        os.truncate(gone, gone.stat().st_size - 1)
+    elif gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    with pytest.raises(TrainingError, match=rf"{lacking}.* was written by a rank, .* set run.folder"):
+        check_whole(str(tmp_path))
 
 
 def with_returns(samples: list[Sample]) -> list[Sample]:

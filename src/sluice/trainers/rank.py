@@ -42,6 +42,13 @@ TCPStore: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
+class Look:
+    """For a file of the driver's. Answered by whether this machine sees it, and by the machine's name."""
+
+    file: str
+
+
+@dataclass(frozen=True)
 class Meet:
     """To rank 0: where do the others find it? Answered by host and port."""
 
@@ -172,6 +179,8 @@ class _Server:
 
     def _answer(self, message: Any) -> Any:
         match message:
+            case Look(file):
+                return os.path.exists(file), socket.gethostname()
             case Meet():
                 self.store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
                 return self.host, self.store.port

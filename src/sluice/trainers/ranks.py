@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sluice.connection import Answer, Connection
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, deal, under_budget
-from sluice.errors import SluiceError, TrainingError, boundary
+from sluice.errors import ConfigError, SluiceError, TrainingError, boundary
 from sluice.interfaces import Layout, SharedMemory, TrainerOutput
 from sluice.processes import Child, Died, Launch, Process
 from sluice.tracking.metrics import Metrics
@@ -33,6 +34,7 @@ from sluice.trainers.rank import (
     Fingerprint,
     Forward,
     ForwardBackward,
+    Look,
     Meet,
     OptimStep,
     Save,
@@ -40,6 +42,7 @@ from sluice.trainers.rank import (
     UpdateReference,
     WriteSnapshot,
 )
+from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
 from sluice.weights.broadcast import Address
 from sluice.weights.publication import WeightsMoved
@@ -70,8 +73,7 @@ class RankedTrainer:
         gives what starts a rank elsewhere; None: on this machine, where it sees the memory of this process.
         """
         self.degrees, self.packing = degrees, packing
-        self.log_folder: Path | None = None
-        """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
+        self._run_folder: Path | None = None
         self._trainer, self._published, self._tokenizer = trainer, _on_no_device(weights), tokenizer
         self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._launch = launch
@@ -88,6 +90,10 @@ class RankedTrainer:
         self._fingerprint: str | None = None
         """Of the weights as they are, if it is known."""
         self._closed = False
+
+    def belongs_to(self, run: Path) -> None:
+        """The run's folder, where checkpoints are and each rank's `trainer-RANK.log`; it is told before there are ranks."""
+        self._run_folder = run
 
     # -- what the loop asks --
 
@@ -171,6 +177,7 @@ class RankedTrainer:
             raise TrainingError(
                 f"the ranks did not write {folder} within {self._answer_limit_s:g} s (trainer.answer_limit_s)"
             ) from None
+        await asyncio.to_thread(check_whole, folder)
         self._tokenizer.save_pretrained(folder)
         return state
 
@@ -235,6 +242,7 @@ class RankedTrainer:
             try:
                 for rank, process in enumerate(processes):
                     await self._connect(rank, process)
+                await self._check_run_folder()
                 await self._begin()
             except BaseException as error:
                 if isinstance(error, SluiceError):  # told to whoever else waits for them
@@ -255,10 +263,30 @@ class RankedTrainer:
         self._connections.append(Connection(process, reader, writer, self._take, ended))
 
     def _launched(self, rank: int) -> Child:
-        log = self.log_folder / f"trainer-{rank}.log" if self.log_folder else None
+        log = self._run_folder / f"trainer-{rank}.log" if self._run_folder else None
         launch: Launch = self._launch(rank) if self._launch else Process
         with boundary(TrainingError, f"trainer rank {rank} could not be started"):
             return launch("sluice.trainers.rank", path=list(sys.path), folder=os.getcwd(), log=log, variables={})
+
+    async def _check_run_folder(self) -> None:
+        """Every rank writes its part of a checkpoint there."""
+        if self._run_folder is None:
+            return
+        # of a new name, since another machine may have a folder of this one
+        file = self._run_folder.absolute() / f".look-{secrets.token_hex(8)}"
+        with boundary(TrainingError, f"{self._run_folder} cannot be written to"):
+            file.touch()
+        try:
+            answers = await self._first_failure([c.ask(Look(str(file)), START_LIMIT_S) for c in self._connections])
+        finally:
+            file.unlink(missing_ok=True)
+        for rank, (sees, machine) in enumerate(answers):
+            if not sees:
+                raise ConfigError(
+                    f"{machine}, the machine of trainer rank {rank} ({self._connections[rank].process}), does not see the run folder "
+                    f"{self._run_folder.absolute()}, into which each rank writes its part of a checkpoint; set run.folder to a folder "
+                    "that all machines share"
+                )
 
     async def _begin(self) -> None:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
@@ -286,7 +314,7 @@ class RankedTrainer:
     async def _bury(self) -> None:
         await asyncio.sleep(GRACE_S)
         rank, cause, _ = next((death for death in self._deaths if death[2]), self._deaths[0])
-        see = f"; see {self.log_folder}/trainer-{rank}.log" if self.log_folder else ""
+        see = f"; see {self._run_folder}/trainer-{rank}.log" if self._run_folder else ""
         self._failure = TrainingError(
             f"trainer rank {rank} of {self.degrees.num_ranks}: {cause}; the other ranks were ended with it{see}"
         )

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from sluice.errors import TrainingError
 from sluice.tracking.rundir import is_disk_full
 from sluice.trainers.fsdp import Place, ShardedModel, local
 from sluice.trainers.local import LocalTrainer
@@ -79,6 +80,24 @@ class _Writer(FileSystemWriter):
             if is_disk_full(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from None
             raise
+
+
+def check_whole(folder: str) -> None:
+    """By the driver. Raises TrainingError when it lacks something that a rank has written."""
+    shards = Path(folder) / FOLDER
+    needed = {shards / ".metadata": 0}
+    if (shards / ".metadata").exists():
+        for part in FileSystemReader(shards).read_metadata().storage_data.values():
+            file = shards / part.relative_path
+            needed[file] = max(needed.get(file, 0), part.offset + part.length)
+    lacking = [file for file, size in needed.items() if not file.is_file() or file.stat().st_size < size]
+    if not any(Path(folder).glob("*.safetensors")):
+        lacking.append(Path(folder) / "model.safetensors")
+    if lacking:
+        raise TrainingError(
+            f"{lacking[0]} was written by a rank, and this machine does not see all of it; set run.folder to a folder that all "
+            "machines share"
+        )
 
 
 def read_into(trainer: LocalTrainer, folder: str, place: Place, reference_moved: bool) -> None:
