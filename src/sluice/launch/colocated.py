@@ -22,11 +22,11 @@ class ColocatedTrainer:
     The rest is the trainer's own.
     """
 
-    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], device: str) -> None:
-        """`device` is the trainer's. Raises ConfigError for one without memory to share."""
-        if device != "cuda":
+    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], *, on_gpu: bool) -> None:
+        """Raises ConfigError for a trainer that is not `on_gpu`."""
+        if not on_gpu:
             raise ConfigError(
-                f"engine.sleep=true has no effect with a trainer on {device}: there is no GPU to share; leave it out"
+                "engine.sleep=true has no effect with a trainer on the CPU: there is no GPU to share; leave it out"
             )
         self._trainer, self._engines = trainer, engines
 

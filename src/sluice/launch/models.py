@@ -58,21 +58,22 @@ def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placem
     if isinstance(config.trainer, DryTrainer):
         from sluice.trainers.dry import DryTrainer as Dry
 
-        trainer, model = Dry(), None
+        trainer, model, on_gpu = Dry(), None, False
     elif isinstance(config.trainer, FsdpTrainer):
         from sluice.launch.ranks import ranked_trainer
 
         trainer, model = ranked_trainer(config, checked.algorithm, chat, packing, placement)
+        on_gpu = trainer.on_gpu
     else:
         trainer = policy_trainer(config, checked.algorithm, chat, packing)
         model = trainer.model
+        on_gpu = model.device.type == "cuda"
     engine = _engine(config, checked, chat, placement, model)
     if isinstance(config.engine, ServerEngine) and config.engine.sleep:
         from sluice.launch.colocated import ColocatedTrainer
 
-        assert model is not None
         # what it does not say itself, it asks the trainer
-        trainer = cast("Trainer", ColocatedTrainer(trainer, cast("Router", engine).engines, model.device.type))
+        trainer = cast("Trainer", ColocatedTrainer(trainer, cast("Router", engine).engines, on_gpu=on_gpu))
     if model is None:
         return Parts(engine, trainer, packing, chat.eos_ids, None, None)
     return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)

@@ -319,6 +319,8 @@ class _Rank:
 
     def save(self, folder: str) -> None:
         self.trainer.model.export()(folder)
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine that reads the folder may share the GPU
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer

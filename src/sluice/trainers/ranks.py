@@ -75,7 +75,7 @@ class RankedTrainer:
         self.degrees, self.packing = degrees, packing
         self._run_folder: Path | None = None
         self._trainer, self._published, self._tokenizer = trainer, _on_no_device(weights), tokenizer
-        self._on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
+        self.on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._launch = launch
         self._connections: list[Connection] = []
         self._connecting = asyncio.Lock()
@@ -291,7 +291,7 @@ class RankedTrainer:
     async def _begin(self) -> None:
         first = self._connections[0].ask(Meet(), START_LIMIT_S)
         (address,) = await self._first_failure([first])
-        rest = (self.degrees, self._on_gpu, address, self._answer_limit_s, self._restore, self._published)
+        rest = (self.degrees, self.on_gpu, address, self._answer_limit_s, self._restore, self._published)
         begins = [Begin(self._trainer, rank, *rest) for rank in range(self.degrees.num_ranks)]
         await self._first_failure(
             [c.ask(begin, START_LIMIT_S) for c, begin in zip(self._connections, begins, strict=True)]
