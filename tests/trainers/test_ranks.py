@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ from sluice.data.batch import Layout, make_minibatch
 from sluice.errors import ConfigError, NonFiniteError, TrainingError
 from sluice.processes import Died, Process
 from sluice.trainers.optim import OptimizerSettings
-from sluice.trainers.rank import WriteSnapshot, _Server
+from sluice.trainers.rank import Meet, WriteSnapshot, _Server
 from sluice.trainers.ranks import RankedTrainer
 from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
@@ -254,6 +254,27 @@ def test_a_rank_that_does_not_see_the_run_folder_is_named_before_it_loads_anythi
 
     asyncio.run(told())
     assert sorted(file.name for file in run.iterdir()) == ["trainer-0.log", "trainer-1.log"]
+
+
+def test_ranks_meet_at_the_address_at_which_the_driver_has_them():
+    def over_ipv6(*args: Any, **words: Any) -> Process:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+            ours = socket.create_connection(listening.getsockname()[:2])
+            theirs, _ = listening.accept()
+        with patch.object(socket, "socketpair", lambda: (ours, theirs)):
+            return Process(*args, **words)
+
+    async def where() -> tuple[str, int]:
+        async with ranks(Setup(), 1) as trainer:
+            trainer._launch = lambda rank: over_ipv6
+            await trainer.fingerprint()
+            return await trainer._connections[0].ask(Meet(), 60)
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    assert asyncio.run(where())[0] == "::1"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is enough here

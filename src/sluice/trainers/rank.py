@@ -27,7 +27,7 @@ from sluice.connection import Answer, failed, read, write
 from sluice.data.batch import MicroBatch, nothing
 from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
 from sluice.interfaces import TrainerOutput
-from sluice.processes import belong_to
+from sluice.processes import belong_to, own_address
 from sluice.tracking.metrics import Metrics
 from sluice.trainers.fsdp import Degrees, Place, ShardedModel
 from sluice.trainers.local import LocalTrainer, Seen
@@ -147,7 +147,7 @@ def serve(fd: int, parent: int) -> None:
 
 async def _serve(pipe: socket.socket) -> None:
     """What goes wrong unforeseen ends the process, and with it the driver ends all others."""
-    host = pipe.getsockname()[0] if pipe.family == socket.AF_INET else "127.0.0.1"
+    host = own_address(pipe)
     reader, writer = await asyncio.open_connection(sock=pipe)
     server = _Server(host, writer)
     while True:
