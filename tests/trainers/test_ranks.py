@@ -256,6 +256,18 @@ def test_a_rank_that_does_not_see_the_run_folder_is_named_before_it_loads_anythi
     assert sorted(file.name for file in run.iterdir()) == ["trainer-0.log", "trainer-1.log"]
 
 
+def test_ranks_have_the_configured_time_to_start():
+    async def told() -> None:
+        async with ranks(Setup(), 1) as trainer:
+            trainer._answer_limit_s = 0.01
+            with pytest.raises(
+                TrainingError, match=r"rank 0 of 1: it gave no answer to Meet within 0.01 s \(trainer.answer_limit_s\)"
+            ):
+                await trainer.fingerprint()
+
+    asyncio.run(told())
+
+
 def test_ranks_meet_at_the_address_at_which_the_driver_has_them():
     def over_ipv6(*args: Any, **words: Any) -> Process:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -47,8 +47,6 @@ from sluice.types import Sample
 from sluice.weights.broadcast import Address
 from sluice.weights.publication import WeightsMoved
 
-START_LIMIT_S = 600.0
-"""For imports, for loading the model, and for reading a checkpoint."""
 GRACE_S = 0.5
 """In which the ranks that noticed the death of another die too: the first of them that a signal ended is named."""
 
@@ -69,7 +67,7 @@ class RankedTrainer:
         launch: Callable[[int], Launch] | None = None,
     ) -> None:
         """`trainer` makes a rank's trainer in its process, where it must be importable. `weights` say what is published: names, shapes
-        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed. `launch`
+        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed, as it starts too. `launch`
         gives what starts a rank elsewhere; None: on this machine, where it sees the memory of this process.
         """
         self.degrees, self.packing = degrees, packing
@@ -155,7 +153,7 @@ class RankedTrainer:
         """As the local trainer does; each rank keeps the copy of its own shard, and writes it."""
         loop = asyncio.get_running_loop()
         # tasks in the order in which they are made: the ranks are asked before they are asked for anything later
-        taken = [loop.create_task(c.ask(TakeSnapshot(), self._answer_limit_s)) for c in self._connections]
+        taken = [loop.create_task(self._answer(c, TakeSnapshot())) for c in self._connections]
 
         def write(folder: str) -> dict[str, Any]:
             return asyncio.run_coroutine_threadsafe(self._write(os.path.abspath(folder), taken), loop).result()
@@ -212,11 +210,11 @@ class RankedTrainer:
         """Raises what a rank says is wrong, and TrainingError when one died."""
         await self._started()
         return await self._first_failure(
-            [
-                connection.ask(message, self._answer_limit_s)
-                for connection, message in zip(self._connections, messages, strict=True)
-            ]
+            [self._answer(connection, message) for connection, message in zip(self._connections, messages, strict=True)]
         )
+
+    def _answer(self, connection: Connection, message: Any) -> Coroutine[Any, Any, Any]:
+        return connection.ask(message, self._answer_limit_s, "trainer.answer_limit_s")
 
     async def _first_failure(self, waiting: Sequence[Any]) -> list[Any]:
         answers = await asyncio.gather(*waiting, return_exceptions=True)
@@ -277,7 +275,7 @@ class RankedTrainer:
         with boundary(TrainingError, f"{self._run_folder} cannot be written to"):
             file.touch()
         try:
-            answers = await self._first_failure([c.ask(Look(str(file)), START_LIMIT_S) for c in self._connections])
+            answers = await self._first_failure([self._answer(c, Look(str(file))) for c in self._connections])
         finally:
             file.unlink(missing_ok=True)
         for rank, (sees, machine) in enumerate(answers):
@@ -289,13 +287,11 @@ class RankedTrainer:
                 )
 
     async def _begin(self) -> None:
-        first = self._connections[0].ask(Meet(), START_LIMIT_S)
+        first = self._answer(self._connections[0], Meet())
         (address,) = await self._first_failure([first])
         rest = (self.degrees, self.on_gpu, address, self._answer_limit_s, self._restore, self._published)
         begins = [Begin(self._trainer, rank, *rest) for rank in range(self.degrees.num_ranks)]
-        await self._first_failure(
-            [c.ask(begin, START_LIMIT_S) for c, begin in zip(self._connections, begins, strict=True)]
-        )
+        await self._first_failure([self._answer(c, begin) for c, begin in zip(self._connections, begins, strict=True)])
 
     def _take(self, number: int, answer: Answer) -> None:
         future = self._writing.pop(number)
