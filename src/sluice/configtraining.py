@@ -208,7 +208,8 @@ class FsdpTrainer(BatchedOptimizer, AdapterFields):
     updates_per_batch: PositiveInt = 1
     """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
     answer_limit_s: FinitePositive = 3600.0
-    """Longest wait for a rank; one that takes longer over an update is killed, and the run ends."""
+    """Longest wait for a rank, whether it loads the model, reads a checkpoint, writes one or makes an update; one that takes longer is
+    killed, and the run ends."""
 
     @property
     def num_data_ranks(self) -> int:

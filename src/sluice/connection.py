@@ -90,8 +90,8 @@ class Connection:
         if not self._is_over:
             write(self._writer, message)
 
-    async def ask(self, message: Any, limit_s: float) -> Any:
-        """Raises Died when it ends before it answers, and ends it when it does not answer in time."""
+    async def ask(self, message: Any, limit_s: float, setting: str = "") -> Any:
+        """Raises Died when it ends before it answers, and ends it when it does not answer in time, which is the `setting`'s."""
         if self._is_over:
             raise Died("the process has ended")
         answer = asyncio.get_running_loop().create_future()
@@ -101,7 +101,8 @@ class Connection:
             async with asyncio.timeout(limit_s):
                 return await answer
         except TimeoutError:
-            what = f"it gave no answer to {type(message).__name__} within {limit_s:g} s and was killed"
+            limit = f"{limit_s:g} s ({setting})" if setting else f"{limit_s:g} s"
+            what = f"it gave no answer to {type(message).__name__} within {limit} and was killed"
             self.end(what)
             raise Died(what) from None
 

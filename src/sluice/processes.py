@@ -181,6 +181,11 @@ def belong_to(parent: int, fd: int, end: Callable[[], None] = kill_own_group) ->
     return socket.socket(fileno=fd)
 
 
+def own_address(pipe: socket.socket) -> str:
+    """Of this machine, as whoever is at the other end sees it."""
+    return "127.0.0.1" if pipe.family == socket.AF_UNIX else pipe.getsockname()[0]
+
+
 def _wake_with_parents_death() -> None:
     """On Linux: one that was stopped (SIGSTOP) goes on when its parent dies, and so can end.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from disks import fill, small
 from same import assert_same_runs
 from small_runs import events_of, finished, set_up, sluice, started, workplace
 
@@ -18,33 +18,19 @@ NUM_STEPS = 6
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A disk of 4 MiB at runs/, in a workplace."""
+    """A disk of 8 MiB at runs/, in a workplace."""
     set_up(tmp_path)
-    disk = tmp_path / "runs"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
-    try:
-        with workplace(tmp_path, monkeypatch):
-            yield disk
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    with small(tmp_path / "runs", "8m") as disk, workplace(tmp_path, monkeypatch):
+        yield disk
 
 
-def fill(disk: Path) -> Path:
-    """Leave no byte; what fills it is the returned file."""
-    with open(disk / "ballast", "wb", buffering=0) as file, suppress(OSError):
-        while file.write(b"\0" * 65536):
-            pass
-    return disk / "ballast"
-
-
-def train_until_full(disk: Path, wait_s: float, every: int) -> tuple[subprocess.Popen[str], list[str], Path]:
+def train_until_full(
+    disk: Path, wait_s: float, every: int, *words: str
+) -> tuple[subprocess.Popen[str], list[str], Path]:
     """Start a run, fill its disk after the second step, and come back when it says that it waits."""
     settings = (f"run.disk_wait_s={wait_s}", f"checkpoint.every_steps={every}", f"run.num_steps={NUM_STEPS}")
-    process = started("train", "config.yaml", "run.name=full", "run.num_threads=1", *settings)
-    guard = threading.Timer(90, process.kill)
+    process = started("train", "config.yaml", "run.name=full", "run.num_threads=1", *settings, *words)
+    guard = threading.Timer(180, process.kill)
     guard.start()
     said: list[str] = []
     ballast = disk / "ballast"
@@ -60,9 +46,14 @@ def train_until_full(disk: Path, wait_s: float, every: int) -> tuple[subprocess.
     return process, said, ballast
 
 
-@pytest.mark.parametrize("every", [1, 1000])
-def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every: int):
-    process, _, ballast = train_until_full(small_disk, 60, every)
+RANKS = ("engine.process=own", "engine.num_threads=1", "trainer.name=fsdp", "trainer.num_ranks=2")
+
+
+@pytest.mark.parametrize(
+    ("every", "words"), [(1, ()), (1000, ()), pytest.param(1, RANKS, id="ranks", marks=pytest.mark.proof)]
+)
+def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every: int, words: tuple[str, ...]):
+    process, _, ballast = train_until_full(small_disk, 60, every, *words)
     ballast.unlink()
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
@@ -70,7 +61,7 @@ def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every:
     assert full, "what could not be written while the disk was full is written later"
     assert "waits for room on the disk, for at most 60 s (run.disk_wait_s)" in full[0]
     whole = finished(
-        "train", "config.yaml", f"run.num_steps={NUM_STEPS}", f"checkpoint.every_steps={every}", name="whole"
+        "train", "config.yaml", f"run.num_steps={NUM_STEPS}", f"checkpoint.every_steps={every}", *words, name="whole"
     )
     assert_same_runs(whole, small_disk / "full", NUM_STEPS)
 

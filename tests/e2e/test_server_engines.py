@@ -17,8 +17,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
+from sluice.config import TrainConfig
+from sluice.configfile import load
+from sluice.data.chat import Chat, load_tokenizer
 from sluice.engines.sglang import Sglang
 from sluice.engines.vllm import Vllm
+from sluice.launch import ranks
+from sluice.launch.checked import check
+from sluice.launch.colocated import ColocatedTrainer
+from sluice.launch.models import engine_and_trainer
+from sluice.launch.placing import Placement
+from sluice.trainers.ranks import RankedTrainer
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, make_architecture, metrics_of, set_up, sluice, workplace
 
@@ -198,6 +207,18 @@ def test_check_looks_for_the_server_and_tries_without_it(ready: Path, capsys: py
 PYTHON = "engine.python=python"
 
 
+def test_ranks_on_gpus_share_them_with_a_server_that_sleeps(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """As far as it can be without a GPU: nothing is started. What a run tells its trainer comes to the ranks."""
+    monkeypatch.setattr(ranks, "gpus_of", lambda config: 2)
+    words = ["engine.name=vllm", PYTHON, "engine.sleep=true", "trainer.name=fsdp"]
+    config = load(TrainConfig, ["config.yaml"], words).config
+    trainer: Any = engine_and_trainer(config, check(config), Chat(load_tokenizer("model")), Placement()).trainer
+    trainer.belongs_to(Path("runs/test"))
+    assert isinstance(trainer, ColocatedTrainer)
+    assert isinstance(trainer._trainer, RankedTrainer)
+    assert trainer._trainer._run_folder == Path("runs/test")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -222,6 +243,7 @@ PYTHON = "engine.python=python"
             "rounds the engine's",
         ),
         (["engine.name=vllm", PYTHON, "engine.sleep=true"], "there is no GPU to share"),
+        (["engine.name=vllm", PYTHON, "engine.sleep=true", "trainer.name=fsdp"], "there is no GPU to share"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(ready: Path, words: Sequence[str], complaint: str, capsys: Any):

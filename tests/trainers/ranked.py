@@ -156,7 +156,8 @@ async def ranks(
         on_gpu=False,
         answer_limit_s=600.0 if setup.compile else 120.0,
     )
-    trainer.log_folder = folder
+    if folder:
+        trainer.belongs_to(folder)
     try:
         yield trainer
     finally:

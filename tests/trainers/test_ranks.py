@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from ranked import STATELESS, Setup, local_trainer, ranks, row, updated, weights_of
 from test_local_trainer import some_samples
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
+from disks import fill, small
+from sluice.connection import Answer
 from sluice.data.batch import Layout, make_minibatch
-from sluice.errors import NonFiniteError, TrainingError
+from sluice.errors import ConfigError, NonFiniteError, TrainingError
 from sluice.processes import Died, Process
 from sluice.trainers.optim import OptimizerSettings
+from sluice.trainers.rank import Meet, WriteSnapshot, _Server
 from sluice.trainers.ranks import RankedTrainer
+from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
 from sluice.update import loss_of
 
@@ -143,6 +155,45 @@ def test_weights_are_saved_for_transformers(two: Two, tmp_path: Path):
     assert two.trainer.weights().model is None
 
 
+def test_a_full_disk_is_told_and_what_had_no_room_can_be_written_later(two: Two, tmp_path: Path):
+    """Full for the shards, and full for rank 0's weights only; torch's first error is not the one that it raises."""
+
+    async def told() -> None:
+        write = two.trainer.snapshot()
+        with small(tmp_path / "disk", "4m") as disk:
+            for left in (0, 4096, 2**16):
+                ballast = fill(disk)
+                os.truncate(ballast, ballast.stat().st_size - left)
+                with pytest.raises(TrainingError, match=r"rank \d could not write its part: .*No space left on device"):
+                    await asyncio.to_thread(write, str(disk / "full"))
+                ballast.unlink()
+                shutil.rmtree(disk / "full", ignore_errors=True)
+            await asyncio.to_thread(write, str(disk / "whole"))
+            AutoModelForCausalLM.from_pretrained(disk / "whole")
+
+    two.run(told())
+
+
+def test_whatever_ends_the_writing_is_told():
+    """An exception that is no Exception too, such as torch has for checkpoints."""
+
+    async def told() -> Answer:
+        writer = Mock()
+        server = _Server("127.0.0.1", writer)
+        server.rank = Mock()
+        server.rank.write_snapshot.side_effect = CheckpointException("write", {})
+        server.take(WriteSnapshot(7, "folder"))
+        async with asyncio.timeout(10):
+            while not writer.write.called:  # noqa: ASYNC110 - a thread calls it
+                await asyncio.sleep(0.01)
+        return pickle.loads(writer.write.call_args.args[0][8:])
+
+    answer = asyncio.run(told())
+    assert answer.number == 7
+    assert isinstance(answer.error, TrainingError)
+    assert "CheckpointException" in str(answer.error)
+
+
 def test_a_rank_that_is_killed_ends_all(two: Two):
     """Last of those that share the ranks."""
     pids = [connection.process.pid for connection in two.trainer._connections]
@@ -174,6 +225,85 @@ def test_a_rank_that_dies_before_it_is_there_is_named_to_all_who_wait():
     for answer in asyncio.run(answers()):
         assert isinstance(answer, TrainingError)
         assert str(answer) == "trainer rank 0 could not be started: its machine was lost"
+
+
+def test_a_rank_that_does_not_see_the_run_folder_is_named_before_it_loads_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its machine has a folder of that name, and it is another one."""
+    python, run = tmp_path / "python", tmp_path / "run"
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no other disk can be put in the place of a folder here")
+    run.mkdir()
+    python.write_text(
+        f'#!/bin/sh\nexec unshare -m sh -c \'mount -t tmpfs none {run} && exec {sys.executable} "$@"\' - "$@"\n'
+    )
+    python.chmod(0o755)
+
+    def elsewhere(*args: Any, **words: Any) -> Process:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            return Process(*args, **words)
+
+    async def told() -> None:
+        async with ranks(Setup(), 2, folder=run) as trainer:
+            trainer._launch = lambda rank: elsewhere if rank == 1 else Process
+            message = rf"{socket.gethostname()}, the machine of trainer rank 1 \(process \d+\), does not see the run folder {run}"
+            with pytest.raises(ConfigError, match=message):
+                await trainer.fingerprint()
+
+    asyncio.run(told())
+    assert sorted(file.name for file in run.iterdir()) == ["trainer-0.log", "trainer-1.log"]
+
+
+def test_ranks_have_the_configured_time_to_start():
+    async def told() -> None:
+        async with ranks(Setup(), 1) as trainer:
+            trainer._answer_limit_s = 0.01
+            with pytest.raises(
+                TrainingError, match=r"rank 0 of 1: it gave no answer to Meet within 0.01 s \(trainer.answer_limit_s\)"
+            ):
+                await trainer.fingerprint()
+
+    asyncio.run(told())
+
+
+def test_ranks_meet_at_the_address_at_which_the_driver_has_them():
+    def over_ipv6(*args: Any, **words: Any) -> Process:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+            ours = socket.create_connection(listening.getsockname()[:2])
+            theirs, _ = listening.accept()
+        with patch.object(socket, "socketpair", lambda: (ours, theirs)):
+            return Process(*args, **words)
+
+    async def where() -> tuple[str, int]:
+        async with ranks(Setup(), 1) as trainer:
+            trainer._launch = lambda rank: over_ipv6
+            await trainer.fingerprint()
+            return await trainer._connections[0].ask(Meet(), 60)
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    assert asyncio.run(where())[0] == "::1"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is enough here
+@pytest.mark.parametrize("lacking", ["shards", "shards/.metadata", "shards/__0_0.distcp", "model.safetensors"])
+def test_a_checkpoint_that_lacks_what_ranks_have_written_is_none(tmp_path: Path, lacking: str):
+    save({"weight": torch.arange(100)}, storage_writer=FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    (tmp_path / "model.safetensors").touch()
+    check_whole(str(tmp_path))
+    gone = tmp_path / lacking
+    if gone.suffix == ".distcp":
+        os.truncate(gone, gone.stat().st_size - 1)
+    elif gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    with pytest.raises(TrainingError, match=rf"{lacking}.* was written by a rank, .* set run.folder"):
+        check_whole(str(tmp_path))
 
 
 def with_returns(samples: list[Sample]) -> list[Sample]:

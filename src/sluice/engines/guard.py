@@ -20,7 +20,7 @@ from typing import Any
 
 from sluice.connection import Answer, failed, read, write
 from sluice.errors import EngineError
-from sluice.processes import belong_to, kill_own_group
+from sluice.processes import belong_to, kill_own_group, own_address
 
 STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
@@ -79,7 +79,7 @@ def serve(fd: int, parent: int) -> None:
 
 async def _serve(pipe: socket.socket) -> int:
     """The exit code of the server, or minus the signal that ended it."""
-    host = _own_address(pipe)
+    host = own_address(pipe)
     holder = _reserved_port(host)
     port: int = holder.getsockname()[1]
     reader, writer = await asyncio.open_connection(sock=pipe)
@@ -154,11 +154,6 @@ def _rest() -> Iterator[tuple[int, bytes]]:
             pid, command = int(process.name), (process / "cmdline").read_bytes()
             if command and pid != os.getpid() and os.getpgid(pid) == os.getpgrp():  # without one it has ended
                 yield pid, command
-
-
-def _own_address(pipe: socket.socket) -> str:
-    """Of this machine, as whoever is at the other end sees it."""
-    return "127.0.0.1" if pipe.family == socket.AF_UNIX else pipe.getsockname()[0]
 
 
 def _reserved_port(host: str) -> socket.socket:

@@ -22,8 +22,8 @@ class ColocatedTrainer:
     The rest is the trainer's own.
     """
 
-    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], on_gpu: bool) -> None:
-        """`on_gpu`: the trainer is. Raises ConfigError where there is no memory to share."""
+    def __init__(self, trainer: Trainer, engines: Sequence[ServerEngine], *, on_gpu: bool) -> None:
+        """Raises ConfigError for a trainer that is not `on_gpu`."""
         if not on_gpu:
             raise ConfigError(
                 "engine.sleep=true has no effect with a trainer on the CPU: there is no GPU to share; leave it out"
@@ -42,8 +42,7 @@ class ColocatedTrainer:
         await asyncio.gather(*(engine.sleep() for engine in self._engines))
 
     def weights(self) -> Any:
-        """What the trainer's allocator keeps of memory that it does not use goes back first: the engine will want it. (Ranks give it back
-        when they have written the weights.)"""
+        """What the trainer's allocator keeps of memory that it does not use goes back first: the engine will want it."""
         give_back_unused_memory()
         return self._trainer.weights()
 

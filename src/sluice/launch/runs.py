@@ -182,7 +182,7 @@ def _assembled(
     if isinstance(engine, Router):
         engine.belongs_to(rundir.path, tracker.event)
     if isinstance(config.trainer, FsdpTrainer):
-        trainer.log_folder = rundir.path
+        trainer.belongs_to(rundir.path)
     return Run(
         engine=engine,
         trainer=trainer,

@@ -13,6 +13,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,7 @@ from sluice.connection import Answer, failed, read, write
 from sluice.data.batch import MicroBatch, nothing
 from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
 from sluice.interfaces import TrainerOutput
-from sluice.processes import belong_to
+from sluice.processes import belong_to, own_address
 from sluice.tracking.metrics import Metrics
 from sluice.trainers.fsdp import Degrees, Place, ShardedModel
 from sluice.trainers.local import LocalTrainer, Seen
@@ -38,6 +39,13 @@ from sluice.weights.fingerprint import fingerprint
 from sluice.weights.shared_memory import SharedWeights
 
 TCPStore: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(frozen=True)
+class Look:
+    """For a file of the driver's. Answered by whether this machine sees it, and by the machine's name."""
+
+    file: str
 
 
 @dataclass(frozen=True)
@@ -117,20 +125,15 @@ class Save:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Keep a copy of the state until the next one is taken or `DropSnapshot`; answered by what is not in its files."""
+    """Keep a copy of the state until the next one is taken; answered by what is not in its files."""
 
 
 @dataclass(frozen=True)
 class WriteSnapshot:
-    """By a thread, while other requests are answered; answered under its number."""
+    """By a thread, while other requests are answered; answered under its number. May be asked for again."""
 
     number: int
     folder: str
-
-
-@dataclass(frozen=True)
-class DropSnapshot:
-    pass
 
 
 def serve(fd: int, parent: int) -> None:
@@ -144,7 +147,7 @@ def serve(fd: int, parent: int) -> None:
 
 async def _serve(pipe: socket.socket) -> None:
     """What goes wrong unforeseen ends the process, and with it the driver ends all others."""
-    host = pipe.getsockname()[0] if pipe.family == socket.AF_INET else "127.0.0.1"
+    host = own_address(pipe)
     reader, writer = await asyncio.open_connection(sock=pipe)
     server = _Server(host, writer)
     while True:
@@ -170,12 +173,14 @@ class _Server:
         try:
             answer = Answer(None, self._answer(message))
         except SluiceError as error:
-            traceback.print_exc()
+            _explain()
             answer = failed(None, error)
         write(self.writer, answer)
 
     def _answer(self, message: Any) -> Any:
         match message:
+            case Look(file):
+                return os.path.exists(file), socket.gethostname()
             case Meet():
                 self.store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
                 return self.host, self.store.port
@@ -199,20 +204,21 @@ class _Server:
                 self.rank.save(folder)
             case TakeSnapshot():
                 return self.rank.take_snapshot()
-            case DropSnapshot():
-                self.rank.snapshot = None
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
         return None
 
     def _write(self, message: WriteSnapshot) -> None:
+        answer = Answer(message.number)
         try:
             with boundary(TrainingError, f"rank {self.rank.place.rank} could not write its part"):
                 self.rank.write_snapshot(message.folder)
-            answer = Answer(message.number)
         except SluiceError as error:
-            traceback.print_exc()
+            _explain()
             answer = failed(message.number, error)
+        except BaseException as error:  # of a thread nobody sees the end, and the driver waits
+            _explain()
+            answer = failed(message.number, TrainingError(f"{type(error).__name__}: {error}"))
         self.loop.call_soon_threadsafe(write, self.writer, answer)
 
 
@@ -313,11 +319,12 @@ class _Rank:
 
     def save(self, folder: str) -> None:
         self.trainer.model.export()(folder)
-        if self.place.device.type == "cuda":  # for a server that has slept on this GPU
-            torch.cuda.empty_cache()
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine that reads the folder may share the GPU
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer
+        self.snapshot = None  # there is room for one
         self.snapshot = take_snapshot(trainer, self.place, trainer.reference_moved)
         return {
             "update": trainer.optimizer.update,
@@ -343,6 +350,12 @@ class _Rank:
         if trainer.critic:
             assert isinstance(trainer.critic.optimizer, ShardedOptimizer)
             trainer.critic.optimizer.set_update(state["critic_update"])
+
+
+def _explain() -> None:
+    """In the log, which may be on the disk that is full."""
+    with suppress(OSError):
+        traceback.print_exc()
 
 
 def _no_loss(logprobs: Tensor, entropies: Tensor, batch: MicroBatch) -> LossOutput:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sluice.connection import Answer, Connection
 from sluice.data.batch import MicroBatch, Minibatch, Packing, collate, deal, under_budget
-from sluice.errors import SluiceError, TrainingError, boundary
+from sluice.errors import ConfigError, SluiceError, TrainingError, boundary
 from sluice.interfaces import Layout, SharedMemory, TrainerOutput
 from sluice.processes import Child, Died, Launch, Process
 from sluice.tracking.metrics import Metrics
@@ -30,10 +31,10 @@ from sluice.trainers.rank import (
     Begin,
     BroadcastTo,
     CopyTo,
-    DropSnapshot,
     Fingerprint,
     Forward,
     ForwardBackward,
+    Look,
     Meet,
     OptimStep,
     Save,
@@ -41,12 +42,11 @@ from sluice.trainers.rank import (
     UpdateReference,
     WriteSnapshot,
 )
+from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
 from sluice.weights.broadcast import Address
 from sluice.weights.publication import WeightsMoved
 
-START_LIMIT_S = 600.0
-"""For imports, for loading the model, and for reading a checkpoint."""
 GRACE_S = 0.5
 """In which the ranks that noticed the death of another die too: the first of them that a signal ended is named."""
 
@@ -67,12 +67,11 @@ class RankedTrainer:
         launch: Callable[[int], Launch] | None = None,
     ) -> None:
         """`trainer` makes a rank's trainer in its process, where it must be importable. `weights` say what is published: names, shapes
-        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed. `launch`
+        and dtypes. With `on_gpu` each rank takes one. A rank that gives no answer for `answer_limit_s` is killed, as it starts too. `launch`
         gives what starts a rank elsewhere; None: on this machine, where it sees the memory of this process.
         """
         self.degrees, self.packing = degrees, packing
-        self.log_folder: Path | None = None
-        """Where each rank's `trainer-RANK.log` is written; it is told before there are ranks."""
+        self._run_folder: Path | None = None
         self._trainer, self._published, self._tokenizer = trainer, _on_no_device(weights), tokenizer
         self.on_gpu, self._answer_limit_s = on_gpu, answer_limit_s
         self._launch = launch
@@ -89,6 +88,10 @@ class RankedTrainer:
         self._fingerprint: str | None = None
         """Of the weights as they are, if it is known."""
         self._closed = False
+
+    def belongs_to(self, run: Path) -> None:
+        """The run's folder, where checkpoints are and each rank's `trainer-RANK.log`; it is told before there are ranks."""
+        self._run_folder = run
 
     # -- what the loop asks --
 
@@ -150,7 +153,7 @@ class RankedTrainer:
         """As the local trainer does; each rank keeps the copy of its own shard, and writes it."""
         loop = asyncio.get_running_loop()
         # tasks in the order in which they are made: the ranks are asked before they are asked for anything later
-        taken = [loop.create_task(c.ask(TakeSnapshot(), self._answer_limit_s)) for c in self._connections]
+        taken = [loop.create_task(self._answer(c, TakeSnapshot())) for c in self._connections]
 
         def write(folder: str) -> dict[str, Any]:
             return asyncio.run_coroutine_threadsafe(self._write(os.path.abspath(folder), taken), loop).result()
@@ -169,8 +172,10 @@ class RankedTrainer:
             async with asyncio.timeout(self._answer_limit_s):
                 await self._first_failure(pending)
         except TimeoutError:
-            raise TrainingError(f"the ranks did not write {folder} within {self._answer_limit_s:g} s") from None
-        await self._ask_all(DropSnapshot())
+            raise TrainingError(
+                f"the ranks did not write {folder} within {self._answer_limit_s:g} s (trainer.answer_limit_s)"
+            ) from None
+        await asyncio.to_thread(check_whole, folder)
         self._tokenizer.save_pretrained(folder)
         return state
 
@@ -205,11 +210,11 @@ class RankedTrainer:
         """Raises what a rank says is wrong, and TrainingError when one died."""
         await self._started()
         return await self._first_failure(
-            [
-                connection.ask(message, self._answer_limit_s)
-                for connection, message in zip(self._connections, messages, strict=True)
-            ]
+            [self._answer(connection, message) for connection, message in zip(self._connections, messages, strict=True)]
         )
+
+    def _answer(self, connection: Connection, message: Any) -> Coroutine[Any, Any, Any]:
+        return connection.ask(message, self._answer_limit_s, "trainer.answer_limit_s")
 
     async def _first_failure(self, waiting: Sequence[Any]) -> list[Any]:
         answers = await asyncio.gather(*waiting, return_exceptions=True)
@@ -235,6 +240,7 @@ class RankedTrainer:
             try:
                 for rank, process in enumerate(processes):
                     await self._connect(rank, process)
+                await self._check_run_folder()
                 await self._begin()
             except BaseException as error:
                 if isinstance(error, SluiceError):  # told to whoever else waits for them
@@ -255,19 +261,37 @@ class RankedTrainer:
         self._connections.append(Connection(process, reader, writer, self._take, ended))
 
     def _launched(self, rank: int) -> Child:
-        log = self.log_folder / f"trainer-{rank}.log" if self.log_folder else None
+        log = self._run_folder / f"trainer-{rank}.log" if self._run_folder else None
         launch: Launch = self._launch(rank) if self._launch else Process
         with boundary(TrainingError, f"trainer rank {rank} could not be started"):
             return launch("sluice.trainers.rank", path=list(sys.path), folder=os.getcwd(), log=log, variables={})
 
+    async def _check_run_folder(self) -> None:
+        """Every rank writes its part of a checkpoint there."""
+        if self._run_folder is None:
+            return
+        # of a new name, since another machine may have a folder of this one
+        file = self._run_folder.absolute() / f".look-{secrets.token_hex(8)}"
+        with boundary(TrainingError, f"{self._run_folder} cannot be written to"):
+            file.touch()
+        try:
+            answers = await self._first_failure([self._answer(c, Look(str(file))) for c in self._connections])
+        finally:
+            file.unlink(missing_ok=True)
+        for rank, (sees, machine) in enumerate(answers):
+            if not sees:
+                raise ConfigError(
+                    f"{machine}, the machine of trainer rank {rank} ({self._connections[rank].process}), does not see the run folder "
+                    f"{self._run_folder.absolute()}, into which each rank writes its part of a checkpoint; set run.folder to a folder "
+                    "that all machines share"
+                )
+
     async def _begin(self) -> None:
-        first = self._connections[0].ask(Meet(), START_LIMIT_S)
+        first = self._answer(self._connections[0], Meet())
         (address,) = await self._first_failure([first])
         rest = (self.degrees, self.on_gpu, address, self._answer_limit_s, self._restore, self._published)
         begins = [Begin(self._trainer, rank, *rest) for rank in range(self.degrees.num_ranks)]
-        await self._first_failure(
-            [c.ask(begin, START_LIMIT_S) for c, begin in zip(self._connections, begins, strict=True)]
-        )
+        await self._first_failure([self._answer(c, begin) for c, begin in zip(self._connections, begins, strict=True)])
 
     def _take(self, number: int, answer: Answer) -> None:
         future = self._writing.pop(number)
@@ -286,7 +310,7 @@ class RankedTrainer:
     async def _bury(self) -> None:
         await asyncio.sleep(GRACE_S)
         rank, cause, _ = next((death for death in self._deaths if death[2]), self._deaths[0])
-        see = f"; see {self.log_folder}/trainer-{rank}.log" if self.log_folder else ""
+        see = f"; see {self._run_folder}/trainer-{rank}.log" if self._run_folder else ""
         self._failure = TrainingError(
             f"trainer rank {rank} of {self.degrees.num_ranks}: {cause}; the other ranks were ended with it{see}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from sluice.errors import TrainingError
+from sluice.tracking.rundir import is_disk_full
 from sluice.trainers.fsdp import Place, ShardedModel, local
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.sharded_optim import ShardedOptimizer
@@ -52,14 +57,47 @@ def take_snapshot(trainer: LocalTrainer, place: Place, reference_moved: bool) ->
 
 
 def write_snapshot(snapshot: Snapshot, folder: str, place: Place) -> None:
-    """From a thread of every rank. Raises NonFiniteError for weights that are no numbers."""
-    with _quiet():
-        save(
-            snapshot.shards,
-            storage_writer=FileSystemWriter(Path(folder) / FOLDER, sync_files=False),
-            process_group=place.files,
-        )
+    """From a thread of every rank; may be called again when a rank had no room. Raises NonFiniteError for weights that are no numbers."""
+    try:
+        with _quiet():
+            save(
+                snapshot.shards,
+                storage_writer=_Writer(Path(folder) / FOLDER, sync_files=False),
+                process_group=place.files,
+            )
+    except CheckpointException as error:  # it is no Exception, and lists what each rank raised
+        raise next(iter(error.failures.values()))[0] from None
     snapshot.write_weights(folder)
+
+
+class _Writer(FileSystemWriter):
+    """What it raises is pickled for all ranks, and so loses its cause."""
+
+    def write_data(self, *args: Any) -> Any:
+        try:
+            return super().write_data(*args)
+        except Exception as error:
+            if is_disk_full(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from None
+            raise
+
+
+def check_whole(folder: str) -> None:
+    """By the driver. Raises TrainingError when it lacks something that a rank has written."""
+    shards = Path(folder) / FOLDER
+    needed = {shards / ".metadata": 0}
+    if (shards / ".metadata").exists():
+        for part in FileSystemReader(shards).read_metadata().storage_data.values():
+            file = shards / part.relative_path
+            needed[file] = max(needed.get(file, 0), part.offset + part.length)
+    lacking = [file for file, size in needed.items() if not file.is_file() or file.stat().st_size < size]
+    if not any(Path(folder).glob("*.safetensors")):
+        lacking.append(Path(folder) / "model.safetensors")
+    if lacking:
+        raise TrainingError(
+            f"{lacking[0]} was written by a rank, and this machine does not see all of it; set run.folder to a folder that all "
+            "machines share"
+        )
 
 
 def read_into(trainer: LocalTrainer, folder: str, place: Place, reference_moved: bool) -> None:
