@@ -33,6 +33,7 @@ from sluice.launch.models import (
     trainer_threads,
 )
 from sluice.launch.placing import Placement, placement_of
+from sluice.launch.reachable import check_engine
 from sluice.launch.resuming import config_of, resumable
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
@@ -72,6 +73,7 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
             print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
             return resume.path
+        check_engine(config)
         set_up_process(trainer_threads(config))
         placement = stack.enter_context(placement_of(config))
         parts = engine_and_trainer(config, checked, chat, placement)
