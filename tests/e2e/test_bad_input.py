@@ -314,7 +314,8 @@ def test_code_of_the_user_that_always_fails_ends_the_run(failure, ready: Path, k
     *failures, stopped = events_of(Path("runs/test"))
     assert [event["kind"] for event in failures] == ["no_score"] * 4
     assert stopped["kind"] == "stopped"
-    assert stopped["message"] == f"{error.removeprefix('error: ').rstrip()}; to go on: sluice train --resume runs/test"
+    assert stopped["message"] == "; ".join(error.removeprefix("error: ").splitlines())
+    assert error.endswith("\nto begin again, since there is no checkpoint yet: sluice train --resume runs/test\n")
     assert not Path("runs/test/metrics.jsonl").exists()
 
 

@@ -38,11 +38,9 @@ class Checked:
 def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
     if config.placement.name == "ray" and not find_spec("ray"):
-        raise ConfigError(
-            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
-        )
+        raise ConfigError("placement.name=ray needs the package ray: pip install ray, or set placement.name=local")
     if isinstance(config.engine, ServerEngine) and not find_spec("aiohttp"):
-        raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install 'sluice[servers]'")
+        raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install aiohttp")
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],
