@@ -88,7 +88,24 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
         (["algorithm.old_logprobs=recomputed"], "the trainer's own log-probs before the step's first update"),
         (
             ["engine={name: scripted, script: a:b}", "rollout.max_staleness=2", "algorithm.old_logprobs=recomputed"],
-            "64 groups × 8 samples = 512 samples, at most 2 updates old",
+            "64 groups × 8 samples = 512 samples, at most 2 versions old",
+        ),
+        (
+            ["engine={process: own, replicas: 2}", "placement.name=ray", "rollout.max_staleness=1"],
+            "samples, at most 1 version old\n",
+        ),
+        (
+            ["engine={process: own, replicas: 2}", "placement.name=ray"],
+            "engines    2 in processes of their own; weights go by broadcast\nplacement  by Ray, pack, on this machine alone\n",
+        ),
+        (["engine.process=own"], "engines    1 in a process of its own; weights go by shared_memory\n"),
+        (
+            ["engine={name: vllm, python: p, publication_folder: /dev/shm/w}"],
+            "engines    1 vllm server; weights go through /dev/shm/w\n",
+        ),
+        (
+            ["engine={name: vllm, url: 'http://127.0.0.1:1'}"],
+            "engines    the vllm server at http://127.0.0.1:1; weights go through a folder in the run folder\n",
         ),
     ],
 )

@@ -20,6 +20,7 @@ import pytest
 from dry_runs import Workshop, finish
 from makers import make_char_tokenizer
 from rewards.rubrics import rubric_of
+from sluice.engines.router import Router
 from sluice.engines.scripted import ScriptedEngine
 from sluice.rewards.spec import RewardSpec
 from sluice.run import Run
@@ -136,6 +137,12 @@ def test_an_engine_that_never_answers_is_named(workshop: Workshop, tmp_path: Pat
     told = told_of(workshop.run(engine=StuckEngine(workshop)), tmp_path, once)
     assert re.match(r"0\.\d s on rollout \d+\.0, turn 1, engine, prompt q7; ", told.messages[0])
     assert "; the engine: 0 completions wait for their delay; weights of version" in told.messages[0]
+
+
+def test_an_engine_that_says_who_it_is_is_named_once(workshop: Workshop, tmp_path: Path):
+    router = Router([StuckEngine(workshop)], synchronous=True, max_restarts=0, group_size=4)
+    told = told_of(workshop.run(engine=router), tmp_path, once)
+    assert told.messages[0].count("the engine: ") == 1
 
 
 def test_a_reward_that_hangs_is_named_and_not_those_that_wait_for_its_process(

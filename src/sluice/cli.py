@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice import __version__
-from sluice.errors import ConfigError, ReplayError, RunStopped, SluiceError
+from sluice.errors import ConfigError, DataError, ReplayError, RunStopped, SluiceError, notes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return 143
     except SluiceError as error:
-        from sluice.errors import DataError
-
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *notes(error)]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError) else 1
     except OSError as error:  # a full disk, a folder without permission: not the program's fault
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)

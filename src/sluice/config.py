@@ -117,7 +117,7 @@ class RolloutSection(Section):
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
     """Token ids that end a completion, besides the model's own end-of-sequence ids."""
     max_staleness: NonNegativeInt = 0
-    """How many updates of the weights may lie between the sampling of a group and its training; 0 is synchronous."""
+    """How many versions of the policy, of which each step makes one, a token may be older than what it trains; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"
     """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
     timeout_s: PositiveFloat = 3600.0

@@ -47,7 +47,7 @@ class ChecksSection(Section):
     first_update_ratio: Severity = "stop"
     """Engine and trainer give samples of the present weights the same log-probs."""
     staleness: Severity = "stop"
-    """No group is trained more than rollout.max_staleness updates after it was sampled."""
+    """No group has a token that is more than rollout.max_staleness versions older than the policy that it trains."""
     trained_once: Severity = "stop"
     """Every group is trained or rejected, once, in order, also across a resume."""
     data_unchanged: Severity = "stop"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sluice.algorithms import Algorithm, explain, explain_unused, resolve
 from sluice.config import CriticSection, DryTrainer, FsdpTrainer, ReferenceSection, TrainConfig
+from sluice.configengines import ServerEngine
+from sluice.configplacement import RayPlacement
 from sluice.errors import ConfigError
 
 
@@ -70,12 +72,14 @@ def describe(config: TrainConfig) -> str:
     cut = ""
     if not isinstance(trainer, DryTrainer):
         cut = f", in micro-batches of at most {trainer.tokens_per_micro_batch} tokens"
-    age = f"at most {rollout.max_staleness} updates old" if rollout.max_staleness else "sampled by the newest weights"
-    steps = config.run.num_steps
+    behind = rollout.max_staleness
+    age = f"at most {behind} version{'s' * (behind > 1)} old" if behind else "sampled by the newest weights"
+    steps, places = config.run.num_steps, (("engines", _engines(config)), ("placement", _placement(config)))
     lines = [
         f"a step     {rollout.groups_per_step} groups × {rollout.group_size} samples = {samples} samples, {age}",
         f"           {updates} optimiser update{'s' * (updates > 1)}, each of {share} samples{cut}",
         f"the run    {steps} steps = {steps * samples} samples and {steps * updates} updates",
+        *(f"{what:<11}{words}" for what, words in places if words),
         explain(row, config.algorithm.old_logprobs),
     ]
     if isinstance(trainer, FsdpTrainer):
@@ -96,6 +100,27 @@ def _ranks(trainer: FsdpTrainer) -> str:
     ways = trainer.tensor_parallel * trainer.context_parallel
     shared = f", of which {ways} share each micro-batch" if ways > 1 else ""
     return f"on {trainer.num_ranks} rank{'s' * (trainer.num_ranks > 1)}{shared}"
+
+
+def _engines(config: TrainConfig) -> str:
+    """Those with weights of their own, and how they get them; nothing of one in the trainer's process."""
+    engine, count = config.engine, config.num_engines_apart()
+    if isinstance(engine, ServerEngine):
+        made = (
+            f"{count} {engine.package} server{'s' * (count > 1)}"
+            if count
+            else f"the {engine.package} server at {engine.url}"
+        )
+        return f"{made}; weights go through {engine.publication_folder or 'a folder in the run folder'}"
+    where = "a process of its own" if count == 1 else "processes of their own"
+    return f"{count} in {where}; weights go by {config.weights_go_by()}" if count else ""
+
+
+def _placement(config: TrainConfig) -> str:
+    placement = config.placement
+    if not isinstance(placement, RayPlacement):
+        return ""
+    return f"by Ray, {placement.strategy}, on {f'the cluster at {placement.address}' if placement.address else 'this machine alone'}"
 
 
 def _critic(critic: CriticSection) -> str:

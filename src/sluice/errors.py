@@ -90,6 +90,11 @@ def boundary(error: type[SluiceError], what: str) -> Generator[None]:
         raise error(f"{what}: {type(cause).__name__}: {cause}") from cause
 
 
+def notes(error: BaseException) -> list[str]:
+    """What was added to it on its way up."""
+    return getattr(error, "__notes__", [])
+
+
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first single exception in a group of concurrent ones: what the user should see."""
     leaf: BaseException = group

@@ -113,7 +113,8 @@ class Watchdog:
             counts = ", ".join(f"{count} {stage}" for stage, count in others.most_common())
             parts.append(f"{others.total()} others: {counts}")
         if named.stage.name in ASK_THE_ENGINE and (engine := self._sections.get("engine")):
-            parts.append(f"the engine: {engine()}".replace("\n", ", "))
+            said = engine().replace("\n", ", ")
+            parts.append(said if said.startswith("the engine: ") else f"the engine: {said}")
         place = innermost_place(frame)
         if place:
             parts.append(f"the event loop has not run for {silent_s:.0f} s and is at {place}")

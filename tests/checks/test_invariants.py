@@ -134,7 +134,7 @@ def test_staleness_is_that_of_the_oldest_token():
     groups = some_groups()
     groups[1].trajectories[3].turns[1].completion.policy_versions[-1] = 1
     assert CHECKS["staleness"](groups, 3, 2) == ""
-    assert "group 9 (prompt p1) was sampled 2 updates ago" in CHECKS["staleness"](groups, 3, 1)
+    assert "group 9 (prompt p1) was sampled 2 versions ago" in CHECKS["staleness"](groups, 3, 1)
     groups[1].rejected = "a filter"
     assert CHECKS["staleness"](groups, 3, 0) == ""
 

@@ -6,6 +6,7 @@ What goes wrong in a run that has begun ends it too, or is told and survived, an
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,35 @@ SETTINGS = {
     "rewards=[{name: math}]": "rewards.0 (math) compares with the reference, but data.reference names no column",
     "rewards=[{name: format, pattern: '('}]": "the pattern '(' does not compile",
 }
+
+
+ENGINES = {
+    "a Python that is none": (
+        ["engine.name=vllm", "engine.python=/nowhere/python"],
+        "engine.python=/nowhere/python does not run",
+    ),
+    "a Python without the package": (
+        ["engine.name=vllm", f"engine.python={sys.executable}"],
+        "has no package vllm; name the Python that has it installed",
+    ),
+    "a server that is not there": (
+        ["engine.name=vllm", "engine.url=http://127.0.0.1:1"],
+        "no server answers at engine.url=http://127.0.0.1:1",
+    ),
+    "a folder that cannot be": (
+        ["engine.process=own", "engine.publication=disk", "engine.publication_folder=config.yaml/weights"],
+        "engine.publication_folder=config.yaml/weights cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ENGINES)
+def test_an_engine_that_cannot_be_had_is_told_before_anything_starts(failure, what: str):
+    settings, said = ENGINES[what]
+    code, error = failure("train", "config.yaml", *settings)
+    assert code == 2
+    assert said in error
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -284,7 +314,8 @@ def test_code_of_the_user_that_always_fails_ends_the_run(failure, ready: Path, k
     *failures, stopped = events_of(Path("runs/test"))
     assert [event["kind"] for event in failures] == ["no_score"] * 4
     assert stopped["kind"] == "stopped"
-    assert stopped["message"] == f"{error.removeprefix('error: ').rstrip()}; to go on: sluice train --resume runs/test"
+    assert stopped["message"] == "; ".join(error.removeprefix("error: ").splitlines())
+    assert error.endswith("\nto begin again, since there is no checkpoint yet: sluice train --resume runs/test\n")
     assert not Path("runs/test/metrics.jsonl").exists()
 
 

@@ -179,6 +179,7 @@ def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: i
         run = finished("train", "config.yaml", *options)
     assert killed
     died = [event for event in events_of(run) if event["kind"] == "engine_died"]
+    assert 0 < sum(line["perf/lost_engines"] for line in metrics_of(run)) <= len(died)
     assert len(died) in (len(killed), len(killed) - 1)  # of one that has answered before it died, nobody may ask again
     rows = [row for row in rows_of(run, 6) if row["trained"]]
     assert Counter((row["group"], row["index"]) for row in rows) == Counter(

@@ -17,7 +17,7 @@ import pytest
 from same import assert_same_runs, consumed_prompts
 from sluice.config import TrainConfig
 from sluice.configfile import dump, load
-from sluice.errors import ConfigError
+from sluice.errors import ConfigError, TrainingError
 from sluice.launch.resuming import resolve_resume
 from small_runs import events_of, finished, metrics_of, set_up, sluice, started, workplace, write_rows
 
@@ -104,7 +104,10 @@ def test_more_steps_go_on_from_the_end(ready: Path, capsys: pytest.CaptureFixtur
 def test_a_run_that_stopped_at_its_reward_has_ended(ready: Path, capsys: pytest.CaptureFixture[str]):
     run = finished("train", "config.yaml", *EVERY, "run.num_steps=9", "run.stop_at_reward=0.0")
     assert sluice("train", "--resume", run) == 0
-    assert "has ended after 1 steps" in capsys.readouterr().out
+    assert (
+        "has ended after 1 steps, which reached run.stop_at_reward=0; with a higher one, or null"
+        in capsys.readouterr().out
+    )
     assert sluice("train", "--resume", run, "run.stop_at_reward=null", "run.num_steps=3") == 0
     assert len(metrics_of(run)) == 3
 
@@ -114,6 +117,10 @@ REFUSED = {
     "another learning rate": (["trainer.learning_rate=1e-4"], "trainer.learning_rate was 0.001 and is 0.0001"),
     "a section that is another": (["rewards=[{name: 'users_code:share_of_a'}]"], "rewards.0.name was"),
     "a file": (["config.yaml"], "config.yaml has no effect"),
+    "another trainer": (
+        ["trainer.name=fsdp", "trainer.num_ranks=4"],
+        "trainer.name was local and is fsdp. Only run.num_steps",
+    ),
 }
 
 
@@ -218,6 +225,69 @@ def test_where_a_run_computes_may_be_other_when_it_goes_on(ready: Path):
     assert resolve_resume(str(run), moved)[0].config.engine.url == "http://far:2"  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ConfigError, match=r"engine\.on_new_weights was continue and is finish"):
         resolve_resume(str(run), ["engine.on_new_weights=finish"])
+
+
+def test_fewer_steps_than_there_are_leave_nothing_to_do(ready: Path, capsys: pytest.CaptureFixture[str]):
+    run = finished("train", "config.yaml", *EVERY)
+    forget_after(run, 2)
+    assert sluice("train", "--resume", run, "run.num_steps=1") == 0
+    assert (
+        "runs/test has made 2 of its 3 steps, and run.num_steps=1 asks for no more: nothing was done"
+        in capsys.readouterr().out
+    )
+
+
+def origins_of(run: Path) -> dict[str, str]:
+    """By line of config.yaml, without indentation."""
+    lines = [line.strip().partition("  # ") for line in (run / "config.yaml").read_text().splitlines()]
+    return {setting: origin for setting, _, origin in lines if origin}
+
+
+def test_settings_of_a_run_that_goes_on_are_told_beside_those_it_had(ready: Path):
+    run = finished("train", "config.yaml", *EVERY)
+    began, explained = origins_of(run), (run / "explained.txt").read_text()
+    assert began["learning_rate: 0.001"].startswith("config.yaml:")
+    assert sluice("train", "--resume", run, "run.num_steps=5") == 0
+    assert sluice("train", "--resume", run, "checkpoint.keep_last=2", "run.num_steps=6") == 0
+    now = origins_of(run)
+    assert now["num_steps: 6"] == "command line, from step 6 on"
+    assert now["keep_last: 2"] == "command line, from step 6 on"
+    others = began.keys() - {"num_steps: 3", "keep_last: null"}
+    assert {setting: now[setting] for setting in others} == {setting: began[setting] for setting in others}
+    first, then, last = (run / "explained.txt").read_text().split("\nfrom step ")
+    assert first == explained
+    assert then == f"4 on\n{explained}".replace(
+        "3 steps = 48 samples and 3 updates", "5 steps = 80 samples and 5 updates"
+    )
+    assert last.startswith("6 on\na step ")
+    assert sluice("train", "--resume", run, "run.num_steps=7") == 0
+    assert origins_of(run)["keep_last: 2"] == "command line, from step 6 on"
+    assert "num_steps was 3 and is 5" in next(e["message"] for e in events_of(run) if e["kind"] == "resumed")
+
+
+def test_a_try_that_made_no_step_leaves_the_settings_as_they_were(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    run = finished("train", "config.yaml", *EVERY)
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "explained.txt")}
+
+    async def fails(*_: object) -> None:
+        raise TrainingError("no update today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sluice.train.learn", fails)
+        assert sluice("train", "--resume", run, "run.num_steps=5", "checkpoint.keep_last=2") == 1
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert sluice("train", "--resume", run, "run.num_steps=4") == 0
+    assert "keep_last: null" in origins_of(run)
+
+
+def test_another_placement_begins_with_no_key_of_the_old_one(ready: Path):
+    run = Path("runs/placed")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(
+        dump(load(TrainConfig, ["config.yaml"], ["placement.name=ray", "placement.reward_cpus=0.5"]))
+    )
+    assert resolve_resume(str(run), ["placement.name=local"])[0].config.placement.name == "local"
+    assert resolve_resume(str(run), [])[0].config.placement.name == "ray"
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:

@@ -240,6 +240,27 @@ def test_one_that_is_lost_while_it_takes_weights_over_is_given_them_again():
     finish(run())
 
 
+def test_bytes_of_a_publication_are_those_of_all_engines():
+    """Whichever of them is the first to have its weights."""
+
+    class Moving(Replica):
+        async def update_weights(self, weights: Any, version: int) -> int:
+            await asyncio.sleep(0.001 * ((self.number + version) % 3))
+            return 10**self.number
+
+        def __init__(self, number: int) -> None:
+            super().__init__(number)
+            self.number = number
+
+    router = router_over([Moving(k) for k in range(3)])
+
+    async def run() -> None:
+        assert [await router.update_weights(WEIGHTS, version) for version in range(3)] == [111] * 3
+        await router.close()
+
+    finish(run())
+
+
 @pytest.mark.parametrize("synchronous", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_who_is_asked_after_a_publication_has_its_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -277,6 +278,29 @@ MISTAKES = {
         ["model.random_weights=true"],
         ["the chat template ends what the assistant says with '<bos>' (2)", "Set rollout.stop_token_ids=[2]"],
         0,
+    ),
+    "adapters of layers that are not there": Mistake(
+        None,
+        ["trainer.lora_rank=4", "trainer.lora_targets=[q_proj, q_prjj]"],
+        [
+            "trainer.lora_targets: model.path=model has no linear layer called q_prjj; its matrices are down_proj, embed_tokens"
+        ],
+    ),
+    # engine
+    "a Python without the engine": Mistake(
+        None,
+        ["engine.name=vllm", f"engine.python={sys.executable}"],
+        ["engine    failure", "has no package vllm; name the Python that has it installed"],
+    ),
+    "a server that is not there": Mistake(
+        None,
+        ["engine.name=vllm", "engine.url=http://127.0.0.1:1"],
+        ["no server answers at engine.url=http://127.0.0.1:1"],
+    ),
+    "weights without a place": Mistake(
+        None,
+        ["engine.process=own", "engine.publication=disk", "engine.publication_folder=config.yaml/weights"],
+        ["engine.publication_folder=config.yaml/weights cannot be written"],
     ),
     # rewards
     "a reference with a unit": Mistake(

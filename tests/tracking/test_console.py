@@ -25,7 +25,9 @@ RL = {
     "train/pg_clipfrac": 0.0123,
     "train/entropy": 1.2,
     "train/grad_norm": 0.3,
+    "rollout/staleness/mean": 0.875,
     "perf/tokens_per_s": 12345.6,
+    "perf/step_s": 2.345,
 }
 SFT = {"train/loss": 1.5, "train/grad_norm": 0.3, "perf/tokens_per_s": 900.0, "perf/step_s": 2.0}
 
@@ -56,10 +58,12 @@ def test_a_step_is_one_line_under_its_titles_without_control_codes():
         "clipped",
         "entropy",
         "grad",
+        "stale",
         "tok/s",
+        "s/step",
         "left",
     ]
-    values = ["1/100", "0.512", "0.250", "33.3", "-1.2e-04", "1.23%", "1.200", "0.3", "12,346"]
+    values = ["1/100", "0.512", "0.250", "33.3", "-1.2e-04", "1.23%", "1.200", "0.3", "0.88", "12,346", "2.35"]
     assert step.split()[:-1] == values
     assert [cell.end() for cell in re.finditer(r"\S+", titles)] == [cell.end() for cell in re.finditer(r"\S+", step)]
     assert "\x1b" not in titles + step
@@ -69,15 +73,15 @@ def test_columns_are_those_of_the_first_step_and_a_missing_metric_is_a_dash():
     tracker, out = plain(extra=("rollout/reward/none",))
     tracker.log(1, RL)
     tracker.log(2, {"rollout/reward": float("nan")})
-    assert lines(out)[2].split()[:-1] == ["2/100", "nan", *"–––––––"]
+    assert lines(out)[2].split()[:-1] == ["2/100", "nan", *"–––––––––"]
 
 
 def test_supervised_fine_tuning_shows_its_loss():
     tracker, out = plain()
     tracker.log(10, SFT)
     titles, step = lines(out)
-    assert titles.split() == ["step", "loss", "grad", "tok/s", "left"]
-    assert step.split()[:-1] == ["10/100", "1.5000", "0.3", "900"]
+    assert titles.split() == ["step", "loss", "grad", "tok/s", "s/step", "left"]
+    assert step.split()[:-1] == ["10/100", "1.5000", "0.3", "900", "2"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def staleness(groups: Sequence[Group], version: int, max_staleness: int) -> str:
         age = 0 if group.rejected else version - group.oldest_version
         if age > max_staleness:
             return (
-                f"group {group.id} (prompt {group.prompt.id}) was sampled {age} updates ago, and rollout.max_staleness is "
+                f"group {group.id} (prompt {group.prompt.id}) was sampled {age} versions ago, and rollout.max_staleness is "
                 f"{max_staleness}"
             )
     return ""

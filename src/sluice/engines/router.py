@@ -212,7 +212,8 @@ class Router:
     async def _publish(self, replica: Replica, weights: Weights, version: int) -> None:
         replica.is_updating, num_lost = True, replica.num_lost
         try:
-            self._num_bytes += await replica.engine.update_weights(weights, version)
+            num_bytes = await replica.engine.update_weights(weights, version)  # others add theirs meanwhile
+            self._num_bytes += num_bytes
             fingerprint = await replica.engine.fingerprint()
         except EngineLostError as error:
             self._eject(replica, error)

@@ -39,7 +39,7 @@ def check(config: TrainConfig) -> Checked:
     """Resolve every name and read every data row. Raises ConfigError or DataError."""
     check_ray(config)
     if isinstance(config.engine, ServerEngine) and not find_spec("aiohttp"):
-        raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install 'sluice[servers]'")
+        raise ConfigError(f"engine.name={config.engine.name} needs the package aiohttp: pip install aiohttp")
     return Checked(
         algorithm=algorithm_of(config),
         rewards=[checked_reward(reward) for reward in config.rewards],

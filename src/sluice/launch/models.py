@@ -275,7 +275,7 @@ def check_adapters(model: PolicyModel, settings: AdapterFields) -> None:
     try:
         from sluice.trainers.lora import adapted_layers
     except ModuleNotFoundError as error:
-        raise ConfigError(f"trainer.lora_rank: {error}; pip install 'sluice[lora]'") from error
+        raise ConfigError(f"trainer.lora_rank: {error}; pip install peft") from error
     adapted_layers(model, settings.lora_targets)
 
 

@@ -19,7 +19,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
 from sluice.engines.router import Router
-from sluice.errors import DataError, RunStopped, SluiceError
+from sluice.errors import DataError, RunStopped, SluiceError, notes
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
 from sluice.launch.cores import crowding, trainer_threads
@@ -33,19 +33,19 @@ from sluice.launch.models import (
     trained,
 )
 from sluice.launch.placing import Placement, placement_of
-from sluice.launch.resuming import config_of, resumable
+from sluice.launch.reachable import check_engine
+from sluice.launch.resuming import SettingsTracker, config_of, differences, nothing_left, resumable
+from sluice.launch.telling import trackers, watchdog
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.buffer import GroupBuffer, Limits
 from sluice.run import Run
 from sluice.threads import DaemonThreads
 from sluice.tracking import ledger
-from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.lock import locked
 from sluice.tracking.rundir import RunDir, describe_environment, patiently, write_atomically
 from sluice.tracking.set_aside import set_aside
-from sluice.tracking.tracker import FileTracker, Trackers
+from sluice.tracking.tracker import Trackers
 from sluice.types import Sampling
-from sluice.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sluice.checkpoint import Checkpoints, Saved
@@ -70,10 +70,11 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         chat.encode(checked.prompts[0].messages)  # a missing chat template is told before there is a run folder
         saved, damage = read_newest(resume) if resume else (None, [])
         if resume and saved and saved.is_end_of(config.run.num_steps, config.run.stop_at_reward):
-            print(f"{resume.path} has ended after {saved.step} steps; with a higher run.num_steps it would go on")
+            print(nothing_left(resume, saved.step, config))
             return resume.path
         if crowded := crowding(config):
             print(f"warning: {crowded}", file=sys.stderr)
+        check_engine(config)
         set_up_process(trainer_threads(config))
         placement = stack.enter_context(placement_of(config))
         parts = engine_and_trainer(config, checked, chat, placement)
@@ -81,13 +82,16 @@ def train(resolved: Resolved[TrainConfig], name: str, resume: RunDir | None = No
         if not resume:
             stack.enter_context(locked(rundir))
             rundir.explained.write_text(describe(config) + "\n")
-        if not resume or config != config_of(resume):
             write_atomically(rundir.config, dump(resolved).encode())
         run = _assembled(config, checked, chat, placement, parts, rundir, saved)
         seed_random_state(config.run.seed)
         if resume:
-            _go_on(run, saved, damage)
-        _to_the_end(rundir, run.tracker, _whole(run, config.watchdog.warn_after_s), resumable=True)
+            changes = [*differences(config_of(resume), config)]
+            if changes:
+                assert isinstance(run.tracker, Trackers)
+                run.tracker.insert(1, SettingsTracker(resume, resolved, saved.step if saved else 0, run.tracker.event))
+            _go_on(run, saved, damage, changes)
+        _to_the_end(rundir, run.tracker, _whole(run, config), resumable=True)
     return rundir.path
 
 
@@ -116,7 +120,7 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
         _refuse_too_long(longest.prompt_id, len(longest), trainer)
     rundir = _make_rundir(resolved, name)
     write_atomically(rundir.config, dump(resolved).encode())
-    tracker = _trackers(config, rundir, chat, updates)
+    tracker = trackers(config, rundir, chat, updates)
 
     async def whole() -> None:
         await train_sft(
@@ -142,23 +146,6 @@ def sft(resolved: Resolved[SftConfig], name: str) -> Path:
     return rundir.path
 
 
-def _trackers(
-    config: TrainConfig | SftConfig, rundir: RunDir, chat: Chat, num_steps: int, rewards: list[str] | None = None
-) -> Trackers:
-    """Files and console; `rewards` are labels of parts that get a column there."""
-    tracker = Trackers()
-
-    def tell(message: str) -> None:
-        tracker.event("disk_full", message)
-
-    parts = [f"rollout/reward/{label}" for label in rewards or ()]
-    tracker += [
-        ConsoleTracker(num_steps, extra=parts),  # first: it can tell of a disk that hangs
-        FileTracker(rundir, chat.pieces, config.run.disk_wait_s, tell),
-    ]
-    return tracker
-
-
 def _assembled(
     config: TrainConfig,
     checked: Checked,
@@ -177,8 +164,7 @@ def _assembled(
         prompts.check_identity(saved.position["prompts"])
     limits = Limits(rollout.max_rejected_groups or 10 * rollout.groups_per_step, rollout.max_failed_groups)
     labels = [spec.label for spec in checked.rewards]
-    tracker = _trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
-    several = isinstance(engine, Router) and len(engine.engines) > 1
+    tracker = trackers(config, rundir, chat, config.run.num_steps, labels if len(labels) > 1 else [])
     if isinstance(engine, Router):
         engine.belongs_to(rundir.path, tracker.event)
     if isinstance(config.trainer, FsdpTrainer):
@@ -215,7 +201,7 @@ def _assembled(
         max_length=parts.max_length,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
-        meters=[engine.drain_metrics] if several else [],
+        meters=[engine.drain_metrics] if isinstance(engine, Router) else [],
     )
 
 
@@ -245,7 +231,7 @@ def _checkpoints(config: TrainConfig, rundir: RunDir, tracker: Trackers) -> Chec
     )
 
 
-def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
+def _go_on(run: Run, saved: Saved | None, damage: Sequence[str], changes: Sequence[str]) -> None:
     """Put trainer and checks where the checkpoint was written, and what was recorded later out of the way."""
     from sluice.checkpoint import restore_random_state
 
@@ -263,12 +249,13 @@ def _go_on(run: Run, saved: Saved | None, damage: Sequence[str]) -> None:
         )
     where = f"checkpoint {saved.folder}" if saved else "the first step: there is no checkpoint"
     later = f"; what was recorded after it is in {aside}" if aside else ""
-    run.tracker.event("resumed", f"from {where}{later}", step=run.step, environment=describe_environment())
+    other = "".join(f"; {change}" for change in changes)
+    run.tracker.event("resumed", f"from {where}{later}{other}", step=run.step, environment=describe_environment())
 
 
-async def _whole(run: Run, warn_after_s: float | None) -> None:
+async def _whole(run: Run, config: TrainConfig) -> None:
     asyncio.get_running_loop().set_default_executor(DaemonThreads())
-    with _watchdog(run, warn_after_s).watching():
+    with watchdog(run, config).watching():
         try:
             await _work(run)
         finally:
@@ -309,17 +296,6 @@ async def _work(run: Run) -> None:
         ) from None
     finally:
         gc.unfreeze()
-
-
-def _watchdog(run: Run, warn_after_s: float | None) -> Watchdog:
-    sections = {
-        "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
-        "buffer": run.buffer.status,
-        "engine": run.engine.status,
-        "trainer": run.trainer.status,
-        "reward processes": run.rubric.status,
-    }
-    return Watchdog(run.waits, run.tracker, run.rundir, warn_after_s, sections)
 
 
 @contextmanager
@@ -369,12 +345,10 @@ def _to_the_end(rundir: RunDir, tracker: Tracker, work: Coroutine[Any, Any, None
         asyncio.run(work)
     except BaseException as error:
         what = str(error) if isinstance(error, SluiceError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-        go_on = (
-            f"; to go on: sluice train --resume {rundir.path}"
-            if resumable and not isinstance(error, RunStopped)
-            else ""
-        )
-        tracker.event("stopped", what + go_on)
+        if resumable and not isinstance(error, RunStopped):
+            how = "to go on" if rundir.checkpoint_folders() else "to begin again, since there is no checkpoint yet"
+            error.add_note(f"{how}: sluice train --resume {rundir.path}")
+        tracker.event("stopped", "; ".join([what, *notes(error)]))
         raise
     finally:
         tracker.close()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ class ModelFolder:
     """How: from the headers of the weights, or from the config alone."""
     eos_ids: frozenset[int]
     """Ids that end a response by the model's own word."""
+    matrices: frozenset[str] = frozenset()
+    """Last names of what has a weight of two dimensions in its files; empty where these are not safetensors, or not read."""
 
     @property
     def vocab_size(self) -> int:
@@ -84,10 +86,23 @@ def read_folder(path: str, *, key: str = "model.path", random_weights: bool = Fa
     config = whole.get_text_config()
     with boundary(ConfigError, f"{where}: its config is not that of a decoder that sluice knows"):
         count = count_parameters(config)
-    elements = None if random_weights else _elements(folder, where)
-    counted = "counted from its config" if elements is None else "counted in its files"
+    shapes = None if random_weights else _shapes(folder, where)
+    counted = "counted from its config" if shapes is None else "counted in its files"
+    elements = count if shapes is None else sum(map(math.prod, shapes.values()))
+    matrices = {
+        name.split(".")[-2] for name, shape in (shapes or {}).items() if name.endswith(".weight") and len(shape) == 2
+    }
     own = _ids(_generation_config(folder, where).get("eos_token_id")) | _ids(getattr(config, "eos_token_id", None))
-    return ModelFolder(path, config, count if elements is None else elements, counted, own)
+    return ModelFolder(path, config, elements, counted, own, frozenset(matrices))
+
+
+def check_targets(model: ModelFolder, targets: Sequence[str]) -> None:
+    """Whether its files have matrices called like all `targets` of adapters. Raises ConfigError."""
+    if model.matrices and (unknown := sorted({*targets} - model.matrices)):
+        raise ConfigError(
+            f"trainer.lora_targets: model.path={model.path} has no linear layer called {', '.join(unknown)}; its matrices are "
+            f"{', '.join(sorted(model.matrices))}"
+        )
 
 
 def count_parameters(config: Any) -> int:
@@ -126,13 +141,13 @@ def without_torch() -> Generator[None]:
             del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
 
 
-def _elements(folder: Path, where: str) -> int | None:
-    """Weights in the safetensors files; None where they are in files of another kind."""
+def _shapes(folder: Path, where: str) -> dict[str, list[int]] | None:
+    """Of the weights in the safetensors files; None where they are in files of another kind."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         with boundary(ConfigError, f"{where}: {index.name} is broken"):
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return sum(_header(folder / shard, where) for shard in shards)
+        return {name: shape for shard in shards for name, shape in _header(folder / shard, where).items()}
     if (folder / "model.safetensors").is_file():
         return _header(folder / "model.safetensors", where)
     if not any(folder.glob("pytorch_model*.bin*")):
@@ -143,8 +158,8 @@ def _elements(folder: Path, where: str) -> int | None:
     return None
 
 
-def _header(file: Path, where: str) -> int:
-    """Elements of all tensors of a file, whose length must be what its header says."""
+def _header(file: Path, where: str) -> dict[str, list[int]]:
+    """Shapes of all tensors of a file, whose length must be what its header says."""
     if not file.is_file():
         raise ConfigError(f"{where}: {file.name} is missing, which its index names; download it again")
     try:
@@ -155,16 +170,16 @@ def _header(file: Path, where: str) -> int:
             length = os.fstat(opened.fileno()).st_size
             whole = 8 + size <= length
             header = json.loads(opened.read(size)) if whole else {}
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        end = 8 + size + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-        elements = sum(math.prod(tensor["shape"]) for tensor in tensors)
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = 8 + size + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        shapes = {name: [int(side) for side in tensor["shape"]] for name, tensor in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{where}: {file.name} is no safetensors file; download it again") from None
     if not whole or end != length:
         raise ConfigError(
             f"{where}: {file.name} has {length} bytes where its header asks for {end}: it is cut short; download it again"
         )
-    return elements
+    return shapes
 
 
 def _generation_config(folder: Path, where: str) -> dict[str, Any]:

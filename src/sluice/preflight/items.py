@@ -10,6 +10,7 @@ from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
 from sluice.configengines import ServerEngine
 from sluice.configplacement import RayPlacement
+from sluice.configtraining import AdapterFields
 from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet
 from sluice.describe import algorithm_of
@@ -29,14 +30,14 @@ from sluice.launch.checked import (
     check_sft as pairs_of,
 )
 from sluice.launch.cores import crowding, ranks_elsewhere
+from sluice.launch.reachable import check_engine
 from sluice.preflight.disk import check_disk, ledger_bytes, num_checkpoints
 from sluice.preflight.findings import Item, plural
-from sluice.preflight.folder import ModelFolder, read_chat, read_folder
+from sluice.preflight.folder import ModelFolder, check_targets, read_chat, read_folder
 from sluice.preflight.gold import check_gold
 from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
 from sluice.preflight.places import check_places
 from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
-from sluice.preflight.server import check_server
 from sluice.preflight.trial import Trial
 
 Rows = TypeVar("Rows", bound=Sized)
@@ -69,8 +70,8 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
             yield check_gold(config, prompts, chat, num_rows)
         else:
             yield Item.skipped("rewards", _needs("rows, a tokeniser and rewards"))
-        if isinstance(config.engine, ServerEngine):
-            yield check_server(config.engine)
+        if isinstance(config.engine, ServerEngine) or getattr(config.engine, "publication_folder", None):
+            yield _engine(config)
         if isinstance(config.placement, RayPlacement):
             yield check_places(config, config.placement)
         if ranks_elsewhere(config):
@@ -183,6 +184,9 @@ def _model(
         if chat is not None:
             with item.failing():
                 check_vocabulary(f"model.path={settings.path}", len(chat.tokenizer), policy.vocab_size)
+    if policy and isinstance(config.trainer, AdapterFields):
+        with item.failing():
+            check_targets(policy, config.trainer.lora_targets)
     if isinstance(config, TrainConfig):
         if policy and config.engine.name != "scripted":
             with item.failing():
@@ -215,6 +219,13 @@ def _second_models(
                 if chat is not None:
                     sizes = (own.vocab_size, own.max_length), (policy.vocab_size, policy.max_length)
                     check_second(config, f"{name}.path", path, chat, *sizes)
+
+
+def _engine(config: TrainConfig) -> Item:
+    item = Item("engine")
+    with item.failing():
+        item.summary = check_engine(config)
+    return item
 
 
 def _disk(

@@ -2,7 +2,7 @@
 
 It has (max_staleness + 1) · groups_per_step slots. A slot is taken when a prompt is admitted and given back when the
 engine holds weights that were trained on its group, or when the group is rejected. Groups are taken in the order of
-their tickets. So no group is older than max_staleness updates when it is trained, whatever the timing.
+their tickets. So no group is older than max_staleness versions when it is trained, whatever the timing.
 
 With max_staleness 0 nothing at all depends on timing: the slots of rejected groups come back together, when no ticket is
 out, so that even which sequences the engine decodes side by side, and with it the last bit of their log-probs, is fixed.

@@ -49,7 +49,9 @@ COLUMNS = (
     _Column("entropy", "train/entropy"),
     _Column("grad", "train/grad_norm", ".3g"),
     _Column("expl_var", "train/explained_variance", ".2f"),
+    _Column("stale", "rollout/staleness/mean", ".2f", 5),
     _Column("tok/s", "perf/tokens_per_s", ",.0f"),
+    _Column("s/step", "perf/step_s", ".3g", 6),
 )
 """Shown from the first step on that has the metric; the loss only without a reward, beside which it says nothing."""
 

@@ -60,7 +60,7 @@ PANELS = (
     Panel("Rollout", "Length limit, equal rewards", "share", ("rollout/finish/*", "rollout/equal_reward_groups")),
     Panel("Rollout", "Tokens sampled", "tokens per step", ("rollout/num_tokens",)),
     Panel("Rollout", "Not trained on", "per step", ("rollout/rejected_groups", "rollout/outcome/*")),
-    Panel("Rollout", "Staleness", "updates", ("rollout/staleness/*",)),
+    Panel("Rollout", "Staleness", "versions", ("rollout/staleness/*",)),
     Panel("Training", "KL from the old policy", "nats per token", ("train/ppo_kl", "train/*/ppo_kl")),
     Panel("Training", "Clipped tokens", "share", ("train/pg_clipfrac", "train/*/pg_clipfrac")),
     Panel("Training", "Largest ratio", "ratio", ("train/ratio/max",)),

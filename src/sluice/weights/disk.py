@@ -40,7 +40,10 @@ class Disk:
                 return 0
             final = self.of(version)
             unfinished = final.with_name(f".{final.name}.partial")
-            with boundary(EngineError, f"the weights of version {version} cannot be published in {self.folder}"):
+            with boundary(
+                EngineError,
+                f"the weights of version {version} cannot be published in {self.folder} (engine.publication_folder)",
+            ):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 await weights.save(str(unfinished))
