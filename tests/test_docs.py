@@ -199,12 +199,15 @@ def test_the_command_works(here: Path, tmp_path: Path, command: Found):
 
 
 def check_pip(words: list[str]) -> None:
-    """An editable install of this project, with extras that it has."""
-    assert words[:2] == ["install", "-e"]
+    """An editable install of this project, with extras that it has, or a package of one of them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if words[1:2] != ["-e"]:
+        (package,) = words[1:]
+        assert package in {re.split(r"[>=\[]", needed)[0] for extra in extras.values() for needed in extra}
+        return
     (target,) = words[2:]
     found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)
     assert found
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set((found[1] or "").split(",")) - {""} <= extras.keys()
 
 

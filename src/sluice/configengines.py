@@ -193,7 +193,7 @@ class ServerEngine(Section):
 class VllmEngine(ServerEngine):
     package = "vllm"
     name: Literal["vllm"]
-    """A vLLM server generates, in an environment of its own; sluice talks to it with `pip install 'sluice[servers]'`."""
+    """A vLLM server generates, in an environment of its own; sluice talks to it with the package aiohttp (`pip install aiohttp`)."""
     cache_gb: PositiveInt = 1
     """10⁹ bytes of key-value cache, on the CPU; on a GPU memory_fraction decides."""
     compile: bool = False
@@ -224,7 +224,7 @@ class VllmEngine(ServerEngine):
 class SglangEngine(ServerEngine):
     package = "sglang"
     name: Literal["sglang"]
-    """An SGLang server generates, in an environment of its own; sluice talks to it with `pip install 'sluice[servers]'`."""
+    """An SGLang server generates, in an environment of its own; sluice talks to it with the package aiohttp (`pip install aiohttp`)."""
     deterministic: bool = False
     """Whether what a request draws depends on its seed only, for which SGLang takes slower kernels. Without it seeds have no effect."""
 

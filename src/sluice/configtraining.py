@@ -172,7 +172,7 @@ class BatchedOptimizer(OptimizerSection):
 
 class AdapterFields(Section):
     lora_rank: PositiveInt | None = None
-    """Train adapters of this rank over frozen weights (LoRA; needs `pip install 'sluice[lora]'`); left out, train the weights."""
+    """Train adapters of this rank over frozen weights (LoRA; needs `pip install peft`); left out, train the weights."""
     lora_alpha: FinitePositive = 32.0
     """What an adapter adds is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)

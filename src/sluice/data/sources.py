@@ -178,7 +178,7 @@ class HfRows(_Files):
             import datasets
         except ImportError:
             raise DataError(
-                f"{path} needs the library datasets, which is not installed: pip install 'sluice[hf]'"
+                f"{path} needs the library datasets, which is not installed: pip install datasets"
             ) from None
         with boundary(DataError, f"{path} cannot be read as a Hugging Face dataset"):
             loaded = datasets.load_from_disk(str(path))

@@ -20,7 +20,7 @@ def math_reward() -> Reward:
     Raises ConfigError when math-verify is not installed. Imports it (and sympy) at the first call only.
     """
     if importlib.util.find_spec("math_verify") is None:
-        raise ConfigError("the reward `math` needs the library math-verify; pip install 'sluice[math]'")
+        raise ConfigError("the reward `math` needs the library math-verify; pip install math-verify")
     return _reward
 
 
