@@ -17,7 +17,7 @@ class LocalPlacement(Section):
 
 class RayPlacement(Section):
     name: Literal["ray"] = "ray"
-    """Ray puts engines, trainer ranks and reward processes on machines of a cluster; pip install 'sluice[ray]'."""
+    """Ray puts engines, trainer ranks and reward processes on machines of a cluster; pip install ray."""
     address: str | None = Field(default=None, pattern=r"^(auto|[^/]+:\d+)$")
     """Of the cluster's head, HOST:PORT, or auto for the cluster that this machine belongs to; left out, a cluster of this machine alone
     is started, and ends with the run."""

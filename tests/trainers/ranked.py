@@ -19,7 +19,7 @@ from sluice.algorithms import Algorithm, resolve
 from sluice.data.batch import Packing, make_minibatch
 from sluice.interfaces import Layout
 from sluice.trainers.critic import Critic
-from sluice.trainers.fsdp import Degrees, Place, ShardedModel
+from sluice.trainers.fsdp import Degrees, ParallelState, ShardedModel
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.lora import LoraModel
 from sluice.trainers.model import PolicyModel
@@ -67,20 +67,20 @@ def outline(architecture: str, dtype: torch.dtype) -> PolicyModel:
     return PolicyModel(model)
 
 
-def rank_trainer(setup: Setup, place: Place) -> LocalTrainer:
+def rank_trainer(setup: Setup, parallel: ParallelState) -> LocalTrainer:
     torch.set_num_threads(1)
-    model = _sharded(setup, place, seed=0, learns=True, adapters=setup.adapters)
+    model = _sharded(setup, parallel, seed=0, learns=True, adapters=setup.adapters)
     if setup.recompute:
         model.recompute_activations()
     if setup.compile:
         model.compile()
-    optimizer = ShardedOptimizer(model.model, setup.optimizer, 100, place=place, model=model)
+    optimizer = ShardedOptimizer(model.model, setup.optimizer, 100, parallel=parallel, model=model)
     critic = None
     if setup.critic:
-        own = _sharded(setup, place, seed=2, learns=True, with_head=False) if setup.critic == "own" else None
-        critic = Critic(model, own, setup.optimizer, 100, 0.5, partial(ShardedOptimizer, place=place))
-    reference = _sharded(setup, place, seed=1, learns=False) if setup.reference else None
-    return _trainer(setup, place.degrees, model, optimizer, critic, reference)
+        own = _sharded(setup, parallel, seed=2, learns=True, with_head=False) if setup.critic == "own" else None
+        critic = Critic(model, own, setup.optimizer, 100, 0.5, partial(ShardedOptimizer, parallel=parallel))
+    reference = _sharded(setup, parallel, seed=1, learns=False) if setup.reference else None
+    return _trainer(setup, parallel.degrees, model, optimizer, critic, reference)
 
 
 def local_trainer(setup: Setup, weights: Sequence[tuple[str, Tensor]] | None = None) -> LocalTrainer:
@@ -116,7 +116,7 @@ def _trainer(setup: Setup, degrees: Degrees, model: Any, optimizer: Any, critic:
 
 def _sharded(
     setup: Setup,
-    place: Place,
+    parallel: ParallelState,
     seed: int,
     *,
     learns: bool,
@@ -125,10 +125,10 @@ def _sharded(
 ) -> ShardedModel:
     dtype = torch.float32 if learns and not adapters else setup.dtype
     whole = None
-    if place.rank == 0:
+    if parallel.rank == 0:
         whole = tiny_model(setup.architecture, setup.dtype, seed)
         whole.model.to(dtype)  # rounded as the local trainer's are, from which its masters are made
-    parts = (outline(setup.architecture, dtype), whole, place, setup.dtype)
+    parts = (outline(setup.architecture, dtype), whole, parallel, setup.dtype)
     if adapters:
         return ShardedLoraModel(*parts, **adapters)
     model = ShardedModel(*parts, with_head=with_head)

@@ -54,7 +54,7 @@ def check_ray(config: TrainConfig) -> None:
     """Raises ConfigError where it is wanted and not installed."""
     if config.placement.name == "ray" and not find_spec("ray"):
         raise ConfigError(
-            "placement.name=ray needs the package ray: pip install 'sluice[ray]', or set placement.name=local"
+            "placement.name=ray needs the package ray: pip install ray, or set placement.name=local"
         )
 
 

@@ -24,7 +24,7 @@ from sluice.launch.models import (
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
     from sluice.launch.placing import Placement
-    from sluice.trainers.fsdp import Degrees, Place, ShardedModel
+    from sluice.trainers.fsdp import Degrees, ParallelState, ShardedModel
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.ranks import RankedTrainer
@@ -73,7 +73,7 @@ def ranked_trainer(
     return trainer, outline
 
 
-def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, place: Place) -> Local:
+def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, parallel: ParallelState) -> Local:
     """In a rank's process: rank 0 loads each model, and every rank keeps its shard of it."""
     from sluice.trainers.sharded_optim import ShardedOptimizer
 
@@ -81,24 +81,24 @@ def rank_trainer(config: TrainConfig, algorithm: Algorithm, packing: Packing, pl
     assert isinstance(settings, FsdpTrainer)
     set_up_process(rank_threads(config))
     chat = Chat(load_tokenizer(config.model.path))
-    model = _sharded(config, chat, place, learns=True)
+    model = _sharded(config, chat, parallel, learns=True)
     reference = None
     if algorithm.needs_reference:
-        reference = _sharded(config, chat, place, "reference.path", config.reference.path, model)
+        reference = _sharded(config, chat, parallel, "reference.path", config.reference.path, model)
     own = None
     if algorithm.needs_values and critic.model == "own":
-        own = _sharded(config, chat, place, "critic.path", critic.path, model, learns=True, with_head=False)
+        own = _sharded(config, chat, parallel, "critic.path", critic.path, model, learns=True, with_head=False)
     optimizer = ShardedOptimizer(
-        model.model, optimizer_settings(settings), policy_updates(config), place=place, model=model
+        model.model, optimizer_settings(settings), policy_updates(config), parallel=parallel, model=model
     )
-    make_optimizer = partial(ShardedOptimizer, place=place)
+    make_optimizer = partial(ShardedOptimizer, parallel=parallel)
     return learner(config, algorithm, chat, packing, model, reference, own, optimizer, make_optimizer)
 
 
 def _sharded(
     config: TrainConfig,
     chat: Chat,
-    place: Place,
+    parallel: ParallelState,
     key: str = "model.path",
     path: str | None = None,
     policy: PolicyModel | None = None,
@@ -120,12 +120,12 @@ def _sharded(
     if policy:
         own, theirs = (outline.config.vocab_size, outline.max_length), (policy.config.vocab_size, policy.max_length)
         check_second(config, key, path, chat, own, theirs)
-        check_layers(outline, place.degrees)
+        check_layers(outline, parallel.degrees)
     whole = None
-    if place.rank == 0:
+    if parallel.rank == 0:
         in_ram = config.model.model_copy(update={"device": "cpu", "dtype": dtype})
         whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path)
-    parts = (outline, whole, place, DTYPES[config.model.dtype])
+    parts = (outline, whole, parallel, DTYPES[config.model.dtype])
     if has_adapters:
         model = _with_adapters(settings, config.run.seed, *parts)
     else:

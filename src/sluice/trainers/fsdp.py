@@ -49,8 +49,8 @@ class Degrees:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of a rank among all. Neighbours divide matrices, sets of neighbours divide tokens; all hold shards of all weights."""
+class ParallelState:
+    """Where a rank stands in the meshes. Neighbours divide matrices, sets of neighbours divide tokens; all hold shards of all weights."""
 
     rank: int
     degrees: Degrees
@@ -67,7 +67,7 @@ class Place:
     """All ranks, for what a thread writes while training goes on."""
 
     @classmethod
-    def of(cls, rank: int, degrees: Degrees, device: torch.device) -> Place:
+    def of(cls, rank: int, degrees: Degrees, device: torch.device) -> ParallelState:
         """Of this process, whose process group has been made."""
         shape, names = (degrees.num_ranks // degrees.tensor, degrees.tensor), ("shards", "tensor")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -123,26 +123,26 @@ class ShardedModel(PolicyModel):
         self,
         outline: PolicyModel,
         whole: PolicyModel | None,
-        place: Place,
+        parallel: ParallelState,
         dtype: torch.dtype,
         *,
         with_head: bool = True,
         cpu_offload: bool = False,
     ) -> None:
         """Weights and buffers are those of the `whole` of rank 0, in RAM; elsewhere it is None. Shards have the outline's dtypes, and what
-        is computed with has `dtype`. Heads and layers can be divided as `place` says (`check_layers`)."""
+        is computed with has `dtype`. Heads and layers can be divided as `parallel` says (`check_layers`)."""
         super().__init__(outline.model)
-        self.place, self.device, self.dtype = place, place.device, dtype
+        self.parallel, self.device, self.dtype = parallel, parallel.device, dtype
         self.layers = _layers_of(self.body)
-        self.num_heads = (self.num_heads[0] // place.degrees.tensor, self.num_heads[1] // place.degrees.tensor)
+        self.num_heads = (self.num_heads[0] // parallel.degrees.tensor, self.num_heads[1] // parallel.degrees.tensor)
         self._shard(_tensors(whole.model) if whole else None, with_head, cpu_offload)
         self.head_shards = {name: p for name, p in self.head.named_parameters() if with_head}
         """Its parameters as the optimiser knows them; those that the head itself has while it is whole are others."""
 
     def _shard(self, source: Mapping[str, Tensor] | None, with_head: bool, cpu_offload: bool) -> None:
-        place = self.place
+        parallel = self.parallel
         settings: dict[str, Any] = {
-            "mesh": place.shards,
+            "mesh": parallel.shards,
             "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         }
@@ -150,15 +150,15 @@ class ShardedModel(PolicyModel):
         names = {module: path for path, module in self.model.named_modules()}
         around = [module for module in self.model.modules() if module not in inside]
         for module in around:
-            module.to_empty(device=place.device, recurse=False)
+            module.to_empty(device=parallel.device, recurse=False)
         self.model.tie_weights()
         for module in around:
             _fill(names[module], module, source, recurse=False)
         for layer in self.layers:
-            layer.to_empty(device=place.device)
+            layer.to_empty(device=parallel.device)
             _fill(names[layer], layer, source, recurse=True)
-            if place.degrees.tensor > 1:
-                divide_layer(layer, place.tensor)
+            if parallel.degrees.tensor > 1:
+                divide_layer(layer, parallel.tensor)
             fully_shard(layer, **settings)
         self.body = self._forward = _Trunk(self.body, self.head if with_head else None)
         fully_shard(self.body, reshard_after_forward=False, **settings)
@@ -187,7 +187,7 @@ class ShardedModel(PolicyModel):
         pieces: Sequence[Piece] | None = None,
     ) -> Tensor:
         """[B, L] ids and positions → [B, L, H] on each of the ranks that divide the tokens."""
-        group = self.place.context
+        group = self.parallel.context
         if group is None:
             return super().hidden_states(input_ids, position_ids, visible, cache, pieces)
         shape = input_ids.shape
@@ -199,9 +199,9 @@ class ShardedModel(PolicyModel):
         return whole[:, : shape.numel()].reshape(*shape, -1)
 
     def _packed_attention(self, pieces: Sequence[Piece]) -> PackedAttention:
-        if self.place.context is None:
+        if self.parallel.context is None:
             return super()._packed_attention(pieces)
-        return SplitAttention(pieces, *self.num_heads, self.device, self.place.context)
+        return SplitAttention(pieces, *self.num_heads, self.device, self.parallel.context)
 
     def published(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Shards under the names, and with the numbers, that others see: in the dtype that is computed with. All ranks take part."""
@@ -236,9 +236,9 @@ class ShardedModel(PolicyModel):
         copies: dict[str, Tensor] = {}
         for name, tensor in tensors:
             together = whole(tensor)
-            if self.place.rank == 0:
+            if self.parallel.rank == 0:
                 copies[name] = together.to("cpu", copy=True)
-        return copies if self.place.rank == 0 else None
+        return copies if self.parallel.rank == 0 else None
 
     def check_base(self, folder: str) -> None:
         """Raises ConfigError for a checkpoint over weights that this model does not have; those of this one are all in it."""

@@ -29,7 +29,7 @@ from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
 from sluice.interfaces import TrainerOutput
 from sluice.processes import belong_to, own_address
 from sluice.tracking.metrics import Metrics
-from sluice.trainers.fsdp import Degrees, Place, ShardedModel
+from sluice.trainers.fsdp import Degrees, ParallelState, ShardedModel
 from sluice.trainers.local import LocalTrainer, Seen
 from sluice.trainers.logprobs import Loss
 from sluice.trainers.sharded_optim import ShardedOptimizer
@@ -55,7 +55,7 @@ class Meet:
 
 @dataclass(frozen=True)
 class Begin:
-    trainer: Callable[[Place], LocalTrainer]
+    trainer: Callable[[ParallelState], LocalTrainer]
     rank: int
     degrees: Degrees
     on_gpu: bool
@@ -211,7 +211,7 @@ class _Server:
     def _write(self, message: WriteSnapshot) -> None:
         answer = Answer(message.number)
         try:
-            with boundary(TrainingError, f"rank {self.rank.place.rank} could not write its part"):
+            with boundary(TrainingError, f"rank {self.rank.parallel.rank} could not write its part"):
                 self.rank.write_snapshot(message.folder)
         except SluiceError as error:
             _explain()
@@ -236,16 +236,16 @@ def _begun(message: Begin, store: Any) -> _Rank:
         world_size=degrees.num_ranks,
         timeout=limit,
     )
-    place = Place.of(message.rank, degrees, device)
-    rank = _Rank(message.trainer(place), place, message.published)
+    parallel = ParallelState.of(message.rank, degrees, device)
+    rank = _Rank(message.trainer(parallel), parallel, message.published)
     if message.restore:
         rank.restore(*message.restore)
     return rank
 
 
 class _Rank:
-    def __init__(self, trainer: LocalTrainer, place: Place, published: Sequence[tuple[str, Tensor]]) -> None:
-        self.trainer, self.place, self.published = trainer, place, published
+    def __init__(self, trainer: LocalTrainer, parallel: ParallelState, published: Sequence[tuple[str, Tensor]]) -> None:
+        self.trainer, self.parallel, self.published = trainer, parallel, published
         self.refused: list[NonFiniteError] = []
         trainer.refuse = self.refused.append  # the other ranks wait in their collectives, so it goes on
         self.sender = Sender()
@@ -283,8 +283,8 @@ class _Rank:
         return _plain(metrics), saw
 
     def _gathered(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.place.degrees.num_ranks
-        dist.all_gather_object(values, value, group=self.place.words)
+        values: list[Any] = [None] * self.parallel.degrees.num_ranks
+        dist.all_gather_object(values, value, group=self.parallel.words)
         return values
 
     def _reshard(self) -> None:
@@ -295,7 +295,7 @@ class _Rank:
 
     def copy_to(self, pid: int, fd: int) -> str:
         weights = self.trainer.model.named_weights()
-        if self.place.rank > 0:
+        if self.parallel.rank > 0:
             return fingerprint(weights)
         if (pid, fd) not in self.shared:
             self.shared[pid, fd] = SharedWeights(self.published, os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR))
@@ -311,21 +311,21 @@ class _Rank:
     def broadcast(self, address: Address, version: int) -> None:
         weights = self.trainer.model.named_weights()
         try:
-            if self.place.rank == 0:
-                self.sender.send(address, version, weights, self.place.device)
+            if self.parallel.rank == 0:
+                self.sender.send(address, version, weights, self.parallel.device)
         finally:
             for _ in weights:  # all ranks take part, whatever went wrong at the engine
                 pass
 
     def save(self, folder: str) -> None:
         self.trainer.model.export()(folder)
-        if self.place.device.type == "cuda":
+        if self.parallel.device.type == "cuda":
             torch.cuda.empty_cache()  # an engine that reads the folder may share the GPU
 
     def take_snapshot(self) -> dict[str, Any]:
         trainer = self.trainer
         self.snapshot = None  # there is room for one
-        self.snapshot = take_snapshot(trainer, self.place, trainer.reference_moved)
+        self.snapshot = take_snapshot(trainer, self.parallel, trainer.reference_moved)
         return {
             "update": trainer.optimizer.update,
             "critic_update": trainer.critic.optimizer.update if trainer.critic else None,
@@ -335,7 +335,7 @@ class _Rank:
 
     def write_snapshot(self, folder: str) -> None:
         assert self.snapshot is not None
-        write_snapshot(self.snapshot, folder, self.place)
+        write_snapshot(self.snapshot, folder, self.parallel)
 
     def restore(self, folder: str, state: dict[str, Any]) -> None:
         trainer = self.trainer
@@ -343,7 +343,7 @@ class _Rank:
         trainer.model.check_base(folder)
         if not state["reference_moved"]:
             trainer.check_reference(state["reference_fingerprint"])
-        read_into(trainer, folder, self.place, state["reference_moved"])
+        read_into(trainer, folder, self.parallel, state["reference_moved"])
         trainer.reference_moved = state["reference_moved"]
         assert isinstance(trainer.optimizer, ShardedOptimizer)
         trainer.optimizer.set_update(state["update"])

@@ -24,7 +24,7 @@ from sluice.errors import ConfigError, SluiceError, TrainingError, boundary
 from sluice.interfaces import Layout, SharedMemory, TrainerOutput
 from sluice.processes import Child, Died, Launch, Process
 from sluice.tracking.metrics import Metrics
-from sluice.trainers.fsdp import Degrees, Place
+from sluice.trainers.fsdp import Degrees, ParallelState
 from sluice.trainers.local import LocalTrainer, about
 from sluice.trainers.logprobs import Loss
 from sluice.trainers.rank import (
@@ -56,7 +56,7 @@ class RankedTrainer:
 
     def __init__(
         self,
-        trainer: Callable[[Place], LocalTrainer],
+        trainer: Callable[[ParallelState], LocalTrainer],
         degrees: Degrees,
         packing: Packing,
         weights: Sequence[tuple[str, Tensor]],

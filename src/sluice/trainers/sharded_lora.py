@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from sluice.trainers.fsdp import Place, ShardedModel, local
+from sluice.trainers.fsdp import ParallelState, ShardedModel, local
 from sluice.trainers.lora import adapter_of, add_adapters, check_base, factors, merged, merged_weight, write_adapter
 from sluice.trainers.model import PolicyModel
 from sluice.weights.fingerprint import fingerprint
@@ -26,7 +26,7 @@ class ShardedLoraModel(ShardedModel):
         self,
         outline: PolicyModel,
         whole: PolicyModel | None,
-        place: Place,
+        parallel: ParallelState,
         dtype: torch.dtype,
         *,
         rank: int,
@@ -37,7 +37,7 @@ class ShardedLoraModel(ShardedModel):
     ) -> None:
         """As `ShardedModel` and `LoraModel`: with the same seed the adapters begin with the same numbers."""
         base = [whole and fingerprint(whole.named_weights())]
-        dist.broadcast_object_list(base, 0, group=place.words)
+        dist.broadcast_object_list(base, 0, group=parallel.words)
         self._base_fingerprint: Any = base[0]
         if whole:
             add_adapters(whole, rank, alpha, targets, seed)
@@ -45,7 +45,7 @@ class ShardedLoraModel(ShardedModel):
         for param in outline.model.parameters():
             if param.requires_grad:
                 param.data = param.data.float()
-        super().__init__(outline, whole, place, dtype, cpu_offload=cpu_offload)
+        super().__init__(outline, whole, parallel, dtype, cpu_offload=cpu_offload)
 
     def published(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return merged(self.model, super().published(tensors), self._merged_shard)
@@ -57,7 +57,7 @@ class ShardedLoraModel(ShardedModel):
         a = a.detach().to(self.dtype)
         if isinstance(a, DTensor):
             a = a.redistribute(placements=[Replicate(), *a.placements[1:]])
-        return self.place.like(weight, merged_weight(local(weight), local(a), local(b).to(self.dtype), scaling))
+        return self.parallel.like(weight, merged_weight(local(weight), local(a), local(b).to(self.dtype), scaling))
 
     def export(self) -> Callable[[str], None]:
         write_weights = super().export()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from sluice.trainers.fsdp import Place, ShardedModel, local
+from sluice.trainers.fsdp import ParallelState, ShardedModel, local
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 from sluice.trainers.tensor_parallel import PER_HEAD
 
@@ -24,11 +24,11 @@ class ShardedOptimizer(Optimizer):
         num_updates: int,
         owner: str = "policy",
         *,
-        place: Place,
+        parallel: ParallelState,
         model: ShardedModel | None = None,
     ) -> None:
         """`model` is the one whose head has its gradient from `gradient_of`."""
-        self.place = place
+        self.parallel = parallel
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         super().__init__(module, settings, num_updates, owner)
         self._head = model
@@ -45,7 +45,7 @@ class ShardedOptimizer(Optimizer):
         for name, own in self._head.head.named_parameters():
             if own is param and own.requires_grad:
                 sums = self._head_sums[name] = torch.zeros(own.shape, dtype=torch.float32, device=own.device)
-                return None if self.place.repeats_head else sums
+                return None if self.parallel.repeats_head else sums
         return None
 
     def collect_gradients(self) -> None:
@@ -55,9 +55,9 @@ class ShardedOptimizer(Optimizer):
                 continue
             gradient = local(param.grad).float()
             param.grad = None
-            if per_head and self.place.degrees.tensor > 1:
-                dist.all_reduce(gradient, group=self.place.tensor.get_group())
-            if not isinstance(param, DTensor) and self.place.repeats_head:
+            if per_head and self.parallel.degrees.tensor > 1:
+                dist.all_reduce(gradient, group=self.parallel.tensor.get_group())
+            if not isinstance(param, DTensor) and self.parallel.repeats_head:
                 gradient.zero_()
             _add(master, gradient)
         for name, sums in self._head_sums.items():
@@ -65,7 +65,7 @@ class ShardedOptimizer(Optimizer):
             shard = self._head.head_shards[name]
             at = next(i for i, p in enumerate(self.params) if p is shard)
             assert isinstance(shard, DTensor)
-            partial = DTensor.from_local(sums, self.place.shards, [Partial()], run_check=False)
+            partial = DTensor.from_local(sums, self.parallel.shards, [Partial()], run_check=False)
             _add(self.masters[at], local(partial.redistribute(placements=shard.placements)))
         self._head_sums.clear()
 
@@ -75,13 +75,13 @@ class ShardedOptimizer(Optimizer):
 
     def _clipped_norm(self) -> Tensor:
         """The same number on all ranks. What several ranks hold counts once."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
         for param, master in zip(self.params, self.masters, strict=True):
             if param.numel() and local(param).data_ptr() != master.data_ptr():
                 raise RuntimeError("FSDP has moved a shard away from its optimiser")
             if not isinstance(param, DTensor):  # a critic's head, whole on every rank
                 master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-                dist.all_reduce(master.grad, group=self.place.shards.get_group())
+                dist.all_reduce(master.grad, group=self.parallel.shards.get_group())
             if master.grad is not None:
                 norm = torch.linalg.vector_norm(master.grad, dtype=torch.float64)
                 squares += norm.square().to(squares.device) / self._holders(param)
@@ -96,8 +96,8 @@ class ShardedOptimizer(Optimizer):
     def _holders(self, param: Tensor) -> int:
         """Ranks that have the same numbers of it."""
         if not isinstance(param, DTensor):
-            return self.place.degrees.num_ranks
-        return self.place.degrees.num_ranks // param.device_mesh.size()
+            return self.parallel.degrees.num_ranks
+        return self.parallel.degrees.num_ranks // param.device_mesh.size()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and moments, by name: DTensors over the memory that is stepped, and whole tensors where each rank has all."""
@@ -111,7 +111,7 @@ class ShardedOptimizer(Optimizer):
                 ("exp_avg", state["exp_avg"]),
                 ("exp_avg_sq", state["exp_avg_sq"]),
             ):
-                yield f"{kind}.{name}", self.place.like(param, tensor)
+                yield f"{kind}.{name}", self.parallel.like(param, tensor)
 
     def set_update(self, update: int) -> None:
         """After the tensors were read: how many updates have made them."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from sluice.errors import TrainingError
 from sluice.tracking.rundir import is_disk_full
-from sluice.trainers.fsdp import Place, ShardedModel, local
+from sluice.trainers.fsdp import ParallelState, ShardedModel, local
 from sluice.trainers.local import LocalTrainer
 from sluice.trainers.sharded_optim import ShardedOptimizer
 
@@ -46,24 +46,24 @@ def tensors_of(trainer: LocalTrainer, reference_moved: bool) -> dict[str, Tensor
         reference = trainer.reference
         assert isinstance(reference, ShardedModel)
         for name, param in reference.model.named_parameters():
-            found[f"reference.{name}"] = reference.place.like(param, local(param))
+            found[f"reference.{name}"] = reference.parallel.like(param, local(param))
     return found
 
 
-def take_snapshot(trainer: LocalTrainer, place: Place, reference_moved: bool) -> Snapshot:
+def take_snapshot(trainer: LocalTrainer, parallel: ParallelState, reference_moved: bool) -> Snapshot:
     """All ranks take part."""
-    shards = {name: _copied(tensor, place) for name, tensor in tensors_of(trainer, reference_moved).items()}
+    shards = {name: _copied(tensor, parallel) for name, tensor in tensors_of(trainer, reference_moved).items()}
     return Snapshot(shards, trainer.model.export())
 
 
-def write_snapshot(snapshot: Snapshot, folder: str, place: Place) -> None:
+def write_snapshot(snapshot: Snapshot, folder: str, parallel: ParallelState) -> None:
     """From a thread of every rank; may be called again when a rank had no room. Raises NonFiniteError for weights that are no numbers."""
     try:
         with _quiet():
             save(
                 snapshot.shards,
                 storage_writer=_Writer(Path(folder) / FOLDER, sync_files=False),
-                process_group=place.files,
+                process_group=parallel.files,
             )
     except CheckpointException as error:  # it is no Exception, and lists what each rank raised
         raise next(iter(error.failures.values()))[0] from None
@@ -100,13 +100,13 @@ def check_whole(folder: str) -> None:
         )
 
 
-def read_into(trainer: LocalTrainer, folder: str, place: Place, reference_moved: bool) -> None:
+def read_into(trainer: LocalTrainer, folder: str, parallel: ParallelState, reference_moved: bool) -> None:
     """What another number of ranks may have written."""
     with _quiet():
         load(
             tensors_of(trainer, reference_moved),
             storage_reader=FileSystemReader(Path(folder) / FOLDER),
-            process_group=place.files,
+            process_group=parallel.files,
         )
 
 
@@ -115,9 +115,9 @@ def _optimizer(optimizer: Any) -> ShardedOptimizer:
     return optimizer
 
 
-def _copied(tensor: Tensor, place: Place) -> Tensor:
+def _copied(tensor: Tensor, parallel: ParallelState) -> Tensor:
     copy = local(tensor).to("cpu", copy=True)
-    return place.like(tensor, copy) if isinstance(tensor, DTensor) else copy
+    return parallel.like(tensor, copy) if isinstance(tensor, DTensor) else copy
 
 
 @contextmanager
