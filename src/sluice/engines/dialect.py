@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from sluice.engines.guard import Launch
+from sluice.engines.guard import Command
 from sluice.engines.http import HttpClient
 from sluice.types import FinishReason, Sampling
 
@@ -35,7 +35,7 @@ class Dialect(Protocol):
 
     name: str
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         """How one is started, with random weights; nobody else is to give it orders than who knows the `key`."""
         ...
 

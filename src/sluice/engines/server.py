@@ -331,7 +331,7 @@ class ServerEngine:
         connection = Connection(process, reader, writer, _no_requests, ended)
         try:
             key = secrets.token_urlsafe(32)
-            start = Start(self._dialect.launch(key), str(self._publication.folder))
+            start = Start(self._dialect.command(key), str(self._publication.folder))
             server = _Server(await connection.ask(start, LAUNCH_LIMIT_S), self._num_started, key)
             server.connection, server.over = connection, over
             await self._ready(server)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import HOST, PORT, Launch, seen
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
@@ -55,7 +55,7 @@ class SglangServer:
     deterministic: bool = False
     arguments: Sequence[str] = field(default=())
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         words = [self.python, "-c", _ENTRY, "--host", HOST, "--port", PORT]
         words += ["--json-model-override-args", json.dumps({"architectures": [self.architecture]})]
         words += ["--model-path", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
@@ -80,7 +80,7 @@ class SglangServer:
             "OMP_NUM_THREADS": str(self.num_threads),
             _KEY: key,
         }
-        return Launch([*words, *self.arguments], variables | seen(self.gpus))
+        return Command([*words, *self.arguments], variables | seen(self.gpus))
 
 
 def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
@@ -103,9 +103,9 @@ class Sglang:
         self._held: dict[str, str] = {}
         """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         assert self._server
-        return self._server.launch(key)
+        return self._server.command(key)
 
     async def check(self, http: HttpClient) -> None:
         await http.get("/get_model_info", STATUS_LIMIT_S)

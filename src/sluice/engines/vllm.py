@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import HOST, PORT, Launch, seen
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
@@ -61,7 +61,7 @@ class VllmServer:
     compiles: bool = False
     arguments: Sequence[str] = field(default=())
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", PORT]
         words += ["--hf-overrides", json.dumps({"architectures": [self.architecture]})]
         words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
@@ -82,7 +82,7 @@ class VllmServer:
             words += ["--enable-sleep-mode"]
         if not self.compiles:
             words += ["--enforce-eager"]
-        return Launch([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
+        return Command([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
 
     def _variables(self) -> dict[str, str]:
         eager = (
@@ -124,9 +124,9 @@ class Vllm:
         self._loaded: dict[Path, list[Any]] = {}
         """What was read from the folder that was loaded last, by the folder."""
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         assert self._server
-        return self._server.launch(key)
+        return self._server.command(key)
 
     async def check(self, http: HttpClient) -> None:
         try:
