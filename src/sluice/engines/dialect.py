@@ -17,6 +17,27 @@ STATUS_LIMIT_S = 10.0
 POLL_S = 0.2
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerSetting:
+    """What a server of either kind is started with, most of it as in the config's `engine`."""
+
+    python: str
+    model: str
+    """Folder with `config.json` and a tokeniser; its weights are not read."""
+    architecture: str
+    """Class of the model; a config that was never saved with a model does not name it."""
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    num_threads: int
+    tensor_parallel: int = 1
+    memory_fraction: float | None = None
+    quantization: str | None = None
+    can_sleep: bool = False
+    gpus: Sequence[int] = ()
+    arguments: Sequence[str] = ()
+
+
 @dataclass
 class Reply:
     """What a server made of one request: as in a `Completion`."""

@@ -9,11 +9,11 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
+from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply, ServerSetting
 from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
@@ -31,29 +31,14 @@ runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 /health, /ready and /metrics only."""
 
 
-@dataclass(frozen=True)
-class SglangServer:
-    """How one is started; everything is the config's `engine`."""
+@dataclass(frozen=True, kw_only=True)
+class SglangServer(ServerSetting):
+    """How one is started."""
 
-    python: str
-    model: str
-    """Folder with `config.json` and a tokeniser; its weights are not read."""
-    architecture: str
-    """Class of the model; a config that was never saved with a model does not name it."""
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    num_threads: int
-    tensor_parallel: int = 1
-    memory_fraction: float | None = None
-    quantization: str | None = None
     speculative: str | None = None
     draft_tokens: int = 3
     draft_path: str | None = None
-    can_sleep: bool = False
-    gpus: Sequence[int] = ()
     deterministic: bool = False
-    arguments: Sequence[str] = field(default=())
 
     def command(self, key: str) -> Command:
         words = [self.python, "-c", _ENTRY, "--host", HOST, "--port", PORT]
