@@ -1,7 +1,7 @@
 """What runs beside an inference server that we start, on its machine: it starts the server, and sees that it does not outlive us.
 
 The server is another's program, in an environment of its own, which knows nothing of us; it belongs to the guard's process group,
-and that ends with its parent. The parent's side is `sluice.engines.server`.
+and that ends with its parent. The parent's side is `sluice.engines.lifetime`.
 """
 
 from __future__ import annotations
