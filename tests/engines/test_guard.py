@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from processes import living_in
-from sluice.engines.guard import Launch
+from sluice.engines.guard import Command, Start
 from sluice.processes import Process
 
 SERVER = """\
@@ -46,8 +46,8 @@ def test_nothing_is_left(ends_first: str, tmp_path: Path):
     """Shared memory neither, where the guard can see to it."""
     guard = Process("sluice.engines.guard", path=sys.path, folder=str(tmp_path), log=None, variables={})
     try:
-        launch = pickle.dumps(Launch([sys.executable, "-c", SERVER], {}))
-        guard.socket.sendall(len(launch).to_bytes(8) + launch)
+        start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER], {}), str(tmp_path)))
+        guard.socket.sendall(len(start).to_bytes(8) + start)
         wait_until((tmp_path / "ready").exists)
         server, name = (tmp_path / "ready").read_text().split()
         memory = Path("/dev/shm") / name

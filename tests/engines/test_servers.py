@@ -327,8 +327,8 @@ def test_one_that_stands_still_is_killed(kind: str, tmp_path: Path):
 
 def instead(code: str, monkeypatch: pytest.MonkeyPatch, made: Served) -> None:
     """Another program is started in the server's place."""
-    launch = replace(made.engine._dialect.launch("key"), command=[sys.executable, "-c", code])
-    monkeypatch.setattr(made.engine._dialect, "launch", lambda key: launch)
+    command = replace(made.engine._dialect.command("key"), words=[sys.executable, "-c", code])
+    monkeypatch.setattr(made.engine._dialect, "command", lambda key: command)
 
 
 def test_one_that_ends_while_it_starts_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -391,7 +391,7 @@ def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
 def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
     """A server that a user has started, without those words of our command: its URL."""
     with served(kind, folder) as made:
-        words = made.engine._dialect.launch("key").command
+        words = made.engine._dialect.command("key").words
     if kind == "sglang":
         words[1:3] = ["-m", "sglang.launch_server"]
     words = [word for word in words if word not in ("--middleware", "sluice_key.RequireKey", *left_out)]

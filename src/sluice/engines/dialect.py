@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from sluice.engines.guard import Launch
+from sluice.engines.guard import Command
 from sluice.engines.http import HttpClient
 from sluice.types import FinishReason, Sampling
 
@@ -15,6 +15,27 @@ PUBLISH_LIMIT_S = 600.0
 """For each request by which a server takes over weights."""
 STATUS_LIMIT_S = 10.0
 POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSetting:
+    """What a server of either kind is started with, most of it as in the config's `engine`."""
+
+    python: str
+    model: str
+    """Folder with `config.json` and a tokeniser; its weights are not read."""
+    architecture: str
+    """Class of the model; a config that was never saved with a model does not name it."""
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    num_threads: int
+    tensor_parallel: int = 1
+    memory_fraction: float | None = None
+    quantization: str | None = None
+    can_sleep: bool = False
+    gpus: Sequence[int] = ()
+    arguments: Sequence[str] = ()
 
 
 @dataclass
@@ -35,7 +56,7 @@ class Dialect(Protocol):
 
     name: str
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         """How one is started, with random weights; nobody else is to give it orders than who knows the `key`."""
         ...
 

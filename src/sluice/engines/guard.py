@@ -1,7 +1,7 @@
 """What runs beside an inference server that we start, on its machine: it starts the server, and sees that it does not outlive us.
 
 The server is another's program, in an environment of its own, which knows nothing of us; it belongs to the guard's process group,
-and that ends with its parent. The parent's side is `sluice.engines.server`.
+and that ends with its parent. The parent's side is `sluice.engines.lifetime`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ HOST, PORT = "{host}", "{port}"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a server is started."""
+class Command:
+    """By which a server is started."""
 
-    command: list[str]
+    words: list[str]
     variables: dict[str, str]
     """Of its environment, beside those that are there."""
     python_path: str | None = None
@@ -47,7 +47,7 @@ class Launch:
 class Start:
     """The first message; the answer is the URL at which the server will listen some time later."""
 
-    launch: Launch
+    command: Command
     folder: str
     """In which weights are published."""
 
@@ -100,16 +100,14 @@ async def _serve(pipe: socket.socket) -> int:
 
 async def _started(start: Start, host: str, port: int) -> asyncio.subprocess.Process:
     _check_sees(start.folder)
-    launch = start.launch
-    command = [word.replace(HOST, host).replace(PORT, str(port)) for word in launch.command]
-    path = os.pathsep.join(filter(None, [launch.python_path, os.environ.get("PYTHONPATH")]))
-    print(f"$ {' '.join(command)}", flush=True)
+    command = start.command
+    words = [word.replace(HOST, host).replace(PORT, str(port)) for word in command.words]
+    path = os.pathsep.join(filter(None, [command.python_path, os.environ.get("PYTHONPATH")]))
+    print(f"$ {' '.join(words)}", flush=True)
     try:
-        return await asyncio.create_subprocess_exec(
-            *command, env={**os.environ, "PYTHONPATH": path, **launch.variables}
-        )
+        return await asyncio.create_subprocess_exec(*words, env={**os.environ, "PYTHONPATH": path, **command.variables})
     except OSError as error:
-        raise EngineError(f"{command[0]} cannot be started: {error.strerror}") from error
+        raise EngineError(f"{words[0]} cannot be started: {error.strerror}") from error
 
 
 def _check_sees(folder: str) -> None:

@@ -17,9 +17,10 @@ from itertools import count
 from pathlib import Path
 
 from sluice.connection import Answer, Connection
+from sluice.engines.deaths import Deaths
 from sluice.engines.embedded import EmbeddedEngine, settled
 from sluice.engines.serving import Begin, Cancel, Fingerprint, Generate, Unfinished, Update
-from sluice.errors import EngineError, EngineLostError, boundary
+from sluice.errors import EngineError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Died, Launch, start_failure
 from sluice.types import Completion, Sampling
@@ -60,7 +61,6 @@ class EngineProcess:
         waits so long at most; None: they go on with the new ones. `hang_timeout_s`: it is killed when it gives no sign of life for so long.
         """
         self._name = name
-        self._log: Path | None = None
         self._engine = engine
         self._synchronous = synchronous
         self._finish_limit_s = finish_limit_s
@@ -73,9 +73,7 @@ class EngineProcess:
         self._connecting = asyncio.Lock()
         self._asking = asyncio.Lock()
         """Answers come in the order of what was asked."""
-        self._num_started = 0
-        self._untold: EngineLostError | None = None
-        """The end of the last process, as long as nobody was told."""
+        self._deaths = Deaths()
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
         """All that are not answered, in the order in which they came."""
@@ -88,7 +86,7 @@ class EngineProcess:
         if self._closed:
             raise EngineError("the engine is closed")
         if self._connection is None:
-            raise self._untold_loss() or self._loss("it has no process", self._num_started)
+            raise self._deaths.last("it has no process")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._requests[number] = _Request(list(prompt_ids), sampling, answer)
         self._unsent.add(number)
@@ -138,7 +136,7 @@ class EngineProcess:
 
     def belongs_to(self, folder: Path) -> None:
         """A run with this folder; what the process prints goes to a file there."""
-        self._log = folder / f"{self._name}.log"
+        self._deaths.log = folder / f"{self._name}.log"
         self._publication.belongs_to(folder)
 
     def status(self) -> str:
@@ -156,18 +154,16 @@ class EngineProcess:
             if self._connection is None:
                 if self._closed:
                     raise EngineError("the engine is closed")
-                if loss := self._untold_loss():
-                    raise loss
-                self._num_started += 1
-                with self._telling(self._num_started):
-                    self._connection = await self._started(self._num_started)
+                number = self._deaths.count_start()
+                with self._telling(number):
+                    self._connection = await self._started(number)
             return self._connection
 
     async def _started(self, number: int) -> Connection:
         """A new process, with an engine that has no weights yet. Raises Died, or EngineError."""
         with boundary(EngineError, "the engine's process could not be started"):
             process = self._launch(
-                "sluice.engines.serving", path=self._path, folder=self._folder, log=self._log, variables={}
+                "sluice.engines.serving", path=self._path, folder=self._folder, log=self._deaths.log, variables={}
             )
         connection = None
         try:
@@ -178,7 +174,7 @@ class EngineProcess:
             await connection.ask(Begin(self._engine, self._link.inlet), START_LIMIT_S)
         except BaseException as error:
             connection.end(f"it did not start: {error}") if connection else process.kill()
-            raise start_failure(error, number, "the engine's process could not be started", self._see) from error
+            raise start_failure(error, number, "the engine's process could not be started", self._deaths.see) from error
         connection.watch(self._hang_timeout_s)
         return connection
 
@@ -198,9 +194,8 @@ class EngineProcess:
     def _ended(self, connection: Connection, cause: str) -> None:
         if self._connection is connection:
             self._connection = None
-        if not self._closed:
-            is_told = self._fail(lambda: self._loss(cause, connection.number))
-            self._untold = None if is_told else self._loss(cause, connection.number)
+        if not self._closed and not self._fail(lambda: self._deaths.told(cause, connection.number)):
+            self._deaths.keep(cause, connection.number)
 
     @contextmanager
     def _telling(self, number: int) -> Generator[None]:
@@ -208,21 +203,7 @@ class EngineProcess:
         try:
             yield
         except Died as error:
-            if self._untold and self._untold.process == number:
-                self._untold = None
-            raise self._loss(str(error), number) from None
-
-    def _loss(self, cause: str, number: int) -> EngineLostError:
-        return EngineLostError(f"{cause}{self._see}", number)
-
-    def _untold_loss(self) -> EngineLostError | None:
-        """To be raised, since it is told thereby."""
-        loss, self._untold = self._untold, None
-        return loss
-
-    @property
-    def _see(self) -> str:
-        return f"; see {self._log}" if self._log and self._log.exists() and self._log.stat().st_size else ""
+            raise self._deaths.told(str(error), number) from None
 
     # -- requests --
 

@@ -9,12 +9,12 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import HOST, PORT, Launch, seen
+from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply, ServerSetting
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
@@ -31,31 +31,16 @@ runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 /health, /ready and /metrics only."""
 
 
-@dataclass(frozen=True)
-class SglangServer:
-    """How one is started; everything is the config's `engine`."""
+@dataclass(frozen=True, kw_only=True)
+class SglangServer(ServerSetting):
+    """How one is started."""
 
-    python: str
-    model: str
-    """Folder with `config.json` and a tokeniser; its weights are not read."""
-    architecture: str
-    """Class of the model; a config that was never saved with a model does not name it."""
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    num_threads: int
-    tensor_parallel: int = 1
-    memory_fraction: float | None = None
-    quantization: str | None = None
     speculative: str | None = None
     draft_tokens: int = 3
     draft_path: str | None = None
-    can_sleep: bool = False
-    gpus: Sequence[int] = ()
     deterministic: bool = False
-    arguments: Sequence[str] = field(default=())
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         words = [self.python, "-c", _ENTRY, "--host", HOST, "--port", PORT]
         words += ["--json-model-override-args", json.dumps({"architectures": [self.architecture]})]
         words += ["--model-path", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
@@ -80,7 +65,7 @@ class SglangServer:
             "OMP_NUM_THREADS": str(self.num_threads),
             _KEY: key,
         }
-        return Launch([*words, *self.arguments], variables | seen(self.gpus))
+        return Command([*words, *self.arguments], variables | seen(self.gpus))
 
 
 def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
@@ -103,9 +88,9 @@ class Sglang:
         self._held: dict[str, str] = {}
         """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         assert self._server
-        return self._server.launch(key)
+        return self._server.command(key)
 
     async def check(self, http: HttpClient) -> None:
         await http.get("/get_model_info", STATUS_LIMIT_S)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply
-from sluice.engines.guard import HOST, PORT, Launch, seen
+from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply, ServerSetting
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
@@ -32,36 +32,21 @@ REASONS: Mapping[str, FinishReason] = {
 }
 
 
-@dataclass(frozen=True)
-class VllmServer:
-    """How one is started. Everything but the log-probs' mode and what publication needs is the config's `engine`."""
+@dataclass(frozen=True, kw_only=True)
+class VllmServer(ServerSetting):
+    """How one is started."""
 
-    python: str
-    model: str
-    """Folder with `config.json` and a tokeniser; its weights are not read."""
-    architecture: str
-    """Class of the model; a config that was never saved with a model does not name it."""
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int
     top_k: int
     """Of the run's sampling; so many ids are reported with each token."""
-    num_threads: int
     first_thread: int | None
     """How many threads servers beside it have, on the last cores of this machine: its own are on those before. None: they are bound to no
     cores."""
     cache_gb: int
     """10⁹ bytes of key-value cache, on the CPU."""
-    tensor_parallel: int = 1
-    memory_fraction: float | None = None
-    quantization: str | None = None
     speculative: Mapping[str, Any] | None = None
-    can_sleep: bool = False
-    gpus: Sequence[int] = ()
     compiles: bool = False
-    arguments: Sequence[str] = field(default=())
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", PORT]
         words += ["--hf-overrides", json.dumps({"architectures": [self.architecture]})]
         words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
@@ -82,7 +67,7 @@ class VllmServer:
             words += ["--enable-sleep-mode"]
         if not self.compiles:
             words += ["--enforce-eager"]
-        return Launch([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
+        return Command([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
 
     def _variables(self) -> dict[str, str]:
         eager = (
@@ -124,9 +109,9 @@ class Vllm:
         self._loaded: dict[Path, list[Any]] = {}
         """What was read from the folder that was loaded last, by the folder."""
 
-    def launch(self, key: str) -> Launch:
+    def command(self, key: str) -> Command:
         assert self._server
-        return self._server.launch(key)
+        return self._server.command(key)
 
     async def check(self, http: HttpClient) -> None:
         try:
