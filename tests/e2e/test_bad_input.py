@@ -386,7 +386,7 @@ def test_an_update_that_is_not_finite_is_refused_and_its_batch_kept(failure):
     code, error = failure("train", "config.yaml", "trainer.learning_rate=1e30", "trainer.updates_per_batch=2")
     assert code == 1
     assert error.startswith("error: loss is nan at update 1 of the step, in a micro-batch of 8 samples (prompts-")
-    assert error.endswith("the update was refused\n")
+    assert "the update was refused\n" in error
     run = Path("runs/test")
     refused, stopped = events_of(run)
     assert (refused["kind"], refused["details"]) == ("non_finite", {"step": 1})

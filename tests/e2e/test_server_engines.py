@@ -188,8 +188,9 @@ def test_a_run_is_resumed(ready: Path):
 
 def test_a_start_that_fails_ends_the_run_in_a_sentence(ready: Path, capsys: pytest.CaptureFixture[str]):
     words = ["engine.name=vllm", "engine.python=/nowhere/python", "model.random_weights=true"]
-    assert sluice("train", "config.yaml", *words, "run.name=test") == 1
-    assert "the vLLM server could not be started: /nowhere/python cannot be started" in capsys.readouterr().err
+    assert sluice("train", "config.yaml", *words, "run.name=test") == 2
+    assert "error: engine.python=/nowhere/python does not run" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_check_looks_for_the_server_and_tries_without_it(ready: Path, capsys: pytest.CaptureFixture[str]):

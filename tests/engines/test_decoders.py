@@ -54,7 +54,11 @@ def engine_of(model: PolicyModel, num_slots: int = 10, cache_bytes: int | None =
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_models_built_like_a_llama_are_decoded_packed(architecture: str) -> None:
-    expected = PackedDecoder if architecture in ("qwen3", "qwen2", "llama", "mistral_window") else ModelDecoder
+    expected = (
+        PackedDecoder
+        if architecture in ("qwen3", "qwen3_all_heads", "qwen2", "llama", "mistral_window")
+        else ModelDecoder
+    )
     assert type(decoder_for(tiny_model(architecture), StepThreads(CPU))) is expected
 
 

@@ -27,7 +27,8 @@ _ASK_LIMIT_S = 5.0
 
 
 class Actor:
-    """The driver's end of one. Its references to Ray are let go in `kill`, and by no garbage collector while Ray shuts down."""
+    """The driver's end of one. Its references to Ray are let go in `kill`, or before Ray shuts down, and by no garbage collector: that might
+    be at work when this process has joined another cluster, where actors get the same ids again."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Actor:
         with cluster.in_use():
             self._handle: Any = ray.remote(_Host).options(max_restarts=0, **cluster.options(name)).remote()
             self._start: Any = self._handle.start.remote(number, module, list(path), folder, dict(variables))
+            cluster.actors.add(self)
 
     def started(self) -> tuple[str, int] | None:
         """Node and number of the process, once it runs. Raises Died when the actor has died, PlacementError when it could not start it."""
@@ -62,6 +64,7 @@ class Actor:
                 cause = getattr(error, "cause", error)
                 is_ours = isinstance(cause, SluiceError)
                 failure = cause if is_ours else PlacementError(f"{self._name} could not be started: {cause}")
+            start = None  # this frame lives as long as the error that it raises
         raise failure  # without the one of Ray behind it, which would hold on to Ray
 
     def cause_of_death(self) -> tuple[str, bool]:
@@ -83,10 +86,14 @@ class Actor:
 
     def kill(self) -> None:
         with suppress(PlacementError), self._cluster.in_use():
-            handle, self._handle, self._start = self._handle, None, None
+            handle = self._handle
+            self.let_go()
             if handle is not None:
                 ray.kill(handle)
-                del handle
+
+    def let_go(self) -> None:
+        self._handle = self._start = None
+        self._cluster.actors.discard(self)
 
 
 class _Host:

@@ -13,13 +13,16 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sluice.errors import PlacementError, boundary
+
+if TYPE_CHECKING:
+    from sluice.distributed.actors import Actor
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster of our own: nothing that is large goes through Ray, and by default it would take a third of the memory."""
@@ -78,6 +81,8 @@ class Cluster:
                 self._start(num_cpus)
         self.host = ray.util.get_node_ip_address() if address else "127.0.0.1"
         self._group: Any = None
+        self.actors: set[Actor] = set()
+        """That hold on to Ray."""
         self._users, self._closed = 0, False
         self._changed = threading.Condition()
         self._places: dict[str, tuple[int, Place]] = {}
@@ -190,6 +195,9 @@ class Cluster:
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._users, _USERS_LIMIT_S)
+        for actor in list(self.actors):
+            actor.let_go()
+        self._group = None
         self._leave()
 
     def _leave(self) -> None:

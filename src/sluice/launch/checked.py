@@ -53,9 +53,7 @@ def check(config: TrainConfig) -> Checked:
 def check_ray(config: TrainConfig) -> None:
     """Raises ConfigError where it is wanted and not installed."""
     if config.placement.name == "ray" and not find_spec("ray"):
-        raise ConfigError(
-            "placement.name=ray needs the package ray: pip install ray, or set placement.name=local"
-        )
+        raise ConfigError("placement.name=ray needs the package ray: pip install ray, or set placement.name=local")
 
 
 def checked_reward(reward: AnyReward) -> RewardSpec:
