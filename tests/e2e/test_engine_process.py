@@ -141,6 +141,8 @@ DIFFERENTLY = {
     ("asked for a fingerprint", 2): "disk",
 }
 """How weights are published where it is not through shared memory."""
+SLOW = {("taking over weights", 0), ("asked for a fingerprint", 0), ("asked for a fingerprint", 2)}
+"""A minute each."""
 
 
 def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type, times: Container[int] = ()) -> list[int]:
@@ -167,8 +169,14 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type, times: Container[int]
     return killed
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize("instant", INSTANTS)
+@pytest.mark.parametrize(
+    ("instant", "staleness"),
+    [
+        pytest.param(instant, staleness, marks=pytest.mark.proof if (instant, staleness) in SLOW else ())
+        for instant in INSTANTS
+        for staleness in (0, 2)
+    ],
+)
 def test_a_killed_engine_costs_no_sample(ready: Path, instant: str, staleness: int, monkeypatch: pytest.MonkeyPatch):
     """Nothing is lost, nothing is trained twice; and without staleness it is the run without kills."""
     steps = ("run.num_steps=6", "rollout.max_new_tokens=40", "trainer.learning_rate=1e-4")
