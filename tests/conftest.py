@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as sluice does, but here torch may be imported before it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RAY_AUTH_MODE"] = "disabled"  # for all clusters that a process of tests starts or joins: Ray reads it once
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -21,7 +21,17 @@ pytest.importorskip("ray")
 from ray_clusters import joined_by_runs
 from sluice.launch.checked import num_cores
 from sluice.viewer import report
-from small_runs import events_of, finished, ledger_of, metrics_of, set_up, sluice, without_timings, workplace
+from small_runs import (
+    events_of,
+    finished,
+    ledger_of,
+    metrics_of,
+    set_up,
+    sluice,
+    started,
+    without_timings,
+    workplace,
+)
 
 STEPS = 6
 APART = ("engine.process=own", "engine.replicas=2", "engine.num_threads=1", f"run.num_steps={STEPS}")
@@ -155,6 +165,17 @@ def test_a_cluster_of_its_own_brings_words_variables_and_errors_back_and_says_no
     lines = [line for line in (console.out + console.err).splitlines() if not line.startswith("placement ")]
     assert [line for line in lines if "ray" in line.replace("array", "").lower()] == []
     assert [line for line in console.out.splitlines() if line.startswith("2/2")] != []
+
+
+def test_a_cluster_of_its_own_wants_a_token_and_leaves_none_behind(ready: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a process of its own: Ray would put one into the user's home, which the next `ray start` asks for."""
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(ready))
+    words = ("train", "config.yaml", "placement.name=ray", "run.num_steps=1", "run.name=alone", "run.num_threads=1")
+    run = started(*words, cwd=ready)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert not (ready / ".ray").exists()
 
 
 def test_what_a_reward_raises_reaches_the_driver(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import socket
 import tempfile
@@ -90,12 +89,10 @@ class Cluster:
         """CUDA_VISIBLE_DEVICES of whoever has all GPUs of a bundle, by its number."""
 
     def _start(self, num_cpus: float) -> None:
-        """A cluster that nobody else finds, by its folder, or could join, by its token."""
+        """A cluster that nobody else finds, by its folder."""
         self._folder = tempfile.mkdtemp(
             prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None
         )  # of short sockets
-        if os.environ.get("RAY_AUTH_MODE") != "disabled":
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray leaves one in the user's home
         ray.init(
             address="local",
             num_cpus=max(len(os.sched_getaffinity(0)), -int(-num_cpus // 1)),  # as many processes as are asked for
