@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -359,7 +360,8 @@ def test_data_that_change_under_a_run_stop_it_and_the_old_ones_let_it_go_on(
     ]
     assert sluice("train", "config.yaml", *words) == 1
     said = capsys.readouterr().err
-    assert "check data_unchanged, step 2: prompts.jsonl has other content since the run began" in said
+    # of the second step, or of the third where the metrics of the first were written late
+    assert re.search("check data_unchanged, step [23]: prompts.jsonl has other content since the run began", said)
     assert [event["details"]["check"] for event in events_of(Path("runs/test")) if event["kind"] == "check"] == [
         "data_unchanged"
     ]
