@@ -96,7 +96,7 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
         ),
         (
             ["engine={process: own, replicas: 2}", "placement.name=ray"],
-            "engines    2 in processes of their own; weights go by broadcast\nplacement  by Ray, pack, on this machine alone\n",
+            "engines    2 in processes of their own; weights go by broadcast\nplacement  by Ray, disaggregated, pack, on this machine alone\n",
         ),
         (["engine.process=own"], "engines    1 in a process of its own; weights go by shared_memory\n"),
         (

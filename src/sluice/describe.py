@@ -120,7 +120,8 @@ def _placement(config: TrainConfig) -> str:
     placement = config.placement
     if not isinstance(placement, RayPlacement):
         return ""
-    return f"by Ray, {placement.strategy}, on {f'the cluster at {placement.address}' if placement.address else 'this machine alone'}"
+    where = f"the cluster at {placement.address}" if placement.address else "this machine alone"
+    return f"by Ray, {placement.layout}, {placement.strategy}, on {where}"
 
 
 def _critic(critic: CriticSection) -> str:

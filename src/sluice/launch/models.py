@@ -21,11 +21,11 @@ from sluice.config import (
     TrainConfig,
 )
 from sluice.configengines import ServerEngine
-from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields, BatchedOptimizer, OptimizerSection
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.errors import ConfigError
-from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary, num_cores
+from sluice.launch.checked import Checked, check_fits, check_second, check_vocabulary
+from sluice.launch.cores import engine_threads
 
 if TYPE_CHECKING:
     from sluice.data.batch import Packing
@@ -316,32 +316,6 @@ def optimizer_settings(settings: OptimizerSection) -> OptimizerSettings:
     from sluice.trainers.optim import OptimizerSettings
 
     return OptimizerSettings(**{field.name: getattr(settings, field.name) for field in fields(OptimizerSettings)})
-
-
-def engines_here(config: TrainConfig) -> EmbeddedEngine | ServerEngine | None:
-    """Engines whose own processes share this machine with the trainer."""
-    engine, placement = config.engine, config.placement
-    elsewhere = isinstance(placement, RayPlacement) and placement.address
-    if isinstance(engine, ScriptedEngine) or not config.num_engines_apart() or elsewhere:
-        return None
-    return engine
-
-
-def engine_threads(config: TrainConfig) -> int:
-    """Of each engine's own process."""
-    engine, placement = config.engine, config.placement
-    assert not isinstance(engine, ScriptedEngine)
-    on_ray = isinstance(placement, RayPlacement)
-    cores = int(placement.engine_cpus) if on_ray else num_cores() // 2 // engine.replicas
-    return engine.num_threads or max(1, cores)
-
-
-def trainer_threads(config: TrainConfig) -> int | None:
-    """Of the trainer's process: those that engines beside it leave; None: as many as torch takes, which is all cores."""
-    engine = engines_here(config)
-    if config.run.num_threads or engine is None:
-        return config.run.num_threads
-    return max(1, num_cores() - engine.replicas * engine_threads(config))
 
 
 def set_up_process(num_threads: int | None) -> None:
