@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,7 +69,7 @@ class Killer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.kills = Counter[str]()
+        self.kills = {"starting": 0, "computing": 0, "idle": 0}
         self._end = threading.Event()
         self._may_kill_start = True
 
@@ -85,20 +84,30 @@ class Killer:
             thread.join()
 
     def _work(self) -> None:
-        while not self._end.wait(0.15):
+        looks = 0
+        while not self._end.wait(0.01):  # some states last for a few hundredths of a second
+            looks += 1
+            rarest = min(self.kills, key=self.kills.__getitem__)
             for pid in reward_processes():
+                if looks % 15 and self._state(pid) != rarest:
+                    continue
                 with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                     if stopped(pid):
                         self._kill(pid)
                     os.kill(pid, signal.SIGCONT)
 
-    def _kill(self, pid: int) -> None:
+    def _state(self, pid: int) -> str:
+        """One of those that are counted, or, where it must live, another."""
         path = self.folder / f"computing-{pid}"
-        state = path.read_text() if path.exists() else "starting"
-        if state in ("", "1") or (state == "starting" and not self._may_kill_start):
-            return  # between two states, or a second try
+        written = path.read_text() if path.exists() else "starting"
+        return {"0": "computing", "1": "a second try", "": "between two"}.get(written, written)
+
+    def _kill(self, pid: int) -> None:
+        state = self._state(pid)
+        if state not in self.kills or (state == "starting" and not self._may_kill_start):
+            return
         self._may_kill_start = state != "starting"
-        self.kills[{"0": "computing"}.get(state, state)] += 1
+        self.kills[state] += 1
         os.kill(pid, signal.SIGKILL)
 
 
@@ -110,8 +119,8 @@ def test_a_run_whose_reward_processes_are_killed_all_the_time_is_the_same_run(re
     killer = Killer(ready)
     with killer.at_work():
         killed = finished("train", "config.yaml", *words, name="killed")
-    assert set(killer.kills) == {"computing", "idle", "starting"}, killer.kills
-    assert killer.kills.total() >= 10, killer.kills
+    assert min(killer.kills.values()) >= 2, killer.kills
+    assert sum(killer.kills.values()) >= 10, killer.kills
     names = [
         (row["group"], row["index"])
         for step in range(1, NUM_STEPS + 1)

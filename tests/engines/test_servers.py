@@ -175,7 +175,7 @@ def test_completions_that_live_through_a_publication(one: Served, finish: bool, 
     """Each token's log-prob is that of the weights that it names; with `finish` each completion has those that it began with."""
     policies = [model(1), model(2), model(3)]
     monkeypatch.setattr(one.engine, "_finish_limit_s", 60.0 if finish else None)
-    prompts = [[5, 6, i] for i in range(7)]  # weights are published after those with an odd end
+    prompts = [[5, 6, i] for i in range(56)]  # weights are published after every sixteen
     wants = sampling(150, stop_token_ids=frozenset())
 
     async def through(first: int) -> list[Completion]:
@@ -183,9 +183,9 @@ def test_completions_that_live_through_a_publication(one: Served, finish: bool, 
         asked = []
         for prompt in prompts:
             asked.append(asyncio.ensure_future(one.engine.generate(prompt, wants)))
-            if prompt[-1] % 2:
-                await asyncio.sleep(0.1)
-                k = prompt[-1] // 2
+            if prompt[-1] % 16 == 15:
+                await until(lambda: one.num_running() > 0 or all(task.done() for task in asked))
+                k = prompt[-1] // 16
                 await one.engine.update_weights(InProcessWeights(policies[k]), first + k)
         return await asyncio.gather(*asked)
 
@@ -193,7 +193,12 @@ def test_completions_that_live_through_a_publication(one: Served, finish: bool, 
     for first in range(10, 50, 4):
         one.publish(policies[2], first)  # that of the requests before the first publication
         for prompt, said in zip(prompts, one.run(through(first + 1)), strict=True):
-            assert (len(said.token_ids), said.finish_reason) == (150, "length")
+            assert len(said.token_ids) == len(said.policy_versions) <= 150
+            # the real vLLM is told to look for repetition, into which one of so many may well fall
+            assert (len(said.token_ids) == 150) == (
+                said.finish_reason == "length"
+            ) or said.finish_reason == "repetition"
+            assert said.finish_reason == "length" or one.kind == "real vllm"
             assert said.policy_versions == sorted(said.policy_versions)
             mixed |= len({*said.policy_versions}) > 1
             for version in {*said.policy_versions}:
