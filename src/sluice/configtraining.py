@@ -228,11 +228,6 @@ class FsdpTrainer(BatchedOptimizer, AdapterFields):
                 f"trainer.compile does not work with trainer.tensor_parallel={self.tensor_parallel}: torch's compiler cannot follow what "
                 "divides a layer's matrices, for rows of any length; leave one of the two out"
             )
-        if self.compile and self.lora_rank is not None:
-            raise ValueError(
-                "trainer.compile with trainer.lora_rank and trainer.name=fsdp is not known to give the right gradient: adapters over shards "
-                "were tested without it only; leave one of the two out"
-            )
         if engine == "trainer":
             raise ValueError(
                 "engine.process=trainer generates with the trainer's own weights, of which no process of trainer.name=fsdp has all; "

@@ -150,7 +150,6 @@ def test_check_and_replay_of_a_run_with_ranks(ready: Path, capsys: pytest.Captur
             [*RANKS, "trainer.compile=true", "trainer.tensor_parallel=2"],
             "trainer.compile does not work with trainer.tens",
         ),
-        ([*RANKS, "trainer.compile=true", "trainer.lora_rank=4"], "tested without it only"),
         ([*RANKS, "trainer.lora_targets=[q_proj]"], "trainer.lora_targets has no effect without trainer.lora_rank"),
         ([*RANKS, "trainer.lora_rank=4", "trainer.lora_targets=[nosuch]"], "has no linear layer called nosuch"),
         ([*RANKS, "trainer.cpu_offload=true", "model.device=cpu"], "has no effect without a GPU"),

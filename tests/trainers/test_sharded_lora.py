@@ -114,16 +114,18 @@ def test_any_division_has_the_same_adapters(architecture: str, num: int, tensor:
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(900)  # of compiling
 @pytest.mark.parametrize(
     ("num", "words", "tolerance"),
     [
         # more ranks than A has rows
         (4, {"adapters": {**ADAPTERS, "rank": 2, "targets": ("q_proj", "down_proj")}}, 1e-6),
         (2, {"recompute": True}, 1e-6),
+        (2, {"compile": True}, 1e-5),
         # gradients are rounded on each rank; the first fingerprints, of BF16 weights, are equal
         (2, {"dtype": torch.bfloat16}, 2e-2),
     ],
-    ids=["some layers", "recomputed", "bf16"],
+    ids=["some layers", "recomputed", "compiled", "bf16"],
 )
 def test_any_setting_has_the_same_adapters(num: int, words: dict[str, Any], tolerance: float, tmp_path: Path):
     async def whole() -> None:
