@@ -234,12 +234,13 @@ def predicted(constants: Constants, case: Case, steps: int) -> float:
     return mean_step_s(constants.setting(case, steps))
 
 
-def slowdown(constants: Constants, case: Case, step_s: float, steps: int) -> float:
+def slowdown(constants: Constants, cases: list[Case], step_s: list[float], steps: int) -> float:
     """By how much engine and trainer slow each other down where their steps overlap, by halving: at least not at all."""
     low, high = 1.0, 3.0
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if predicted(constants.slower(middle), case, steps) < step_s else (low, middle)
+        ratios = [predicted(constants.slower(middle), case, steps) / s for case, s in zip(cases, step_s, strict=True)]
+        low, high = (middle, high) if fmean(ratios) < 1 else (low, middle)
     return low
 
 
@@ -248,17 +249,18 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     processes = ["trainer"] if args.cpu_time else ["trainer", "own"]
     fitted = {process: [replace(case, process=process) for case in FITTED] for process in processes}
     asked = {process: [replace(case, process=process) for case in PREDICTED] for process in processes}
-    overlapping = replace(FITTED[0], process="own", max_staleness=ASYNCHRONOUS)
-    stale = [] if args.cpu_time else [replace(case, max_staleness=ASYNCHRONOUS) for case in asked["own"]]
+    overlapping = [replace(case, max_staleness=ASYNCHRONOUS) for case in fitted.get("own", [])[:3:2]]
+    stale = [replace(case, max_staleness=ASYNCHRONOUS) for case in asked.get("own", [])]
     cases = [case for process in processes for case in fitted[process] + asked[process]]
-    cases += [overlapping, *stale] if stale else []
+    cases += overlapping + stale
     times = best_of(cases, args)
     results: list[dict[str, Any]] = []
     for process in processes:
         constants = fit(fitted[process], [times[case][0] for case in fitted[process]], args.steps)
         results += [compared(case, times[case], constants, args.steps) for case in asked[process]]
         if process == "own":
-            factor = slowdown(constants, overlapping, times[overlapping][0]["step"], args.steps)
+            step_s = [times[case][0]["step"] for case in overlapping]
+            factor = slowdown(constants, overlapping, step_s, args.steps)
             print(f"engine and trainer slow each other down by {factor:.3f}")
             results += [compared(case, times[case], constants.slower(factor), args.steps) for case in stale]
     return {"what": "calibration", "cpu_time": args.cpu_time, "predicted": results}

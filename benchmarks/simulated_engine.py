@@ -24,6 +24,8 @@ from sluice.types import Completion, Sampling
 
 _ROUNDING = 1e-6
 """Tokens by which sequences that end together may be apart by rounding."""
+_ROUNDING_S = 1e-9
+"""By which a timer may be early."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,41 @@ class _Replica:
         self._is_planned = False
 
     def catch_up(self) -> None:
-        """To the present time."""
+        """To the present time, and past the sequences that ended meanwhile: an engine goes on while the loop that asks it is held up."""
         now = self.engine.loop.time()
-        begin = max(self._at, min(self._held_until, now))
+        while self.active and (due := self._next_end()) <= now + _ROUNDING_S:
+            self._advance(min(due, now))
+            self._end(self.active[0][0])
+        self._advance(now)
+
+    def _next_end(self) -> float:
+        """Time at which the first of the sequences ends."""
+        left = max(0.0, self.active[0][0] - self.made)
+        begin = max(self._at, self._held_until)
+        return begin + self.rates.decode_s(left, len(self.active), self.cached)
+
+    def _advance(self, time: float) -> None:
+        """With the same sequences."""
+        begin = max(self._at, min(self._held_until, time))
         if self.active:
-            self.busy_s += now - self._at
-            if now > begin:
-                made = self.rates.decoded(now - begin, len(self.active), self.cached)
-                self.made += made
-                self.cached += made * len(self.active)
-        self._at = now
+            self.busy_s += time - self._at
+            made = self.rates.decoded(time - begin, len(self.active), self.cached)
+            self.made += made
+            self.cached += made * len(self.active)
+        self._at = time
+
+    def _end(self, made: float) -> None:
+        """The sequences that are through when so many steps have been made, whatever rounding says; others take their place."""
+        self.cached += (made - self.made) * len(self.active)
+        self.made = made
+        while self.active and self.active[0][0] <= made + _ROUNDING:
+            _, _, request = heapq.heappop(self.active)
+            self.cached -= request.prompt_tokens + request.length
+            if not request.done.done():
+                request.done.set_result(list(self._stretches(request)))
+        self.cached = max(0.0, self.cached) if self.active else 0.0
+        self.plan()
+        self.engine.freed(self)
 
     def hold(self, seconds: float) -> None:
         """It decodes nothing for so long; one such time begins where the other ends."""
@@ -125,7 +152,6 @@ class _Replica:
         self.plan()
 
     def begin(self, request: _Request) -> None:
-        self.catch_up()
         request.start = self.made
         heapq.heappush(self.active, (self.made + request.length, self.engine.next_number(), request))
         self.cached += request.prompt_tokens
@@ -157,26 +183,12 @@ class _Replica:
             self._timer.cancel()
             self._timer = None
         if self.active:
-            left = max(0.0, self.active[0][0] - self.made)
-            begin = max(self._at, self._held_until)
-            due = begin + self.rates.decode_s(left, len(self.active), self.cached)
-            self._timer = self.engine.loop.call_at(due, self._ended, self.active[0][0])
+            self._timer = self.engine.loop.call_at(self._next_end(), self._due)
 
-    def _ended(self, at_least: float) -> None:
-        """So many steps have been made, whatever rounding says."""
+    def _due(self) -> None:
         self._timer = None
         self.catch_up()
-        if self.made < at_least:
-            self.cached += (at_least - self.made) * len(self.active)
-            self.made = at_least
-        while self.active and self.active[0][0] <= self.made + _ROUNDING:
-            _, _, request = heapq.heappop(self.active)
-            self.cached -= request.prompt_tokens + request.length
-            if not request.done.done():
-                request.done.set_result(list(self._stretches(request)))
-        self.cached = max(0.0, self.cached) if self.active else 0.0
         self.plan()
-        self.engine.freed(self)
 
     def _stretches(self, request: _Request) -> Iterator[tuple[int, int]]:
         """(tokens, version) in their order."""
@@ -272,8 +284,10 @@ class SimulatedEngine:
         return sum(replica.busy_s for replica in self.replicas)
 
     def freed(self, replica: _Replica) -> None:
+        """It takes up what waits, which would not wait if another one had a free slot."""
+        while self._waiting and len(replica.active) < self.setting.slots:
+            replica.begin(self._waiting.popleft())
         self._offer(self._index[id(replica)])
-        self._dispatch()
 
     def _offer(self, i: int) -> None:
         replica = self.replicas[i]
@@ -284,10 +298,10 @@ class SimulatedEngine:
         while self._waiting and self._free:
             load, i = heapq.heappop(self._free)
             replica = self.replicas[i]
-            if not replica.is_up or load != len(replica.active):
-                continue
-            replica.begin(self._waiting.popleft())
-            self._offer(i)
+            replica.catch_up()
+            if replica.is_up and load == len(replica.active):
+                replica.begin(self._waiting.popleft())
+                self._offer(i)
 
     # -- failures --
 

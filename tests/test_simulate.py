@@ -174,6 +174,31 @@ def test_a_token_has_the_version_of_the_weights_that_made_it(sim: Any):
     assert completion.policy_versions == [0, 1, 2]
 
 
+def test_an_engine_goes_on_while_the_loop_is_held_up(sim: Any):
+    """Two of three sequences are decoded at once, the third follows the shorter one; a later one finds an empty cache."""
+    rates = sim.EngineRates(0.01, 0.0, 0.001)
+
+    async def work() -> Any:
+        loop: Any = asyncio.get_running_loop()
+        engine = sim.SimulatedEngine(sim.EngineSetting(1, 2, rates), lambda sampling: sampling.max_new_tokens)
+
+        def ask(tokens: int) -> Any:
+            return asyncio.ensure_future(engine.generate([0], sim.Sampling(max_new_tokens=tokens)))
+
+        asked = [ask(tokens) for tokens in (10, 30, 20)]
+        await asyncio.sleep(0)
+        loop.block(5.0)
+        await asyncio.gather(*asked)
+        at_once = loop.time(), engine.busy_s()
+        await ask(10)
+        return at_once, loop.time() - at_once[0]
+
+    (now, busy_s), alone_s = sim.run(work())
+    assert now == pytest.approx(5.0)
+    assert busy_s == pytest.approx(rates.decode_s(10, 2, 0.0) + rates.decode_s(20, 2, 10.0))
+    assert alone_s == pytest.approx(rates.decode_s(10, 1, 0.0))
+
+
 # Failures
 
 

@@ -1,4 +1,4 @@
-"""Of a server nothing is left, whichever of its processes, its guard or its guard's parent is killed."""
+"""Of a server nothing is left, whichever of its processes, its guard, its guard's parent, or all of them, is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from processes import living_in
-from sluice.engines.guard import Command, Start
+from sluice.engines.guard import SCRATCH, Command, Start
 from sluice.processes import Process
 
 SERVER = """\
@@ -23,7 +23,7 @@ from multiprocessing.shared_memory import SharedMemory
 memory = SharedMemory(create=True, size=8)
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open("partial", "w") as file:
-    file.write(f"{os.getpid()} {memory.name}")
+    file.write(f"{os.getpid()} {memory.name} {sys.argv[1]}")
 os.rename("partial", "ready")
 time.sleep(600)
 """
@@ -31,6 +31,7 @@ ENDS: dict[str, Callable[[Process, int], None]] = {
     "server": lambda guard, server: os.kill(server, signal.SIGKILL),
     "guard": lambda guard, server: os.kill(guard.pid, signal.SIGKILL),
     "guard's parent": lambda guard, server: guard.socket.close(),
+    "all of them": lambda guard, server: guard.kill(),
 }
 
 
@@ -46,16 +47,18 @@ def test_nothing_is_left(ends_first: str, tmp_path: Path):
     """Shared memory neither, where the guard can see to it."""
     guard = Process("sluice.engines.guard", path=sys.path, folder=str(tmp_path), log=None, variables={})
     try:
-        start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER], {}), str(tmp_path)))
+        start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER, SCRATCH], {}), str(tmp_path)))
         guard.socket.sendall(len(start).to_bytes(8) + start)
         wait_until((tmp_path / "ready").exists)
-        server, name = (tmp_path / "ready").read_text().split()
+        server, name, scratch = (tmp_path / "ready").read_text().split()
         memory = Path("/dev/shm") / name
         assert memory.exists()
+        assert Path(scratch).is_dir()
         assert len(living_in(tmp_path)) > 3  # among them Python's resource tracker
         ENDS[ends_first](guard, int(server))
         wait_until(lambda: not living_in(tmp_path))
-        assert memory.exists() == (ends_first == "guard")
+        wait_until(lambda: not Path(scratch).exists())
+        assert memory.exists() == (ends_first in ("guard", "all of them"))
     finally:
         guard.kill()
         memory.unlink(missing_ok=True)

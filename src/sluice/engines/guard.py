@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,10 +27,10 @@ STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
 TIDY_LIMIT_S = 3.0
 """For what removes the shared memory of a server that was killed."""
-LAST_WILL = ["sh", "-c", "read line; kill -9 0"]
-"""Kills its process group when there is nothing more to read."""
-HOST, PORT = "{host}", "{port}"
-"""Stand for where the server listens, in a command."""
+LAST_WILL = ["sh", "-c", 'read line; kill -s KILL -- "-$1"; rm -rf "$2"', "last will"]
+"""When there is nothing more to read, it kills a process group and removes a folder."""
+HOST, PORT, SCRATCH = "{host}", "{port}", "{scratch}"
+"""Stand, in words and variables of a command, for where the server listens, and for a folder that goes with it."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd, _end)
-    theirs, _ = (
-        os.pipe()
-    )  # nobody else has the other end, so the group ends with this process, even if its parent is killed with it
-    subprocess.Popen(LAST_WILL, stdin=theirs)
-    code = asyncio.run(_serve(pipe))
+    scratch = tempfile.mkdtemp(prefix="sluice-")
+    # nobody else has the other end, so the group ends with this process, even if that and its parent are killed together
+    theirs, _ = os.pipe()
+    subprocess.Popen([*LAST_WILL, str(os.getpgrp()), scratch], stdin=theirs, start_new_session=True)
+    code = asyncio.run(_serve(pipe, scratch))
     _end_rest()
     if code < 0:  # so that who started us is told the signal
         if -code != signal.SIGKILL:
@@ -77,14 +78,14 @@ def serve(fd: int, parent: int) -> None:
     os._exit(code)
 
 
-async def _serve(pipe: socket.socket) -> int:
+async def _serve(pipe: socket.socket, scratch: str) -> int:
     """The exit code of the server, or minus the signal that ended it."""
     host = own_address(pipe)
     holder = _reserved_port(host)
     port: int = holder.getsockname()[1]
     reader, writer = await asyncio.open_connection(sock=pipe)
     try:
-        server = await _started(await read(reader), host, port)
+        server = await _started(await read(reader), {HOST: host, PORT: str(port), SCRATCH: scratch})
     except EngineError as error:
         write(writer, failed(None, error))
         await writer.drain()
@@ -98,16 +99,23 @@ async def _serve(pipe: socket.socket) -> int:
         holder.close()
 
 
-async def _started(start: Start, host: str, port: int) -> asyncio.subprocess.Process:
+async def _started(start: Start, known: dict[str, str]) -> asyncio.subprocess.Process:
     _check_sees(start.folder)
     command = start.command
-    words = [word.replace(HOST, host).replace(PORT, str(port)) for word in command.words]
+    words = [_filled_in(word, known) for word in command.words]
     path = os.pathsep.join(filter(None, [command.python_path, os.environ.get("PYTHONPATH")]))
+    variables = {name: _filled_in(value, known) for name, value in command.variables.items()}
     print(f"$ {' '.join(words)}", flush=True)
     try:
-        return await asyncio.create_subprocess_exec(*words, env={**os.environ, "PYTHONPATH": path, **command.variables})
+        return await asyncio.create_subprocess_exec(*words, env={**os.environ, "PYTHONPATH": path, **variables})
     except OSError as error:
         raise EngineError(f"{words[0]} cannot be started: {error.strerror}") from error
+
+
+def _filled_in(text: str, known: dict[str, str]) -> str:
+    for name, value in known.items():
+        text = text.replace(name, value)
+    return text
 
 
 def _check_sees(folder: str) -> None:
