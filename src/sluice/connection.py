@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,18 +127,26 @@ class Connection:
         self.end(f"it {what} for {limit_s:g} s (engine.hang_timeout_s) and was killed")
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        with suppress(EOFError, pickle.UnpicklingError):
+        try:
             while True:
-                answer: Answer | Alive = await read(reader)
-                if isinstance(answer, Alive):
-                    self._sign = answer
-                elif answer.number is not None:
-                    self._take(answer.number, answer)
-                elif not (asked := self._asked.popleft()).done():
-                    asked.set_exception(answer.error) if answer.error else asked.set_result(answer.value)
+                self._hear(await read(reader))
+        except (EOFError, pickle.UnpicklingError):
+            pass
+        except Exception as error:  # a mistake of ours, after which nobody would hear it any more
+            traceback.print_exc()
+            self.end(f"what it said could not be understood ({type(error).__name__}: {error})")
+            return
         self._writer.transport.abort()  # before its socket is closed
         cause, _ = await asyncio.to_thread(self.process.cause_of_death)
         self.end(cause)
+
+    def _hear(self, answer: Answer | Alive) -> None:
+        if isinstance(answer, Alive):
+            self._sign = answer
+        elif answer.number is not None:
+            self._take(answer.number, answer)
+        elif not (asked := self._asked.popleft()).done():
+            asked.set_exception(answer.error) if answer.error else asked.set_result(answer.value)
 
     def end(self, cause: str) -> None:
         """Kill it, if it has not ended; fail all that it was asked."""

@@ -392,19 +392,24 @@ def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
         time.sleep(0.1)
 
 
+KEY = "of the one that runs"
+
+
 @contextmanager
 def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
-    """A server that a user has started, without those words of our command: its URL."""
+    """A server that a user has started, who wants `KEY` of all, without those words of our command: its URL."""
     with served(kind, folder) as made:
-        words = made.engine._dialect.command("key").words
+        command = made.engine._dialect.command(KEY)
+        words = command.words
     if kind == "sglang":
-        words[1:3] = ["-m", "sglang.launch_server"]
-    words = [word for word in words if word not in ("--middleware", "sluice_key.RequireKey", *left_out)]
+        words[1:3] = ["-m", "sglang.launch_server", "--api-key", KEY]
+    words = [word for word in words if word not in left_out]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [word.replace("{host}", "127.0.0.1").replace("{port}", str(port)) for word in words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, **command.variables}
+    environment["PYTHONPATH"] = os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])
     server, url = subprocess.Popen(words, env=environment), f"http://127.0.0.1:{port}"
     try:
         limit = time.monotonic() + 60
@@ -420,7 +425,8 @@ def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
+def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLUICE_ENGINE_KEY", KEY)
     with by_hand(kind, tmp_path) as url:
         for version in (5, 6):
             with served(kind, tmp_path, url=url) as guest:
@@ -435,8 +441,24 @@ def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path):
         guest.publish(model(2), 6)
 
 
-def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_a_server_that_runs_wants_its_key(kind: str, key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if key:
+        monkeypatch.setenv("SLUICE_ENGINE_KEY", key)
+    with (
+        by_hand(kind, tmp_path) as url,
+        served(kind, tmp_path, url=url) as guest,
+        pytest.raises(
+            EngineError, match=r"HTTP 401.*; a key for engine\.url belongs in the variable SLUICE_ENGINE_KEY"
+        ),
+    ):
+        guest.publish(model(1), 0)
+
+
+def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It could sample, and could not be given weights."""
+    monkeypatch.setenv("SLUICE_ENGINE_KEY", KEY)
     with (
         by_hand("vllm", tmp_path, "--worker-extension-cls", "sluice_worker.Weights") as url,
         served("vllm", tmp_path, url=url) as guest,

@@ -15,8 +15,12 @@ from demo import metrics_of, train
 from modes import MODES, RECIPE
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("mode", MODES)
+ORDINARY = "vllm"
+"""Beside it nothing of `make test` has a real vLLM server."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", [m if m == ORDINARY else pytest.param(m, marks=pytest.mark.proof) for m in MODES])
 def test_it_reaches_a_reward_of_085(mode: str) -> None:
     """From about 0.3, within 40 steps."""
     if mode.startswith("vllm") and not (ROOT / ".venv-vllm/bin/python").exists():

@@ -113,7 +113,8 @@ def test_buckets_are_bounded_and_hold_everything_in_order():
 def test_a_version_on_disk_appears_whole_and_the_one_before_goes(tmp_path: Path):
     trainer, disk = tiny_model("qwen3"), Disk(tmp_path / "shared")
     disk.belongs_to(Path("runs/some"))
-    folder = tmp_path / "shared/some-weights"
+    folder = disk.folder
+    assert folder.parent == tmp_path / "shared"
     seen: list[list[str]] = []
 
     class Watched(InProcessWeights):
@@ -129,11 +130,22 @@ def test_a_version_on_disk_appears_whole_and_the_one_before_goes(tmp_path: Path)
     assert not folder.exists()
 
 
+def test_runs_of_one_name_do_not_meet_in_a_folder(tmp_path: Path):
+    trainer, disks = tiny_model("qwen3"), [Disk(tmp_path), Disk(tmp_path)]
+    for disk, run in zip(disks, ["mine/runs/some", "yours/runs/some"], strict=True):
+        disk.belongs_to(Path(run))
+        whole(disk.publish(InProcessWeights(trainer), 0))
+    disks[0].close()
+    assert disks[1].of(0).is_dir()
+    disks[1].close()
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_not_ours_stays_in_the_folder(tmp_path: Path):
     """A folder of that name was there before."""
     trainer, disk = tiny_model("qwen3"), Disk(tmp_path)
     disk.belongs_to(Path("runs/some"))
-    folder = tmp_path / "some-weights"
+    folder = disk.folder
     folder.mkdir()
     (folder / "config.json").touch()
     whole(disk.publish(InProcessWeights(trainer), 0))

@@ -9,6 +9,8 @@ from typing import Any
 
 import aiohttp
 
+KEY_VARIABLE = "SLUICE_ENGINE_KEY"
+"""Of the environment: the key of a server that somebody else has started."""
 _CONNECT_LIMIT_S = 10.0
 _KEPT_S = 2.0
 """For which an idle connection is kept: less than servers do, so that none is used that the server is about to close."""
@@ -52,6 +54,8 @@ class HttpClient:
                 said = await answer.read()
         except aiohttp.ClientError as error:
             raise ConnectionError(f"{self.url}: {str(error) or type(error).__name__}") from error
+        if answer.status == 401:
+            raise HttpError(401, f"{_complaint(said)}; a key for engine.url belongs in the variable {KEY_VARIABLE}")
         if answer.status >= 300:
             raise HttpError(answer.status, _complaint(said))
         return json.loads(said) if "json" in answer.content_type else None

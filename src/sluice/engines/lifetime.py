@@ -15,7 +15,7 @@ from sluice.connection import TICKS, Connection
 from sluice.engines.deaths import Deaths
 from sluice.engines.dialect import POLL_S, STATUS_LIMIT_S, Dialect
 from sluice.engines.guard import STOP_LIMIT_S, Start, Stop
-from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.http import KEY_VARIABLE, HttpClient, HttpError
 from sluice.errors import EngineError, boundary
 from sluice.processes import Child, Died, Launch, start_failure
 
@@ -52,7 +52,7 @@ class Server:
 
     async def find(self, url: str) -> None:
         """Raises OSError, HttpError and ValueError when none answers there, EngineError when it cannot serve a run."""
-        self._http = HttpClient(url)
+        self._http = HttpClient(url, os.environ.get(KEY_VARIABLE))
         try:
             await self._check()
         except BaseException:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from safetensors import safe_open
@@ -23,7 +24,7 @@ class Disk:
     fds = ()
 
     def __init__(self, parent: Path | None) -> None:
-        """`parent` gets a folder with the name of the run; None: the run's own folder has one."""
+        """`parent` gets a folder for the run; None: the run's own folder has one."""
         self._parent = parent
         self.folder = Path()
         """Of the run that it belongs to, once it does."""
@@ -32,7 +33,8 @@ class Disk:
 
     def belongs_to(self, run: Path) -> None:
         """Only versions of weights are in its folder."""
-        self.folder = (self._parent / f"{run.name}-weights" if self._parent else run / "weights").absolute()
+        where = sha256(str(run.absolute()).encode()).hexdigest()[:8]  # others may have a run of this name elsewhere
+        self.folder = (self._parent / f"{run.name}-{where}-weights" if self._parent else run / "weights").absolute()
 
     async def publish(self, weights: Weights, version: int) -> int:
         async with self._lock.written():
