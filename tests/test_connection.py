@@ -39,25 +39,23 @@ def test_one_that_cannot_be_understood_is_killed_and_what_it_was_asked_fails_at_
     """Else its later answers would lie unread until a limit is over."""
 
     async def work() -> None:
-        child, causes = Child(), []
+        child, ended = Child(), asyncio.get_running_loop().create_future()
 
         def take(number: int, answer: Answer) -> None:
             raise KeyError(number)
 
         reader, writer = await asyncio.open_connection(sock=child.connect())
-        connection = Connection(child, reader, writer, take, lambda _, cause: causes.append(cause))  # type: ignore[arg-type]
+        connection = Connection(child, reader, writer, take, lambda _, cause: ended.set_result(cause))  # type: ignore[arg-type]
         _, their_writer = await asyncio.open_connection(sock=child.theirs)
         asked = [] if message == Answer(None) else [asyncio.ensure_future(connection.ask("something", 30.0))]
         await asyncio.sleep(0)
         write(their_writer, message)
         async with asyncio.timeout(5.0):
-            while not causes:
-                await asyncio.sleep(0.01)
+            assert "could not be understood" in await ended
             for one in asked:
                 with pytest.raises(Died, match="could not be understood"):
                     await one
         assert child.is_killed
-        assert "could not be understood" in causes[0]
         their_writer.close()
 
     asyncio.run(work())

@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "examples/recheck"))
 from demo import metrics_of, train
 from modes import MODES, RECIPE
 
-
 ORDINARY = "vllm"
 """Beside it nothing of `make test` has a real vLLM server."""
 
