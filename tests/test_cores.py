@@ -61,4 +61,4 @@ def test_check_warns_of_threads_that_share_cores(
 def test_a_run_says_it_when_it_starts(ready: Path, capsys: pytest.CaptureFixture[str]):
     words = ("engine.process=own", f"engine.num_threads={num_cores()}", "run.num_threads=1", "run.num_steps=1")
     assert sluice("train", "config.yaml", *words) == 0
-    assert f"warning: 1 engines with {num_cores()} threads each" in capsys.readouterr().err
+    assert f"warning: {num_cores()} threads of engines" in capsys.readouterr().err

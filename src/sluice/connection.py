@@ -10,6 +10,7 @@ import pickle
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,17 +129,20 @@ class Connection:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
+            cause = await self._heard(reader)
+        except Exception as error:  # a mistake of ours, or a machine that has no more threads: nobody would hear it any more
+            traceback.print_exc()
+            cause = f"what it said could not be heard ({type(error).__name__}: {error})"
+        self.end(cause)
+
+    async def _heard(self, reader: asyncio.StreamReader) -> str:
+        """All that it says, until it ends; gives the cause of that."""
+        with suppress(EOFError, pickle.UnpicklingError):
             while True:
                 self._hear(await read(reader))
-        except (EOFError, pickle.UnpicklingError):
-            pass
-        except Exception as error:  # a mistake of ours, after which nobody would hear it any more
-            traceback.print_exc()
-            self.end(f"what it said could not be understood ({type(error).__name__}: {error})")
-            return
         self._writer.transport.abort()  # before its socket is closed
         cause, _ = await asyncio.to_thread(self.process.cause_of_death)
-        self.end(cause)
+        return cause
 
     def _hear(self, answer: Answer | Alive) -> None:
         if isinstance(answer, Alive):

@@ -56,7 +56,8 @@ def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every:
     process, _, ballast = train_until_full(small_disk, 60, every, *words)
     ballast.unlink()
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (0, "")
+    complaints = [line for line in error.splitlines() if not line.startswith("warning: ")]  # of cores: there are two
+    assert (process.returncode, complaints) == (0, [])
     full = [event["message"] for event in events_of(small_disk / "full") if event["kind"] == "disk_full"]
     assert full, "what could not be written while the disk was full is written later"
     assert "waits for room on the disk, for at most 60 s (run.disk_wait_s)" in full[0]

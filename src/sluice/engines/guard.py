@@ -70,7 +70,6 @@ def serve(fd: int, parent: int) -> None:
     theirs, _ = os.pipe()
     subprocess.Popen([*LAST_WILL, str(os.getpgrp()), scratch], stdin=theirs, start_new_session=True)
     code = asyncio.run(_serve(pipe, scratch))
-    _end_rest()
     if code < 0:  # so that who started us is told the signal
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -93,7 +92,9 @@ async def _serve(pipe: socket.socket, scratch: str) -> int:
     write(writer, Answer(None, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"))
     listening = asyncio.create_task(_listen(reader, server))
     try:
-        return await server.wait()
+        code = await server.wait()
+        _end_rest()  # before the pipe is closed, after which this process is expected to end at once
+        return code
     finally:
         listening.cancel()
         holder.close()

@@ -66,6 +66,6 @@ def crowding(config: TrainConfig) -> str | None:
     if engine.replicas * own + trainer <= num_cores():
         return None
     return (
-        f"{engine.replicas} engines with {own} threads each (engine.replicas, engine.num_threads) and {trainer} {whose} are more than the "
+        f"{engine.replicas * own} threads of engines (engine.replicas, engine.num_threads) and {trainer} {whose} are more than the "
         f"{num_cores()} cores that this process may use, and threads that share a core wait for each other; lower one of them"
     )
