@@ -97,6 +97,10 @@ class Checkpoints:
 
         self._writing = asyncio.get_running_loop().run_in_executor(None, work)
 
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
     async def finish(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Raises what went wrong with it."""
         writing = self._writing

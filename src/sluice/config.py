@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from sluice.configbase import DottedPath, Fraction, NonNegativeInt, Section
+from sluice.configbase import DottedPath, Fraction, NonNegativeInt, NumThreads, Section
 from sluice.configengines import EmbeddedEngine, ScriptedEngine, ServerEngine, SglangEngine, VllmEngine
 from sluice.configplacement import LocalPlacement, RayPlacement
 from sluice.configsafety import CheckpointSection, ChecksSection, WatchdogSection
@@ -33,9 +33,9 @@ class RunSection(Section):
     """Folder name of the run; left out, the name of the config file and the time."""
     folder: str = "runs"
     """Where run folders are made."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the prompt order and every sample; the same config gives the same numbers on the same machine."""
-    num_threads: PositiveInt | None = None
+    num_threads: NumThreads | None = None
     """CPU threads for torch; left out, torch decides, or with engine.process=own those cores that the engine leaves."""
     disk_wait_s: PositiveFloat = 600.0
     """Longest wait for room on a full disk before the run ends."""

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, NumThreads, Section
 
 
 class EmbeddedEngine(Section):
@@ -17,7 +17,7 @@ class EmbeddedEngine(Section):
     weights, beside it; so rollout.max_staleness may be above 0."""
     replicas: PositiveInt = 1
     """Engines, each in a process of its own with its own copy of the weights, between which requests are shared out."""
-    num_threads: PositiveInt | None = None
+    num_threads: NumThreads | None = None
     """CPU threads of each process of its own; left out, these have half of the cores together."""
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
@@ -115,7 +115,7 @@ class ServerEngine(Section):
     """Longest time until a server that is started answers."""
     num_slots: PositiveInt = 256
     """Completions decoded at once."""
-    num_threads: PositiveInt | None = None
+    num_threads: NumThreads | None = None
     """CPU threads of each server; left out, these have half of the cores together."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which each server splits the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from sluice.configbase import FinitePositive, NonNegativeFloat, Section
 from sluice.configengines import ServerEngine
@@ -26,18 +26,18 @@ class RayPlacement(Section):
     layout: Literal["disaggregated", "colocated"] = "disaggregated"
     """Engines beside ranks of trainer.name=fsdp. disaggregated: each process has a place and GPUs of its own. colocated: each engine is on the
     machine and on the GPUs of its ranks, which are as many as it takes GPUs: engine.tensor_parallel of a server, else one."""
-    engine_cpus: PositiveFloat = 1.0
+    engine_cpus: FinitePositive = 1.0
     """Reserved for an engine's own process (engine.process=own), or for a server. Rounded down it is also the number of its threads, if
     engine.num_threads is left out."""
     engine_gpus: NonNegativeFloat | None = None
     """Reserved for an engine's own process or for a server, or a share of one; left out, 1, or engine.tensor_parallel for a server, if
     the cluster has GPUs and model.device is not cpu."""
-    rank_cpus: PositiveFloat = 1.0
+    rank_cpus: FinitePositive = 1.0
     """Reserved for each rank of trainer.name=fsdp. Rounded down it is also the number of its threads, if trainer.num_threads is left
     out."""
     rank_gpus: NonNegativeFloat | None = None
     """Reserved for each rank of trainer.name=fsdp; left out, 1 if the cluster has GPUs and model.device is not cpu."""
-    reward_cpus: PositiveFloat = 1.0
+    reward_cpus: FinitePositive = 1.0
     """Reserved for a reward process."""
     env: dict[str, str] = Field(default={}, strict=False)
     """Environment variables of the processes, over those that their machines have."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from sluice.configbase import Beta, FinitePositive, NonNegativeFloat, NonNegativeInt, Section
+from sluice.configbase import Beta, FinitePositive, NonNegativeFloat, NonNegativeInt, NumThreads, Section
 
 Layout = Literal["rows", "packed"]
 AlgorithmName = Literal[
@@ -197,7 +197,7 @@ class FsdpTrainer(BatchedOptimizer, AdapterFields):
     """Several processes, each with a shard of the model, its gradient and its optimiser state (torch FSDP2)."""
     num_ranks: PositiveInt = 2
     """Processes; on GPUs one for each. tokens_per_micro_batch is for each of them."""
-    num_threads: PositiveInt | None = None
+    num_threads: NumThreads | None = None
     """CPU threads of each; left out, those cores that the engine leaves, divided."""
     tensor_parallel: PositiveInt = 1
     """Ranks that divide the matrices of each layer; for layers like those of Llama, Mistral and Qwen, and not with `compile`."""
@@ -207,7 +207,7 @@ class FsdpTrainer(BatchedOptimizer, AdapterFields):
     """Keep shards and optimiser state in RAM instead of on the GPU, and step there: slower, for models that do not fit otherwise."""
     updates_per_batch: PositiveInt = 1
     """Optimiser updates per step; each takes its share of the step's samples, every sample once."""
-    answer_limit_s: FinitePositive = 3600.0
+    answer_limit_s: Annotated[float, Field(gt=0, le=1e9)] = 3600.0
     """Longest wait for a rank, whether it loads the model, reads a checkpoint, writes one or makes an update; one that takes longer is
     killed, and the run ends."""
 

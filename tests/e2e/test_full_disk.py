@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from disks import fill, small
+from models import tiny_model
 from same import assert_same_runs
+from sluice.weights.fingerprint import fingerprint
 from small_runs import events_of, finished, set_up, sluice, started, workplace
 
 NUM_STEPS = 6
@@ -65,6 +67,18 @@ def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every:
         "train", "config.yaml", f"run.num_steps={NUM_STEPS}", f"checkpoint.every_steps={every}", *words, name="whole"
     )
     assert_same_runs(whole, small_disk / "full", NUM_STEPS)
+
+
+def test_weights_that_found_no_room_are_all_there_when_they_are_written_again(tmp_path: Path):
+    """Their files come last: a second try that had none to write would end as a checkpoint without weights."""
+    model = tiny_model("qwen3")
+    write = model.export()
+    with small(tmp_path / "disk", "64k") as disk, pytest.raises(Exception, match="No space left on device"):
+        write(str(disk))
+    write(str(tmp_path / "room"))
+    other = tiny_model("qwen3", seed=1)
+    other.load_weights(str(tmp_path / "room"))
+    assert fingerprint(other.named_weights()) == fingerprint(model.named_weights())
 
 
 def test_when_nobody_makes_room_it_ends_and_can_be_resumed(small_disk: Path):

@@ -43,8 +43,11 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("ends_first", ENDS)
-def test_nothing_is_left(ends_first: str, tmp_path: Path):
+def test_nothing_is_left(ends_first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Shared memory neither, where the guard can see to it."""
+    long = tmp_path.joinpath(*["of a job"] * 12)
+    long.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(long))
     guard = Process("sluice.engines.guard", path=sys.path, folder=str(tmp_path), log=None, variables={})
     try:
         start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER, SCRATCH], {}), str(tmp_path)))
@@ -54,6 +57,7 @@ def test_nothing_is_left(ends_first: str, tmp_path: Path):
         memory = Path("/dev/shm") / name
         assert memory.exists()
         assert Path(scratch).is_dir()
+        assert len(scratch) < 107 - len("/00000000-0000-0000-0000-000000000000"), "no room for the name of a socket"
         assert len(living_in(tmp_path)) > 3  # among them Python's resource tracker
         ENDS[ends_first](guard, int(server))
         wait_until(lambda: not living_in(tmp_path))

@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -454,6 +456,32 @@ def test_a_server_that_runs_wants_its_key(kind: str, key: str | None, tmp_path: 
         ),
     ):
         guest.publish(model(1), 0)
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """A web server of another kind, which has an answer to everything."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_a_server_of_another_kind_is_refused(kind: str, name: str, tmp_path: Path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with (
+            served(kind, tmp_path, url=f"http://127.0.0.1:{server.server_port}") as guest,
+            pytest.raises(EngineError, match=f"is no {name} server"),
+        ):
+            guest.publish(model(1), 0)
+        server.shutdown()
 
 
 def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

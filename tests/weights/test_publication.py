@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import pickle
 import socket
 import time
@@ -151,6 +152,21 @@ def test_what_is_not_ours_stays_in_the_folder(tmp_path: Path):
     whole(disk.publish(InProcessWeights(trainer), 0))
     disk.close()
     assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_a_version_that_finds_no_room_leaves_nothing(tmp_path: Path):
+    class TooLarge(InProcessWeights):
+        async def save(self, to: str) -> None:
+            await super().save(to)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk = Disk(tmp_path / "shared")
+    disk.belongs_to(Path("runs/some"))
+    with pytest.raises(EngineError, match=r"cannot be published in .*No space left on device"):
+        whole(disk.publish(TooLarge(tiny_model("qwen3")), 0))
+    assert not any(disk.folder.iterdir())
+    disk.close()
+    assert not disk.folder.exists()
 
 
 def test_an_engine_that_does_not_see_the_folder_says_so(tmp_path: Path):

@@ -65,7 +65,9 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd, _end)
-    scratch = tempfile.mkdtemp(prefix="sluice-")
+    scratch = tempfile.mkdtemp(
+        prefix="sluice-", dir="/tmp"
+    )  # wherever TMPDIR is: names of sockets may have 107 letters
     # nobody else has the other end, so the group ends with this process, even if that and its parent are killed together
     theirs, _ = os.pipe()
     subprocess.Popen([*LAST_WILL, str(os.getpgrp()), scratch], stdin=theirs, start_new_session=True)

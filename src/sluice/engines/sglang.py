@@ -162,4 +162,8 @@ class Sglang:
 
     async def _checksum(self, http: HttpClient) -> str:
         answer = await http.post("/weights_checker", {"action": "checksum"}, PUBLISH_LIMIT_S)
+        if not isinstance(answer, dict) or "per_engine_checksum" not in answer:
+            raise EngineError(
+                f"{http.url} is no SGLang server that tells checksums of its weights: it answers {answer!r}"
+            )
         return answer["per_engine_checksum"]

@@ -118,7 +118,7 @@ class Vllm:
         try:
             await http.get("/weight_info", STATUS_LIMIT_S)
             await self._call(http, "sluice_ready")
-        except HttpError as error:
+        except (HttpError, ValueError) as error:
             raise EngineError(
                 f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
                 "VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --worker-extension-cls sluice_worker.Weights"

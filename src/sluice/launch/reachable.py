@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -58,5 +59,7 @@ def _check_address(url: str) -> str:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=LIMIT_S):
             return f"a server answers at {url}"
+    except urllib.error.HTTPError as error:
+        raise ConfigError(f"what answers at engine.url={url} is no such server ({error} for /health)") from None
     except OSError as error:
         raise ConfigError(f"no server answers at engine.url={url} ({error}); start it first") from None

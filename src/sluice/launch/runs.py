@@ -269,6 +269,8 @@ async def _whole(run: Run, config: TrainConfig) -> None:
 
 async def _finish_checkpoint(run: Run) -> None:
     """What ended the work is the news, and that a checkpoint could not be written besides is an event."""
+    if run.checkpoints.is_writing:
+        print("a checkpoint is still being written; Ctrl-C ends without it", flush=True)
     try:
         await run.checkpoints.finish()
     except SluiceError as error:
@@ -304,6 +306,7 @@ def _stopping_on_sigterm(run: Run) -> Generator[None]:
     from sluice.checkpoint import note_unfinished
 
     async def leave() -> None:
+        print("SIGTERM: the run ends when what it has begun is done; once more ends it at once", flush=True)
         try:
             await note_unfinished(run)  # before the workers end, and what they asked for with them
         finally:

@@ -195,7 +195,7 @@ class PolicyModel:
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
-        self.model.save_pretrained(folder, state_dict=weights)
+        self.model.save_pretrained(folder, state_dict=dict(weights))  # which it empties, also when the disk is full
 
     def architecture(self) -> dict[str, Any]:
         """All of the config that decides what the weights compute."""

@@ -42,23 +42,25 @@ class Disk:
                 return 0
             final = self.of(version)
             unfinished = final.with_name(f".{final.name}.partial")
-            with boundary(
-                EngineError,
-                f"the weights of version {version} cannot be published in {self.folder} (engine.publication_folder)",
-            ):
+            what = f"the weights of version {version} cannot be published in {self.folder} (engine.publication_folder)"
+            with boundary(EngineError, what):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-                await weights.save(str(unfinished))
-                if not any(unfinished.iterdir()):
-                    raise EngineError(
-                        f"the weights of version {version} were written on another machine, that of the trainer's rank 0: {unfinished} "
-                        "is empty here; set engine.publication_folder to a place that all machines share"
-                    )
-                await asyncio.to_thread(self._put_in_place, unfinished, final)
+                try:
+                    await weights.save(str(unfinished))
+                    await asyncio.to_thread(self._put_in_place, unfinished, final)
+                except BaseException:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
             self.version = version
             return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
 
     def _put_in_place(self, unfinished: Path, final: Path) -> None:
+        if not any(unfinished.iterdir()):
+            raise EngineError(
+                f"{final.name} was written on another machine, that of the trainer's rank 0: {unfinished} is empty here; set "
+                "engine.publication_folder to a place that all machines share"
+            )
         shutil.rmtree(final, ignore_errors=True)  # of a run that was killed
         unfinished.rename(final)
         self._remove_all_but(final)
@@ -76,9 +78,8 @@ class Disk:
         return _DiskLink(DiskInlet(str(self.folder)), self._lock)
 
     def close(self) -> None:
-        if self.version is None:  # nothing of ours is there
-            return
-        self._remove_all_but(None)
+        if self.version is not None:
+            self._remove_all_but(None)
         with suppress(OSError):  # it is gone already, or has what is not ours
             self.folder.rmdir()
 
