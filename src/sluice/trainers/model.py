@@ -18,6 +18,7 @@ from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
 from sluice.errors import ConfigError, NonFiniteError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
+from sluice.trainers.linears import use_fast_linears
 from sluice.trainers.norms import use_own_norms
 from sluice.types import Sample
 
@@ -44,6 +45,7 @@ class PolicyModel:
         """Of queries, and of keys and values."""
         self._own_attention: str = self.config._attn_implementation
         use_own_norms(self.body)
+        use_fast_linears(self.body)
         register()
         model.set_attn_implementation(NAME)
         self.eos_ids = _ids(model.generation_config.eos_token_id) | _ids(self.config.eos_token_id)
