@@ -26,6 +26,13 @@ def is_ordered(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and product_library() is not None
 
 
+def ordered_head(weight: Tensor) -> Tensor:
+    """A weight [N, K] that `logits` multiplies by again and again: in oneDNN's order, where that multiplies."""
+    if is_ordered(weight) and product_library() == "onednn":
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return weight
+
+
 class Product:
     """[n, K] → [n, N] by a weight [N, K]."""
 
