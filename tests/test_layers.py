@@ -21,6 +21,7 @@ LEVELS = [
         "errors",
         "waits",
         "threads",
+        "cpu",
         "tracking.metrics",
     ],  # metrics are values of the standard library only, and a Trainer gives them
     [
@@ -51,6 +52,7 @@ HOMES = {
     "torch": {
         *(
             "algorithms",
+            "cpu",
             "data.batch",
             "weights.fingerprint",
             "weights.shared_memory",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sluice.engines import products
 from sluice.engines.products import Product
 from sluice.engines.threads import StepThreads
 
@@ -22,9 +23,15 @@ def _threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 896), (448, 128), (100, 37), (896, 1152)])
 @pytest.mark.parametrize("ordered_by", [1, 2])
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
 @torch.inference_mode()
-def test_an_ordered_weight_serves_any_number_of_rows_and_threads(inputs: int, outputs: int, ordered_by: int) -> None:
+def test_an_ordered_weight_serves_any_number_of_rows_and_threads(
+    inputs: int, outputs: int, ordered_by: int, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which MKL does not promise, and without which products of most steps would be wrong."""
+    if not getattr(torch.backends, {"onednn": "mkldnn"}.get(library, library)).is_available():
+        pytest.skip(f"torch has no {library}")
+    monkeypatch.setattr(products, "product_library", lambda: library)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
     torch.set_num_threads(ordered_by)

@@ -1,7 +1,7 @@
 """The matrix products of a decode step.
 
-MKL brings a weight into an order of its own at every product, which for some tens of sequences takes as long as the product.
-Where torch has MKL that is done once, when the weights are new.
+A library for them brings a weight into an order of its own at every product, which for some tens of sequences takes as long as the
+product. That is done once, when the weights are new.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sluice.cpu import product_library
 from sluice.engines.threads import StepThreads
 
-FEWEST_ROWS = 4
+FEWEST_ROWS = {"mkl": 4, "onednn": 1}
 """Of fewer rows each is multiplied as a vector, for which nothing is put in order."""
 _ROWS = 64
-"""MKL asks for how many rows a weight is ordered. The order is the same for all, which `tests/engines/test_products.py` sees."""
+"""For how many rows a weight is ordered. The order is the same for all, which `tests/engines/test_products.py` sees."""
 
 
 def is_ordered(weight: Tensor) -> bool:
-    """Whether MKL will multiply by it."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+    """Whether it is put in order before it is multiplied by."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and product_library() is not None
+
+
+def ordered_head(weight: Tensor) -> Tensor:
+    """A weight [N, K] that `logits` multiplies by again and again: in oneDNN's order, where that multiplies."""
+    if is_ordered(weight) and product_library() == "onednn":
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return weight
 
 
 class Product:
@@ -36,16 +44,26 @@ class Product:
     def refresh(self) -> None:
         """The weight has changed."""
         if is_ordered(self.weight):
-            self._ordered = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, _ROWS)
+            order = (
+                torch.ops.mkl._mkl_reorder_linear_weight
+                if product_library() == "mkl"
+                else torch.ops.mkldnn._reorder_linear_weight
+            )
+            self._ordered = order(self.weight, _ROWS)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with self.threads.product(len(x), self.weight.numel()):
-            if self._ordered is None or len(x) < FEWEST_ROWS:
+            if self._is_plain(x):
                 return F.linear(x, self.weight, bias)
-            return torch.ops.mkl._mkl_linear(x, self._ordered, self.weight, bias, len(x))
+            if product_library() == "mkl":
+                return torch.ops.mkl._mkl_linear(x, self._ordered, self.weight, bias, len(x))
+            return torch.ops.mkldnn._linear_pointwise(x, self._ordered, bias, "none", [], "")
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._ordered is None or len(x) < FEWEST_ROWS:
+        if self._is_plain(x):
             with self.threads.product(len(x), self.weight.numel()):
                 return torch.addmm(residual, x, self.weight.t())
         return self(x).add_(residual)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        return self._ordered is None or len(x) < FEWEST_ROWS[product_library() or "mkl"]

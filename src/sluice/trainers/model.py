@@ -18,6 +18,7 @@ from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
 from sluice.errors import ConfigError, NonFiniteError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
+from sluice.trainers.linears import use_fast_linears
 from sluice.trainers.norms import use_own_norms
 from sluice.types import Sample
 
@@ -44,6 +45,7 @@ class PolicyModel:
         """Of queries, and of keys and values."""
         self._own_attention: str = self.config._attn_implementation
         use_own_norms(self.body)
+        use_fast_linears(self.body)
         register()
         model.set_attn_implementation(NAME)
         self.eos_ids = _ids(model.generation_config.eos_token_id) | _ids(self.config.eos_token_id)
@@ -132,10 +134,14 @@ class PolicyModel:
     def logits(self, hidden: Tensor, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[T, H] → [T, V] in FP32, with whatever the architecture does to logits after its head.
 
-        `weight` is `head_weight()`, given by who calls often, so that it is cast once. With `out` [T, V] they are written there.
+        `weight` is `head_weight()`, given by who calls often, so that it is cast once, and perhaps in oneDNN's order, but not with `out` [T, V],
+        where they are written then.
         """
         weight = self.head_weight() if weight is None else weight
-        if weight.dtype != torch.float32:
+        if weight.is_mkldnn:
+            bias = None if self.head.bias is None else self.head.bias.float()
+            logits = torch.ops.mkldnn._linear_pointwise(hidden.float(), weight, bias, "none", [], "")
+        elif weight.dtype != torch.float32:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
         elif self.head.bias is None:
             logits = torch.mm(hidden.float(), weight.T, out=out)
