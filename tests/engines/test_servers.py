@@ -17,7 +17,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, sampling, served
@@ -25,6 +25,7 @@ from servers import KINDS, STANDINS, WINDOW, Served, logprobs_of, model, samplin
 from processes import stopped
 from sluice.engines.dialect import Reply
 from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.lifetime import Server
 from sluice.engines.pieces import extend
 from sluice.errors import EngineError, EngineLostError, PromptTooLongError
 from sluice.types import Completion, Sampling
@@ -470,6 +471,26 @@ class Stranger(BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     do_POST = do_GET
+
+
+def test_a_server_that_listens_no_more_is_over():
+    """As vLLM's whose core was killed: it waits for its last requests to end, which they never do, and no limit has to pass."""
+
+    async def work(web: ThreadingHTTPServer) -> str:
+        ended = asyncio.get_running_loop().create_future()
+        server = Server(MagicMock(), 1, lambda server: ended.set_result(server.cause))
+        server._http = HttpClient(f"http://127.0.0.1:{web.server_port}")
+        server.watch(20.0)
+        await asyncio.sleep(0.5)
+        assert not ended.done()
+        web.shutdown()
+        web.server_close()
+        async with asyncio.timeout(10.0):
+            return await ended
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        assert asyncio.run(work(web)) == "it listens no more, and was killed"
 
 
 @pytest.mark.parametrize(("kind", "name"), [("vllm", "vLLM"), ("sglang", "SGLang")])

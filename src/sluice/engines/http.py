@@ -37,8 +37,8 @@ class HttpClient:
         )
 
     async def get(self, path: str, limit_s: float) -> Any:
-        """What the server answers, None where that is no JSON. Raises OSError when it cannot be reached or breaks off, HttpError for
-        an error that it tells, TimeoutError."""
+        """What the server answers, None where that is no JSON. Raises OSError when it cannot be reached or breaks off,
+        ConnectionRefusedError when nobody listens there, HttpError for an error that it tells, TimeoutError."""
         return await self._ask("GET", path, None, limit_s)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None, limit_s: float | None = None) -> Any:
@@ -53,7 +53,11 @@ class HttpClient:
             async with self._session.request(method, path, json=body, timeout=timeout) as answer:
                 said = await answer.read()
         except aiohttp.ClientError as error:
-            raise ConnectionError(f"{self.url}: {str(error) or type(error).__name__}") from error
+            refused = isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+                error.os_error, ConnectionRefusedError
+            )
+            kind = ConnectionRefusedError if refused else ConnectionError
+            raise kind(f"{self.url}: {str(error) or type(error).__name__}") from error
         if answer.status == 401:
             raise HttpError(401, f"{_complaint(said)}; a key for engine.url belongs in the variable {KEY_VARIABLE}")
         if answer.status >= 300:

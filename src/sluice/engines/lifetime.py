@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sluice.connection import TICKS, Connection
 from sluice.engines.deaths import Deaths
@@ -101,16 +101,25 @@ class Server:
         silent, tick_s = 0, limit_s / TICKS
         while silent < TICKS:
             began = asyncio.get_running_loop().time()
-            silent = 0 if await self._is_well(tick_s) else silent + 1
+            match await self._health(tick_s):
+                case "well":
+                    silent = 0
+                case "silent":
+                    silent += 1
+                case "refused":  # it is shutting down, and may wait for ever for requests that it will not answer
+                    self.end("it listens no more, and was killed")
+                    return
             await asyncio.sleep(max(0.0, began + tick_s - asyncio.get_running_loop().time()))
         self.end(f"it gave no sign of life for {limit_s:g} s (engine.hang_timeout_s) and was killed")
 
-    async def _is_well(self, limit_s: float) -> bool:
+    async def _health(self, limit_s: float) -> Literal["well", "silent", "refused"]:
         try:
             await self.http.get("/health", limit_s)
+        except ConnectionRefusedError:
+            return "refused"
         except (OSError, HttpError, ValueError):
-            return False
-        return True
+            return "silent"
+        return "well"
 
     async def is_over(self, cause: Exception) -> bool:
         """Whether one whose answer broke off is dead, or as good as that."""
@@ -118,7 +127,7 @@ class Server:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVE_LIMIT_S):
                     await self._over.wait()
-        if not self._over.is_set() and not await self._is_well(STATUS_LIMIT_S):
+        if not self._over.is_set() and await self._health(STATUS_LIMIT_S) != "well":
             self.end(f"it answers no more ({type(cause).__name__}: {cause})")
         return self._over.is_set()
 
