@@ -21,9 +21,17 @@ from torch.nn.functional import linear
 
 from measuring import DTYPES, parser, reported, rounded, seconds, shown, spread
 from shapes import SHAPES, config_of, matrix_parameters, matrix_weights
+from sluice.engines.products import in_onednn_order
 
 LARGEST = 2048
 """Side of the largest square product."""
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """By the library that sluice takes on this processor."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return linear(x, weight)
 
 
 class Copy:
@@ -61,7 +69,8 @@ class SquareProduct:
 
     @torch.inference_mode()
     def __call__(self) -> float:
-        return self._flops() / seconds(lambda: linear(self.left, self.right))
+        right = in_onednn_order(self.right)
+        return self._flops() / seconds(lambda: product(self.left, right))
 
 
 class DecodeProducts:
@@ -77,7 +86,8 @@ class DecodeProducts:
         kinds = [*((shape, getattr(torch, dtype)) for shape in body), (head, torch.float32)]
         inputs = {(width, kind): torch.randn(n, width).to(kind) for (width, _), kind in kinds}
         self.products: list[tuple[Tensor, Tensor]] = [
-            (inputs[width, kind], torch.randn(height, width).to(kind)) for (width, height), kind in kinds
+            (inputs[width, kind], in_onednn_order(torch.randn(height, width).to(kind)))
+            for (width, height), kind in kinds
         ]
 
         self._step()  # the first one is slower
@@ -91,7 +101,7 @@ class DecodeProducts:
     @torch.inference_mode()
     def _step(self) -> None:
         for states, weight in self.products:
-            linear(states, weight)
+            product(states, weight)
 
 
 def repeated(ask: Callable[[], float], rounds: int, unit: float) -> dict[str, Any]:

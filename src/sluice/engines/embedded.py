@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sluice.engines.active import ActiveSlots, Request
 from sluice.engines.decoders import decoder_for
-from sluice.engines.products import ordered_head
+from sluice.engines.products import in_onednn_order
 from sluice.engines.sampling import check_ids, check_room, kept_lists, sample_tokens
 from sluice.engines.slots import Prefix
 from sluice.engines.threads import StepThreads
@@ -64,7 +64,7 @@ class EmbeddedEngine:
         self._decoder = decoder_for(model, self._threads)
         self._lags = model.device.type == "cuda"
         """Whether it learns a step later which sequences are done: the host then never waits for the step it has just launched."""
-        self._head_weight = ordered_head(model.head_weight())
+        self._head_weight = in_onednn_order(model.head_weight())
         self._waiting: deque[Request] = deque()
         self._closed = False
         self._is_admitting = True
@@ -112,7 +112,7 @@ class EmbeddedEngine:
         self._is_admitting = True
         self._prefixes.clear()
         self._decoder.refresh()
-        self._head_weight = ordered_head(self.model.head_weight())
+        self._head_weight = in_onednn_order(self.model.head_weight())
         return 0
 
     @asynccontextmanager

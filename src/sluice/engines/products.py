@@ -26,8 +26,8 @@ def is_ordered(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and product_library() is not None
 
 
-def ordered_head(weight: Tensor) -> Tensor:
-    """A weight [N, K] that `logits` multiplies by again and again: in oneDNN's order, where that multiplies."""
+def in_onednn_order(weight: Tensor) -> Tensor:
+    """A weight [N, K] in oneDNN's order, where oneDNN multiplies by it; elsewhere as it is."""
     if is_ordered(weight) and product_library() == "onednn":
         return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return weight
