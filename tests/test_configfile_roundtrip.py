@@ -48,7 +48,7 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         case {"type": "array", "items": item}:
             return st.lists(values(item), max_size=3)
         case {"type": "integer"}:
-            return st.integers(1, 10**9)
+            return st.integers(1, schema.get("maximum", 10**9))
         case {"type": "number"}:
             low, high = schema.get("minimum", 0), schema.get("maximum", schema.get("exclusiveMaximum"))
             ends = {"exclude_min": "minimum" not in schema, "exclude_max": high is not None}

@@ -20,17 +20,13 @@ REWARD = """\
 import os, time
 from pathlib import Path
 
-computing, seen = Path(f"computing-{os.getpid()}"), Path("seen")
+state = Path(f"state-{os.getpid()}")
 
 
 def slow_share(prompt, trajectory):
-    sample = f"{prompt.id} {trajectory.turns[0].completion.token_ids}"
-    before = seen.read_text().count(sample + "\\n") if seen.exists() else 0
-    with seen.open("a") as file:
-        file.write(sample + "\\n")
-    computing.write_text(str(before))
+    state.write_text("computing" if state.exists() else "first")
     time.sleep(0.02)
-    computing.write_text("idle")
+    state.write_text("idle")
     return sum(c.islower() for c in trajectory.response) / max(1, trajectory.num_response_tokens)
 """
 
@@ -65,7 +61,8 @@ def stopped(pid: int) -> bool:
 
 
 class Killer:
-    """Kills every reward process that it meets, but no sample twice, which is the limit, and no two starts in a row."""
+    """Kills every reward process that it meets, but no two starts in a row, and not in its first sample: that may be one with which
+    another process was killed, and twice is the limit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,10 +94,9 @@ class Killer:
                     os.kill(pid, signal.SIGCONT)
 
     def _state(self, pid: int) -> str:
-        """One of those that are counted, or, where it must live, another."""
-        path = self.folder / f"computing-{pid}"
-        written = path.read_text() if path.exists() else "starting"
-        return {"0": "computing", "1": "a second try", "": "between two"}.get(written, written)
+        """One of those that are counted, or, where it must live, "first" or nothing: between two."""
+        path = self.folder / f"state-{pid}"
+        return path.read_text() if path.exists() else "starting"
 
     def _kill(self, pid: int) -> None:
         state = self._state(pid)
@@ -115,7 +111,6 @@ def test_a_run_whose_reward_processes_are_killed_all_the_time_is_the_same_run(re
     """Shown from the ledger: every sample of every ticket is there once and trained once, and every number is the same."""
     words = ["rewards=[{name: slow_reward:slow_share}]", "reward_workers=2", f"run.num_steps={NUM_STEPS}"]
     undisturbed = finished("train", "config.yaml", *words, name="undisturbed")
-    (ready / "seen").unlink()
     killer = Killer(ready)
     with killer.at_work():
         killed = finished("train", "config.yaml", *words, name="killed")
