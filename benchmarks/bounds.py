@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from measuring import DTYPES, parser, reported, rounded, seconds, shown, spread
 from shapes import SHAPES, config_of, matrix_parameters, matrix_weights
+from sluice.cpu import onednn_linear
 from sluice.engines.products import in_onednn_order
 
 LARGEST = 2048
@@ -29,9 +30,7 @@ LARGEST = 2048
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """By the library that sluice takes on this processor."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return linear(x, weight)
+    return onednn_linear(x, weight) if weight.is_mkldnn else linear(x, weight)
 
 
 class Copy:

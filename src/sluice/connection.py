@@ -130,9 +130,8 @@ class Connection:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
             cause = await self._heard(reader)
-        except (
-            Exception
-        ) as error:  # a mistake of ours, or a machine that has no more threads: nobody would hear it any more
+        except Exception as error:
+            # a mistake of ours, or a machine that has no more threads: nobody would hear it any more
             traceback.print_exc()
             cause = f"what it said could not be heard ({type(error).__name__}: {error})"
         self.end(cause)

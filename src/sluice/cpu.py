@@ -1,4 +1,4 @@
-"""Which library multiplies matrices in FP32 on this CPU."""
+"""Which library multiplies matrices in FP32 on this CPU, and the products of the one that torch does not take by itself."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 
 @cache
 def product_library() -> Literal["mkl", "onednn"] | None:
-    """MKL, which torch takes by itself, has its fastest code for Intel's processors only; oneDNN has the same for AMD's: on an EPYC with
-    AVX-512 it is 2 to 3 times as fast. None: what torch takes is left to it."""
+    """MKL, which torch takes by itself, has its fastest code for Intel's processors only; oneDNN has the same for AMD's.
+    None: what torch takes is left to it."""
     try:
         is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:  # another system
@@ -20,3 +21,8 @@ def product_library() -> Literal["mkl", "onednn"] | None:
     if is_amd and torch.backends.mkldnn.is_available():
         return "onednn"
     return "mkl" if torch.backends.mkl.is_available() else None
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., K] by [N, K], transposed or not, or in oneDNN's own order, → [..., N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

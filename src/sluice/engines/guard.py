@@ -65,9 +65,8 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 def serve(fd: int, parent: int) -> None:
     pipe = belong_to(parent, fd, _end)
-    scratch = tempfile.mkdtemp(
-        prefix="sluice-", dir="/tmp"
-    )  # wherever TMPDIR is: names of sockets may have 107 letters
+    # wherever TMPDIR is: names of sockets may have 107 letters
+    scratch = tempfile.mkdtemp(prefix="sluice-", dir="/tmp")
     # nobody else has the other end, so the group ends with this process, even if that and its parent are killed together
     theirs, _ = os.pipe()
     subprocess.Popen([*LAST_WILL, str(os.getpgrp()), scratch], stdin=theirs, start_new_session=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sluice.cpu import product_library
+from sluice.cpu import onednn_linear, product_library
 from sluice.engines.threads import StepThreads
 
 FEWEST_ROWS = {"mkl": 4, "onednn": 1}
@@ -43,13 +43,12 @@ class Product:
     @torch.no_grad()
     def refresh(self) -> None:
         """The weight has changed."""
-        if is_ordered(self.weight):
-            order = (
-                torch.ops.mkl._mkl_reorder_linear_weight
-                if product_library() == "mkl"
-                else torch.ops.mkldnn._reorder_linear_weight
-            )
-            self._ordered = order(self.weight, _ROWS)
+        if not is_ordered(self.weight):
+            return
+        if product_library() == "mkl":
+            self._ordered = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, _ROWS)
+        else:
+            self._ordered = in_onednn_order(self.weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with self.threads.product(len(x), self.weight.numel()):
@@ -57,7 +56,7 @@ class Product:
                 return F.linear(x, self.weight, bias)
             if product_library() == "mkl":
                 return torch.ops.mkl._mkl_linear(x, self._ordered, self.weight, bias, len(x))
-            return torch.ops.mkldnn._linear_pointwise(x, self._ordered, bias, "none", [], "")
+            return onednn_linear(x, self._ordered, bias)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         if self._is_plain(x):

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sluice.cpu import product_library
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., K] by [N, K], transposed or not, → [..., N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+from sluice.cpu import onednn_linear, product_library
 
 
 class _Linear(torch.autograd.Function):
@@ -22,7 +17,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -31,8 +26,8 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = g.flatten(0, -2)
         return (
-            _product(g, weight.t()) if needs_x else None,
-            _product(rows.t(), x.flatten(0, -2).t()) if needs_weight else None,
+            onednn_linear(g, weight.t()) if needs_x else None,
+            onednn_linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
 

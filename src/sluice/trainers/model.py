@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sluice.cpu import onednn_linear
 from sluice.data.batch import MicroBatch
 from sluice.data.packing import Piece, pack_row
 from sluice.errors import ConfigError, NonFiniteError, boundary
@@ -140,7 +141,7 @@ class PolicyModel:
         weight = self.head_weight() if weight is None else weight
         if weight.is_mkldnn:
             bias = None if self.head.bias is None else self.head.bias.float()
-            logits = torch.ops.mkldnn._linear_pointwise(hidden.float(), weight, bias, "none", [], "")
+            logits = onednn_linear(hidden.float(), weight, bias)
         elif weight.dtype != torch.float32:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
         elif self.head.bias is None:
