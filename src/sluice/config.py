@@ -325,9 +325,15 @@ class TrainConfig(Section):
         return self.engine.tensor_parallel if isinstance(self.engine, ServerEngine) else 1
 
     def weights_go_by(self) -> Literal["shared_memory", "broadcast", "disk"]:
-        """How they reach an engine of ours in a process of its own."""
-        by = self.engine.publication if isinstance(self.engine, EmbeddedEngine) else None
-        return by or ("broadcast" if isinstance(self.placement, RayPlacement) else "shared_memory")
+        """How they reach engines that have their own copy of them."""
+        engine, elsewhere = self.engine, isinstance(self.placement, RayPlacement)
+        if isinstance(engine, ScriptedEngine):
+            return "shared_memory"  # it has none
+        if engine.publication:
+            return engine.publication
+        if isinstance(engine, EmbeddedEngine):
+            return "broadcast" if elsewhere else "shared_memory"
+        return "broadcast" if elsewhere and engine.python and not engine.publication_folder else "disk"
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

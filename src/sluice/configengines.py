@@ -98,8 +98,11 @@ class ServerEngine(Section):
     """`http://host:port` of a server that runs already. What is said of starting one has then no effect."""
     replicas: PositiveInt = 1
     """Servers, each with its own copy of the weights, between which requests are shared out."""
+    publication: Literal["broadcast", "disk"] | None = None
+    """How weights reach the server. broadcast: by NCCL between GPUs, by memory of the GPU that trainer and server are both on, else by gloo; in
+    buckets, without a copy in between. disk: as a model folder. Left out, disk, or broadcast with placement.name=ray."""
     publication_folder: str | None = None
-    """Folder in which weights are published, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
+    """Where publication=disk puts that folder, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
     `weights` in the run folder."""
     on_new_weights: Literal["continue", "finish"] = "continue"
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
@@ -161,10 +164,15 @@ class ServerEngine(Section):
                     "here"
                 )
             local = any(f"//{host}" in self.url for host in ("127.0.0.1", "localhost", "[::1]"))
-            if not local and self.publication_folder is None:
+            if not local and self.publication_folder is None and self.publication != "broadcast":
                 raise ValueError(
-                    f"engine.url={self.url} is another machine; set engine.publication_folder to a folder that both see under one path"
+                    f"engine.url={self.url} is another machine; set engine.publication=broadcast, or engine.publication_folder to a folder "
+                    "that both see under one path"
                 )
+        if self.publication_folder is not None and self.publication == "broadcast":
+            raise ValueError(
+                "engine.publication_folder has no effect with engine.publication=broadcast; leave one of them out"
+            )
         if self.gpus and len(self.gpus) != self.replicas * self.tensor_parallel:
             raise ValueError(
                 f"engine.gpus names {len(self.gpus)} GPUs, and engine.replicas={self.replicas} servers with engine.tensor_parallel="

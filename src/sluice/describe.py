@@ -111,7 +111,7 @@ def _engines(config: TrainConfig) -> str:
             if count
             else f"the {engine.package} server at {engine.url}"
         )
-        return f"{made}; weights go through {engine.publication_folder or 'a folder in the run folder'}"
+        return f"{made}; weights go by {config.weights_go_by()}"
     where = "a process of its own" if count == 1 else "processes of their own"
     return f"{count} in {where}; weights go by {config.weights_go_by()}" if count else ""
 

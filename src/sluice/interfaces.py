@@ -29,8 +29,12 @@ class Weights(Protocol):
         """Into a folder that `transformers` loads, weights and `config.json`."""
         ...
 
+    async def fingerprint(self, version: int) -> str:
+        """Of those that were published as this version. Raises WeightsMoved as `broadcast`."""
+        ...
+
     async def broadcast(self, address: Any, version: int) -> None:
-        """To the process of an engine that waits at an address (`sluice.weights.broadcast.Address`), with a `Sender` of the process
+        """To the process of an engine that waits at an address (`sluice.weights.group.Address`), with a `Sender` of the process
         that has the weights. Raises WeightsMoved when there were updates since the handle was made; makes later ones wait."""
         ...
 

@@ -186,6 +186,14 @@ def own_address(pipe: socket.socket) -> str:
     return "127.0.0.1" if pipe.family == socket.AF_UNIX else pipe.getsockname()[0]
 
 
+def address_towards(host: str) -> str:
+    """Of this machine, as a machine of that name sees it. Raises OSError when there is no way to it."""
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # by which nothing is sent
+        return probe.getsockname()[0]
+
+
 def _wake_with_parents_death() -> None:
     """On Linux: one that was stopped (SIGSTOP) goes on when its parent dies, and so can end.
 

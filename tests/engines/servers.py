@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +27,9 @@ from sluice.engines.vllm import Vllm, VllmServer
 from sluice.processes import Process
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion, Sampling
+from sluice.weights.broadcast import Broadcast
 from sluice.weights.disk import Disk
-from sluice.weights.in_process import InProcessWeights
+from sluice.weights.in_process import InProcessWeights, Updates
 from small_runs import ALPHABET
 
 STANDINS = ROOT / "tests/standins"
@@ -60,12 +61,17 @@ class Served:
     chat: Chat
     runner: asyncio.Runner
     folder: Path
+    updates: Updates = field(default_factory=Updates)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(asyncio.wait_for(work, 240))
 
     def publish(self, policy: PolicyModel, version: int) -> None:
-        self.run(self.engine.update_weights(InProcessWeights(policy), version))
+        self.run(self.engine.update_weights(self.weights(policy), version))
+
+    def weights(self, policy: PolicyModel) -> InProcessWeights:
+        """As all those of one trainer."""
+        return InProcessWeights(policy, self.updates)
 
     @property
     def url(self) -> str:
@@ -107,6 +113,7 @@ def served(
     folder: Path,
     *,
     url: str | None = None,
+    broadcast: bool = False,
     hang_timeout_s: float = 60.0,
     step_s: float = 0.0,
     start_limit_s: float = 200.0,
@@ -126,7 +133,7 @@ def served(
             patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]))
         engine = ServerEngine(
             change(dialect(kind, folder, **changes)),
-            Disk(None),
+            Broadcast(model(0).named_weights(), limit_s=60.0) if broadcast else Disk(None),
             name="engine",
             url=url,
             decode=chat.decode,

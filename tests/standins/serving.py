@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,14 @@ class Sampler:
                 parameter.zero_()
 
     def load(self, folder: str) -> None:
-        assert "weights" not in self.asleep
         weights: dict[str, Any] = {}
         for file in Path(folder).glob("*.safetensors"):
             weights |= load_file(file)
+        self.take(weights.items())
+
+    def take(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        weights = dict(named)
+        assert "weights" not in self.asleep
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected
         assert set(missing) <= {"lm_head.weight"}  # tied

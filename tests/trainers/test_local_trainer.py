@@ -26,7 +26,7 @@ from sluice.trainers.local import LocalTrainer
 from sluice.trainers.model import PolicyModel
 from sluice.trainers.optim import Optimizer, OptimizerSettings
 from sluice.types import Sample
-from sluice.weights.broadcast import Address
+from sluice.weights.group import Address
 from sluice.weights.publication import WeightsMoved
 
 SETTINGS = OptimizerSettings(1e-3, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
@@ -496,7 +496,7 @@ def test_an_update_makes_older_handles_to_the_weights_stale_and_waits_while_they
     """An engine that begins in between must get what was published, or be told that it is gone."""
     packing = Packing(1, 1000, "packed")
     trainer = trainer_of(tiny_model("qwen3"), packing)
-    handle, address = trainer.weights(), Address("127.0.0.1", 9, "engine", 0, (), 1.0)
+    handle, address = trainer.weights(), Address("127.0.0.1", 9, "engine", 0, 1, (), 1.0)
     forward_backward(trainer, make_minibatch(some_samples(), packing, row("cispo"), 0))
 
     async def update() -> None:

@@ -18,10 +18,11 @@ from models import tiny_model
 from sluice.errors import EngineError, TrainingError
 from sluice.processes import Died
 from sluice.trainers.model import PolicyModel
-from sluice.weights import broadcast
-from sluice.weights.broadcast import Broadcast, buckets
+from sluice.weights import group
+from sluice.weights.broadcast import Broadcast
 from sluice.weights.disk import Disk
 from sluice.weights.fingerprint import fingerprint
+from sluice.weights.group import buckets
 from sluice.weights.in_process import InProcessWeights, Updates
 from sluice.weights.publication import Publication, WeightsMoved
 from sluice.weights.shared_memory import SharedMemory
@@ -69,7 +70,7 @@ def test_what_arrives_is_what_was_published(
     way: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """To two engines, again and again, and to a process that takes the place of another in between. Bit for bit: tied weights too."""
-    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 5000)  # no multiple of any tensor
+    monkeypatch.setattr(group, "BUCKET_BYTES", 5000)  # no multiple of any tensor
     trainer = tiny_model(architecture)
     publication = WAYS[way](trainer)
     updates = Updates()
@@ -286,7 +287,7 @@ def test_of_an_end_that_dies_on_the_way_the_end_itself_is_believed(dead: str, mo
         take = asyncio.to_thread(engine.inlet.read, engine.model, 0)
         await engine.link.deliver(0, lambda: seen(take, "engine"))
 
-    monkeypatch.setattr(broadcast._Group, "_broadcast", breaks_off)
+    monkeypatch.setattr(group._Collective, "pass_on", breaks_off)
     with pytest.raises(type(error), match="was killed"):
         whole(run())
 

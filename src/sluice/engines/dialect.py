@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
 from sluice.engines.guard import Command
 from sluice.engines.http import HttpClient
 from sluice.types import FinishReason, Sampling
+from sluice.weights.publication import Stream
 
-PUBLISH_LIMIT_S = 600.0
-"""For each request by which a server takes over weights."""
 STATUS_LIMIT_S = 10.0
 POLL_S = 0.2
 
@@ -55,6 +53,8 @@ class Dialect(Protocol):
     """All of it raises OSError, HttpError and TimeoutError."""
 
     name: str
+    num_workers: int
+    """Processes of the server that was checked last which each take weights."""
 
     def command(self, key: str) -> Command:
         """How one is started, with random weights; nobody else is to give it orders than who knows the `key`."""
@@ -70,14 +70,14 @@ class Dialect(Protocol):
         """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
         ...
 
-    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
-        """Take over the weights of a folder; it is paused."""
+    async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
+        """Take over the weights that come through it; the server is paused."""
         ...
 
     async def resume(self, http: HttpClient) -> None: ...
 
-    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
-        """Of its own weights, which should be those of the folder."""
+    async def fingerprint(self, http: HttpClient, published: Callable[[], Awaitable[str]]) -> str:
+        """Of its own weights, by its own reading; `published` is that of those which it was given."""
         ...
 
     async def sleep(self, http: HttpClient) -> None:

@@ -49,8 +49,8 @@ class Start:
     """The first message; the answer is the URL at which the server will listen some time later."""
 
     command: Command
-    folder: str
-    """In which weights are published."""
+    folder: Path | None
+    """In which weights are published, if in any."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ async def _serve(pipe: socket.socket, scratch: str) -> int:
 
 
 async def _started(start: Start, known: dict[str, str]) -> asyncio.subprocess.Process:
-    _check_sees(start.folder)
+    if start.folder and not start.folder.is_dir():
+        raise EngineError(
+            f"{socket.gethostname()} does not see {start.folder}, in which weights are published; set engine.publication_folder to a folder "
+            "that all machines share, or engine.publication=broadcast"
+        )
     command = start.command
     words = [_filled_in(word, known) for word in command.words]
     path = os.pathsep.join(filter(None, [command.python_path, os.environ.get("PYTHONPATH")]))
@@ -118,14 +122,6 @@ def _filled_in(text: str, known: dict[str, str]) -> str:
     for name, value in known.items():
         text = text.replace(name, value)
     return text
-
-
-def _check_sees(folder: str) -> None:
-    if not os.path.isdir(folder):
-        raise EngineError(
-            f"{socket.gethostname()} does not see {folder}, in which weights are published; set engine.publication_folder to a folder that "
-            "all machines share"
-        )
 
 
 async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Process) -> None:

@@ -59,15 +59,15 @@ class Server:
             await self._http.close()
             raise
 
-    async def start(self, process: Child, folder: Path, limit_s: float) -> None:
+    async def start(self, process: Child, folder: Path | None, limit_s: float) -> None:
         """Through the guard that `process` is. Raises Died when it ends before it answers, EngineError when it does not answer in time.
-        Weights are published in `folder`."""
+        Weights are published in `folder`, if in any."""
         try:
             pipe = await asyncio.to_thread(process.connect)
             reader, writer = await asyncio.open_connection(sock=pipe)
             self._guard = Connection(process, reader, writer, _no_requests, lambda _, cause: self.end(cause))
             key = secrets.token_urlsafe(32)
-            url = await self._guard.ask(Start(self._dialect.command(key), str(folder)), LAUNCH_LIMIT_S)
+            url = await self._guard.ask(Start(self._dialect.command(key), folder), LAUNCH_LIMIT_S)
             self._http = HttpClient(url, key)
             await self._ready(limit_s)
         except BaseException as error:
@@ -173,7 +173,7 @@ class Servers:
         self._start_limit_s, self._hang_timeout_s = start_limit_s, hang_timeout_s
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
 
-    async def next(self, number: int, folder: Path, ended: Callable[[Server], None]) -> Server:
+    async def next(self, number: int, folder: Path | None, ended: Callable[[Server], None]) -> Server:
         """Raises Died when it ends before it answers or is not there, EngineError. Weights are published in `folder`; `ended` is told
         of its end."""
         server = Server(self._dialect, number, ended)
@@ -188,7 +188,7 @@ class Servers:
                 f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
             ) from error
 
-    async def _start(self, server: Server, folder: Path) -> None:
+    async def _start(self, server: Server, folder: Path | None) -> None:
         failure = f"{self.who} could not be started"
         with boundary(EngineError, failure):
             guard = self._launch(

@@ -24,12 +24,10 @@ from sluice.errors import EngineError, boundary
 from sluice.interfaces import Weights
 from sluice.processes import Died, Launch, start_failure
 from sluice.types import Completion, Sampling
-from sluice.weights.publication import Link, Publication
+from sluice.weights.publication import PUBLISH_LIMIT_S, Link, Publication
 
 START_LIMIT_S = 300.0
 """For its imports, and for making the model."""
-PUBLISH_LIMIT_S = 300.0
-"""For taking over weights, and for their fingerprint."""
 ASK_LIMIT_S = 60.0
 """For what it can say at once."""
 

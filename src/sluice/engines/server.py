@@ -25,7 +25,8 @@ from sluice.errors import EngineError, EngineLostError
 from sluice.interfaces import Weights
 from sluice.processes import Died, Launch
 from sluice.types import Completion, Sampling
-from sluice.weights.disk import Disk
+from sluice.weights.broadcast import Broadcast, BroadcastLink
+from sluice.weights.disk import Disk, DiskLink
 
 BROKEN_ANSWERS = 3
 """How often one request may go wrong at a server that is alive."""
@@ -35,7 +36,7 @@ class ServerEngine:
     def __init__(
         self,
         dialect: Dialect,
-        publication: Disk,
+        publication: Disk | Broadcast,
         *,
         name: str,
         url: str | None,
@@ -61,6 +62,8 @@ class ServerEngine:
             dialect, self._deaths, url=url, launch=launch, start_limit_s=start_limit_s, hang_timeout_s=hang_timeout_s
         )
         self._server: Server | None = None
+        self._link: DiskLink | BroadcastLink
+        """With the server that runs."""
         self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
         self._may_begin = asyncio.Event()
         """Not while weights change."""
@@ -176,14 +179,8 @@ class ServerEngine:
         """Starts and raises as `update_weights`."""
         server = await self._connected()
         await self._deliver(server)
-        said: list[str] = []
-
-        async def ask() -> None:
-            said.append(await self._dialect.fingerprint(server.http, self._publication.of(server.version)))
-
         async with self._telling(server):
-            await self._link.deliver(server.version, ask)  # the folder stays as long as it is read
-        return said[0]
+            return await self._dialect.fingerprint(server.http, lambda: self._publication.fingerprint(server.version))
 
     async def _deliver(self, server: Server) -> None:
         """The weights that were published last; and again, if others were while it took them over."""
@@ -204,7 +201,7 @@ class ServerEngine:
             if self._finish_limit_s is not None:
                 await self._finished(self._finish_limit_s)
             await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
-            await dialect.load(http, self._publication.of(version), version)
+            await dialect.load(http, self._link.inlet, version)
             if server.is_asleep:
                 await dialect.wake(http, "kv_cache")
             await dialect.resume(http)
@@ -257,7 +254,9 @@ class ServerEngine:
                 number = self._deaths.count_start()
                 self._may_begin.clear()  # it has no weights yet
                 try:
-                    self._server = await self._servers.next(number, self._publication.folder, self._ended)
+                    server = await self._servers.next(number, self._publication.folder, self._ended)
+                    self._link = self._publication.link(self._name, self._dialect.num_workers)
+                    self._server = server
                 except BaseException as error:
                     self._may_begin.set()  # who waits is told
                     if isinstance(error, Died):
@@ -284,7 +283,6 @@ class ServerEngine:
         """A run with this folder; what the server prints goes to a file there."""
         self._deaths.log = folder / f"{self._name}.log"
         self._publication.belongs_to(folder)
-        self._link = self._publication.link(self._name)
 
     def status(self) -> str:
         """What it does at the moment, for people."""

@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.dialect import POLL_S, PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply, ServerSetting
+from sluice.engines.dialect import POLL_S, STATUS_LIMIT_S, Reply, ServerSetting
 from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.disk import fingerprint_of_folder
+from sluice.weights.disk import DiskInlet
+from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
 
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 _KEY = "SLUICE_API_KEY"
@@ -85,6 +85,7 @@ class Sglang:
         """Without a `server` it cannot be started. `deterministic`: it obeys seeds."""
         self._server = server
         self._deterministic = deterministic
+        self.num_workers = 1
         self._held: dict[str, str] = {}
         """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
 
@@ -136,8 +137,9 @@ class Sglang:
                 except HttpError:
                     await asyncio.sleep(POLL_S)
 
-    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
-        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+    async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
+        assert isinstance(inlet, DiskInlet)
+        body = {"model_path": str(inlet.of(version)), "weight_version": str(version), "flush_cache": True}
         answer = await http.post("/update_weights_from_disk", body, PUBLISH_LIMIT_S)
         if not answer["success"]:
             raise EngineError(f"SGLang did not take the weights: {answer['message']}")
@@ -145,14 +147,14 @@ class Sglang:
     async def resume(self, http: HttpClient) -> None:
         await http.post("/continue_generation", {}, PUBLISH_LIMIT_S)
 
-    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+    async def fingerprint(self, http: HttpClient, published: Callable[[], Awaitable[str]]) -> str:
         """Of the published weights, if those that it computes with are others than at other publications, and the same as when these
         were published before: their checksum is SGLang's own, of tensors that it has joined, and says no more."""
-        checksum, published = await self._checksum(http), await asyncio.to_thread(fingerprint_of_folder, folder)
+        checksum, given = await self._checksum(http), await published()
         known = {of for held, of in self._held.items() if held != checksum}
-        if published in known and checksum not in self._held:
+        if given in known and checksum not in self._held:
             return f"of SGLang's checksum {checksum}"
-        return self._held.setdefault(checksum, published)
+        return self._held.setdefault(checksum, given)
 
     async def sleep(self, http: HttpClient) -> None:
         await http.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, PUBLISH_LIMIT_S)

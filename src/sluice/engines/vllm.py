@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.engines.dialect import PUBLISH_LIMIT_S, STATUS_LIMIT_S, Reply, ServerSetting
+from sluice.engines.dialect import STATUS_LIMIT_S, Reply, ServerSetting
 from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
 from sluice.weights.fingerprint import combined
+from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
 
 INSIDE = Path(__file__).with_name("inside_vllm")
 DROPPED = -9000.0
@@ -107,8 +110,9 @@ class Vllm:
         self._server = server
         self._repetition = repetition
         self._quantized = server is not None and server.quantization is not None
-        self._loaded: dict[Path, list[Any]] = {}
-        """What was read from the folder that was loaded last, by the folder."""
+        self._loaded: list[Any] = []
+        """The parts of what it was given last."""
+        self.num_workers = 1
 
     def command(self, key: str) -> Command:
         assert self._server
@@ -117,7 +121,7 @@ class Vllm:
     async def check(self, http: HttpClient) -> None:
         try:
             await http.get("/weight_info", STATUS_LIMIT_S)
-            await self._call(http, "sluice_ready")
+            self.num_workers = len(await self._call(http, "sluice_ready"))
         except (HttpError, ValueError) as error:
             raise EngineError(
                 f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
@@ -150,19 +154,19 @@ class Vllm:
         """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
 
-    async def load(self, http: HttpClient, folder: Path, version: int) -> None:
-        (loaded, *_) = await self._call(http, "sluice_load", str(folder))
-        self._loaded = {folder: loaded}
+    async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
+        pickled = b64encode(pickle.dumps(inlet)).decode()
+        (self._loaded, *_) = await self._call(http, "sluice_load", pickled, str(version))
         await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/resume", limit_s=PUBLISH_LIMIT_S)
 
-    async def fingerprint(self, http: HttpClient, folder: Path) -> str:
+    async def fingerprint(self, http: HttpClient, published: Callable[[], Awaitable[str]]) -> str:
         """Of what it computes with, read back under the names of the checkpoint. Of rounded weights that would be another one: there
-        it is of what it read from the folder that it loaded last, whichever that is."""
+        it is of what it loaded last, whatever that is."""
         if self._quantized:
-            return combined(map(tuple, next(iter(self._loaded.values()), [])))
+            return combined(map(tuple, self._loaded))
         return combined(_added(await self._call(http, "sluice_parts")))
 
     async def sleep(self, http: HttpClient) -> None:

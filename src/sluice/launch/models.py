@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sluice.trainers.local import LocalTrainer as Local
     from sluice.trainers.model import PolicyModel
     from sluice.trainers.optim import Optimizer, OptimizerSettings
+    from sluice.weights.broadcast import Broadcast
+    from sluice.weights.disk import Disk
     from sluice.weights.publication import Publication
 
 
@@ -112,7 +114,7 @@ def engines_apart(config: TrainConfig, model: PolicyModel, placement: Placement)
     assert isinstance(settings, EmbeddedEngine)
     synchronous = rollout.max_staleness == 0
     finish_limit_s = rollout.timeout_s if settings.on_new_weights == "finish" else None
-    publication = publication_of(config, model, finish_limit_s or 0.0, placement.host)
+    publication = publication_of(config, model, placement.host)
     engines = [
         EngineProcess(
             publication,
@@ -128,25 +130,29 @@ def engines_apart(config: TrainConfig, model: PolicyModel, placement: Placement)
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def publication_of(config: TrainConfig, model: PolicyModel, finish_limit_s: float, host: str) -> Publication:
-    """How weights get to engines with models of their own, that may take so long to finish what they have begun and reach this
-    machine at `host`."""
+def publication_of(config: TrainConfig, model: PolicyModel, host: str) -> Publication:
+    """How weights get to engines of ours in other processes, which reach this machine at `host`."""
+    if config.weights_go_by() == "shared_memory":
+        from sluice.weights.shared_memory import SharedMemory
+
+        return SharedMemory(model.named_weights())
+    return publication_afar(config, model, host)
+
+
+def publication_afar(config: TrainConfig, model: PolicyModel, host: str) -> Broadcast | Disk:
+    """One that engines of other makes can take part in, and on other machines."""
     settings = config.engine
-    assert isinstance(settings, EmbeddedEngine)
-    match config.weights_go_by():
-        case "shared_memory":
-            from sluice.weights.shared_memory import SharedMemory
+    assert not isinstance(settings, ScriptedEngine)
+    if config.weights_go_by() == "disk":
+        from sluice.weights.disk import Disk
 
-            return SharedMemory(model.named_weights())
-        case "broadcast":
-            from sluice.engines.process import PUBLISH_LIMIT_S
-            from sluice.weights.broadcast import Broadcast
+        return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+    from sluice.weights.broadcast import Broadcast
+    from sluice.weights.publication import PUBLISH_LIMIT_S
 
-            return Broadcast(model.named_weights(), limit_s=PUBLISH_LIMIT_S + finish_limit_s, host=host)
-        case "disk":
-            from sluice.weights.disk import Disk
-
-            return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+    # before it takes weights over, an engine may finish what it has begun
+    limit_s = PUBLISH_LIMIT_S + (config.rollout.timeout_s if settings.on_new_weights == "finish" else 0.0)
+    return Broadcast(model.named_weights(), limit_s=limit_s, host=host)
 
 
 def embedded_engine(settings: EmbeddedEngine, model: PolicyModel, chat: Chat) -> Embedded:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from sluice.config import TrainConfig
 from sluice.configengines import ServerEngine, SglangEngine, VllmEngine
 from sluice.data.chat import Chat
+from sluice.errors import ConfigError
 from sluice.launch.checked import window_of
 from sluice.launch.cores import engine_threads
+from sluice.launch.models import publication_afar
+from sluice.processes import address_towards
 
 if TYPE_CHECKING:
     from sluice.engines.dialect import Dialect
@@ -24,10 +27,10 @@ def servers(
     """One server, or several of the same kind, each with its own copy of the weights."""
     from sluice.engines.router import Router
     from sluice.engines.server import ServerEngine as Engine
-    from sluice.weights.disk import Disk
 
     rollout, window = config.rollout, window_of(config, model.max_length)
-    publication = Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+    host = _host_for(settings.url) if settings.url else placement.host
+    publication = publication_afar(config, model, host)
     engines = [
         Engine(
             _dialect(config, settings, type(model.model).__name__, window, k),
@@ -46,6 +49,16 @@ def servers(
     ]
     synchronous = rollout.max_staleness == 0
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
+
+
+def _host_for(url: str) -> str:
+    """This machine's address, as a server sees it."""
+    host = urlsplit(url).hostname
+    assert host  # the config wants one
+    try:
+        return address_towards(host)
+    except OSError as error:
+        raise ConfigError(f"engine.url={url}: there is no way to {host} ({error})") from None
 
 
 def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, window: int, k: int) -> Dialect:

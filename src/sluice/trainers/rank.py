@@ -34,8 +34,9 @@ from sluice.trainers.local import LocalTrainer, Seen
 from sluice.trainers.logprobs import Loss
 from sluice.trainers.sharded_optim import ShardedOptimizer
 from sluice.trainers.sharded_state import Snapshot, read_into, take_snapshot, write_snapshot
-from sluice.weights.broadcast import Address, Sender
+from sluice.weights.broadcast import Sender
 from sluice.weights.fingerprint import fingerprint
+from sluice.weights.group import Address
 from sluice.weights.shared_memory import SharedWeights
 
 TCPStore: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]

@@ -44,7 +44,7 @@ from sluice.trainers.rank import (
 )
 from sluice.trainers.sharded_state import check_whole
 from sluice.types import Sample
-from sluice.weights.broadcast import Address
+from sluice.weights.group import Address
 from sluice.weights.publication import WeightsMoved
 
 GRACE_S = 0.5
@@ -143,7 +143,7 @@ class RankedTrainer:
     async def broadcast_weights(self, address: Address, version: int, num_updates: int) -> None:
         """Those after so many updates; the ranks make later ones only when they are sent."""
         if num_updates != self.num_updates:
-            raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
+            raise WeightsMoved(version)
         await self._ask_all(BroadcastTo(address, version))
 
     async def save_weights(self, folder: str) -> None:
@@ -340,6 +340,11 @@ class RankedWeights:
     async def broadcast(self, address: Address, version: int) -> None:
         """From rank 0."""
         await self.trainer.broadcast_weights(address, version, self.num_updates)
+
+    async def fingerprint(self, version: int) -> str:
+        if self.num_updates != self.trainer.num_updates:
+            raise WeightsMoved(version)
+        return await self.trainer.fingerprint()
 
     async def save(self, folder: str) -> None:
         """By rank 0."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from sluice.errors import EngineError, boundary
 from sluice.interfaces import LanguageModel, Weights
-from sluice.weights.fingerprint import Part, combined, parts
-from sluice.weights.publication import ReadWriteLock
+from sluice.weights.fingerprint import fingerprint
+from sluice.weights.publication import ReadWriteLock, WeightsMoved
 
 
 class Disk:
@@ -74,8 +76,15 @@ class Disk:
         """The folder of a version."""
         return self.folder / f"version-{version:06d}"
 
-    def link(self, engine: str) -> _DiskLink:
-        return _DiskLink(DiskInlet(str(self.folder)), self._lock)
+    def link(self, engine: str, receivers: int = 1) -> DiskLink:
+        return DiskLink(DiskInlet(str(self.folder)), self._lock)
+
+    async def fingerprint(self, version: int) -> str:
+        """Of the weights of a version. Raises WeightsMoved when there are later ones."""
+        async with self._lock.read():
+            if version != self.version:
+                raise WeightsMoved(version)
+            return await asyncio.to_thread(fingerprint, tensors_of(self.of(version)))
 
     def close(self) -> None:
         if self.version is not None:
@@ -85,7 +94,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class _DiskLink:
+class DiskLink:
     inlet: DiskInlet
     lock: ReadWriteLock
 
@@ -99,20 +108,28 @@ class DiskInlet:
     folder: str
 
     def read(self, model: LanguageModel, version: int) -> None:
+        folder = self.of(version)
+        with boundary(EngineError, f"the weights in {folder}"):
+            model.load_weights(str(folder))
+
+    def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
+        """In the host's memory."""
+        return tensors_of(self.of(version))
+
+    def of(self, version: int) -> Path:
+        """The folder of a version. Raises EngineError when it is not seen here."""
         folder = Path(self.folder) / f"version-{version:06d}"
         if not folder.is_dir():
             raise EngineError(
                 f"the engine does not see {folder}; set engine.publication_folder to a place that the hosts of trainer and engine "
                 "share, or engine.publication=broadcast"
             )
-        with boundary(EngineError, f"the weights in {folder}"):
-            model.load_weights(str(folder))
+        return folder
 
 
-def fingerprint_of_folder(folder: Path) -> str:
-    """Of the weights in its files."""
-    found: list[Part] = []
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """What its files hold, one after the other."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            found += parts((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 - it is no mapping
-    return combined(found)
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                yield name, opened.get_tensor(name)

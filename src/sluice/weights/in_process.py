@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sluice.interfaces import SharedMemory
-from sluice.weights.broadcast import Address, Sender
+from sluice.weights.broadcast import Sender
+from sluice.weights.fingerprint import fingerprint
+from sluice.weights.group import Address
 from sluice.weights.publication import ReadWriteLock, WeightsMoved
 
 
@@ -43,10 +45,19 @@ class InProcessWeights:
     async def save(self, folder: str) -> None:
         await asyncio.to_thread(self.model.export(), folder)
 
+    async def fingerprint(self, version: int) -> str:
+        async with self._unmoved(version):
+            return await asyncio.to_thread(fingerprint, self.model.named_weights())
+
     async def broadcast(self, address: Address, version: int) -> None:
-        async with self.updates.lock.read():
-            if self.updates.count != self.count:
-                raise WeightsMoved(f"the weights of version {version} are gone: the trainer is making the next ones")
+        async with self._unmoved(version):
             await asyncio.to_thread(
                 self.updates.sender.send, address, version, self.model.named_weights(), self.model.device
             )
+
+    @asynccontextmanager
+    async def _unmoved(self, version: int) -> AsyncGenerator[None]:
+        async with self.updates.lock.read():
+            if self.updates.count != self.count:
+                raise WeightsMoved(version)
+            yield

@@ -6,17 +6,28 @@ A publication is the trainer's side. It makes a link for each process of an engi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sluice.errors import EngineError
 from sluice.interfaces import LanguageModel, Weights
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+PUBLISH_LIMIT_S = 600.0
+"""For an engine to take weights over, and for their fingerprint."""
+
 
 class WeightsMoved(EngineError):
     """They are no longer those that were published; the next publication brings others."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the weights of version {version} are gone: the trainer is making the next ones")
 
 
 class Inlet(Protocol):
@@ -24,6 +35,15 @@ class Inlet(Protocol):
 
     def read(self, model: LanguageModel, version: int) -> None:
         """Put the weights of this version into a model; may block. What it raises ends the process, unless it is a SluiceError."""
+        ...
+
+
+class Stream(Inlet, Protocol):
+    """One that servers have use for too, which are other programs: each worker of one has it, by pickle."""
+
+    def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights of this version, one after the other, for the worker of that number. Raises EngineError before the first one
+        when they do not come."""
         ...
 
 

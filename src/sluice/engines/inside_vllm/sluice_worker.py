@@ -7,59 +7,69 @@ with `--worker-extension-cls sluice_worker.Weights`. Its methods are called thro
 from __future__ import annotations
 
 import importlib.util
+import pickle
+import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 _READ_ROWS = 1024
 """Columns of a packed weight that are computed at once."""
 
 
-def _fingerprint_module() -> Any:
-    """`sluice.weights.fingerprint`, which needs nothing of sluice: so that both sides sum in the same way."""
-    path = Path(__file__).resolve().parents[2] / "weights/fingerprint.py"
-    spec = importlib.util.spec_from_file_location("sluice_fingerprint", path)
+def _find_sluice() -> None:
+    """Whatever needs torch only can be imported from there: nothing else that lies beside it is seen here."""
+    package = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location(
+        "sluice", package / "__init__.py", submodule_search_locations=[str(package)]
+    )
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["sluice"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+
+
+_find_sluice()
+
+from sluice.weights.fingerprint import parts  # noqa: E402
 
 
 class Weights:
     """Becomes a base of vLLM's worker class."""
 
+    _inlet: tuple[str, Any] = "", None
+    """What weights come through, behind what it was made of."""
+
     def sluice_ready(self) -> list[Any]:
         """That it is there."""
         return []
 
-    def sluice_load(self, folder: str) -> list[Any]:
-        """Take over the weights of a Hugging Face folder, whatever format the server was started with.
+    def sluice_load(self, inlet: str, version: str) -> list[Any]:
+        """Take over the weights of a version, which come through a `sluice.weights.publication.Stream`, pickled.
 
-        Gives the parts of the fingerprint of what was read from the files.
+        Gives the parts of the fingerprint of what came.
         """
-        read: list[Any] = []
-        parts = _fingerprint_module().parts
+        if inlet != self._inlet[0]:  # else it goes on with the group that it is in
+            self._inlet = inlet, pickle.loads(b64decode(inlet))
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        weights = self._inlet[1].tensors(int(version), runner.device, _rank())
+        came: list[Any] = []
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for file in sorted(Path(folder).glob("*.safetensors")):
-                with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                        tensor = opened.get_tensor(name)
-                        read.extend(parts([(name, tensor)]))
-                        yield name, tensor
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for pair in weights:
+                came.extend(parts([pair]))
+                yield pair
 
-        self.model_runner.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
-        return read
+        runner.reload_weights(weights_iterator=noted())
+        return came
 
     def sluice_parts(self) -> list[Any]:
         """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
         the ranks are to be added."""
-        parts = _fingerprint_module().parts
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         found: list[Any] = []
         for name, tensor, shape in checkpoint_tensors(model, _rank()):

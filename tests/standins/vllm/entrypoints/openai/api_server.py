@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import sys
+from base64 import b64decode
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import torch
 from serving import Sampler, option, serve
 
 from sluice.weights.fingerprint import parts
 
 SAMPLER = Sampler(option("--model"))
+INLETS: dict[str, Any] = {}
 
 
 async def health(body: dict[str, Any]) -> tuple[int, Any]:
@@ -78,9 +82,11 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
     match body["method"], body.get("args", []):
         case "sluice_ready", []:
             return 200, {"results": [[]]}
-        case "sluice_load", [folder]:
+        case "sluice_load", [inlet, version]:
             assert not SAMPLER.running.is_set()
-            SAMPLER.load(folder)
+            if inlet not in INLETS:
+                INLETS[inlet] = pickle.loads(b64decode(inlet))
+            SAMPLER.take(INLETS[inlet].tensors(int(version), torch.device("cpu"), 0))
             return 200, {"results": [parts(SAMPLER.model.named_parameters())]}
         case "sluice_parts", []:
             return 200, {"results": [parts(SAMPLER.model.named_parameters())]}

@@ -1,0 +1,238 @@
+"""The processes between which weights are broadcast: the trainer's, and those of one engine. Tensors travel in buckets of bounded size, so that
+neither end holds the weights twice.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from sluice.errors import EngineError
+
+dist: Any = torch.distributed  # its stores and groups have no types
+BUCKET_BYTES = 2**26
+"""What one broadcast holds at most."""
+SENDER = 0
+"""The trainer's rank in a group."""
+READY, GONE = b"ready", b"gone"
+"""What a rank says of itself in the store; the run's own process says the other for it."""
+_DEVICE_OF_HANDLE = 6
+"""Which argument of `rebuild_cuda_tensor` is the number of the GPU, which another process may count otherwise."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where trainer and engine meet."""
+
+    host: str
+    port: int
+    """Of the store."""
+    engine: str
+    process: int
+    """Which process, or server, of this engine's; the group of another one is another."""
+    receivers: int
+    """Processes that take the weights, each all of them: more than one where a server has several workers."""
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    """Names, shapes and dtypes of what is sent, in this order."""
+    limit_s: float
+    """Longest wait of either end for the other."""
+
+    @property
+    def ranks(self) -> range:
+        return range(1 + self.receivers)
+
+    def prefix(self) -> str:
+        """Of the group's own part of the store."""
+        return f"{self.engine}/{self.process}"
+
+    def store(self) -> Any:
+        whole = dist.TCPStore(
+            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.limit_s)
+        )
+        return dist.PrefixStore(self.prefix(), whole)
+
+
+class Group:
+    """One process's part in it."""
+
+    def __init__(self, address: Address, rank: int) -> None:
+        self.address, self.rank = address, rank
+        self.store = address.store()
+        self._wire: _Wire | None = None
+
+    def meet(self, version: int) -> None:
+        """Go on when the other end is there. Raises EngineError when it is said to be gone."""
+        self.store.set(f"{version}/{self.rank}", READY)
+        for other in self.address.ranks[1:] if self.rank == SENDER else [SENDER]:
+            if self.store.get(f"{version}/{other}") != READY:
+                end = "trainer" if other == SENDER else "engine"
+                raise EngineError(f"the {end} was not there for the weights of version {version}")
+
+    def join(self, device: torch.device) -> None:
+        """The first time; every rank has to."""
+        self._wire = self._wire or self._joined(device)
+
+    def _joined(self, device: torch.device) -> _Wire:
+        mine = f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
+        self.store.set(f"device/{self.rank}", mine)
+        devices = [self.store.get(f"device/{rank}").decode() for rank in self.address.ranks]
+        if "cpu" in devices or 1 < len(set(devices)) < len(devices):
+            return _Collective(self._gloo(), torch.empty(BUCKET_BYTES, dtype=torch.uint8))
+        if len(set(devices)) == 1:  # which NCCL refuses
+            return _OneMemory(self._gloo(), self._bucket_of_all(device), self.rank == SENDER)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self.address.limit_s)
+        nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", self.store), self.rank, len(self.address.ranks), options)
+        return _Collective(nccl, torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device))
+
+    def _gloo(self) -> Any:
+        options = dist.ProcessGroupGloo._Options()
+        host = _own_address(self.address.host, self.address.port)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=self.address.limit_s)
+        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, len(self.address.ranks), options)
+
+    def _bucket_of_all(self, device: torch.device) -> Tensor:
+        """The trainer's memory, on a GPU that all are on."""
+        if self.rank == SENDER:
+            bucket = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device)
+            self.store.set("bucket", exported(bucket))
+            return bucket
+        return imported(self.store.get("bucket"), device)
+
+    @torch.no_grad()
+    def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        wire = self._wire
+        assert wire
+        for bucket in buckets(bytes_of((name, weight.contiguous()) for name, weight in weights), BUCKET_BYTES):
+            end = 0
+            for part in bucket:
+                start, end = end, end + len(part)
+                wire.buffer[start:end].copy_(part)
+            wire.pass_on(end)
+
+    @torch.no_grad()
+    def receive(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+        """Into these tensors; comes back after each bucket."""
+        wire = self._wire
+        assert wire
+        for bucket in buckets(bytes_of(weights), BUCKET_BYTES):
+            wire.pass_on(sum(map(len, bucket)))
+            end = 0
+            for part in bucket:
+                start, end = end, end + len(part)
+                part.copy_(wire.buffer[start:end])
+            wire.taken()
+            yield
+
+    def received(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """New tensors, each as soon as it is whole."""
+        begun: list[tuple[str, Tensor]] = []
+
+        def made() -> Iterator[tuple[str, Tensor]]:
+            for name, shape, dtype in self.address.tensors:
+                begun.append((name, torch.empty(shape, dtype=dtype, device=device)))
+                yield begun[-1]
+
+        for _ in self.receive(made()):
+            while len(begun) > 1:  # the last one may go on in the next bucket
+                yield begun.pop(0)
+        yield from begun
+
+
+class _Wire(Protocol):
+    buffer: Tensor
+
+    def pass_on(self, num_bytes: int) -> None:
+        """So many bytes of the trainer's buffer, to the others'."""
+        ...
+
+    def taken(self) -> None:
+        """Told by who has read its buffer."""
+        ...
+
+
+class _Collective:
+    """By NCCL between GPUs, else by gloo through the hosts' memory."""
+
+    def __init__(self, group: Any, buffer: Tensor) -> None:
+        self._group, self.buffer = group, buffer
+
+    def pass_on(self, num_bytes: int) -> None:
+        self._group.broadcast(self.buffer[:num_bytes], SENDER).wait()
+        _wait_for_device(self.buffer)  # `wait` is the stream's, not ours
+
+    def taken(self) -> None:
+        """The next broadcast overwrites it when this one has called too."""
+
+
+class _OneMemory:
+    """Of a GPU that trainer and engine are both on, or the workers of an engine: the buffer is the same, and `gloo` says when it may be read
+    and when it has been."""
+
+    def __init__(self, gloo: Any, buffer: Tensor, is_sender: bool) -> None:
+        self._gloo, self.buffer, self._is_sender = gloo, buffer, is_sender
+
+    def pass_on(self, num_bytes: int) -> None:
+        _wait_for_device(self.buffer)
+        self._gloo.barrier().wait()
+        if self._is_sender:
+            self.taken()
+
+    def taken(self) -> None:
+        _wait_for_device(self.buffer)
+        self._gloo.barrier().wait()
+
+
+def _wait_for_device(buffer: Tensor) -> None:
+    if buffer.is_cuda:
+        torch.cuda.current_stream(buffer.device).synchronize()
+
+
+def exported(buffer: Tensor) -> bytes:
+    """By which another process of this machine finds the memory of a tensor on a GPU, which has to stay as long."""
+    return pickle.dumps(reduce_tensor(buffer)[1])
+
+
+def imported(handle: bytes, device: torch.device) -> Tensor:
+    arguments = list(pickle.loads(handle))
+    arguments[_DEVICE_OF_HANDLE] = torch.cuda.current_device() if device.index is None else device.index
+    return rebuild_cuda_tensor(*arguments)
+
+
+def buckets(parts: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """[n] bytes each → lists of at most `size` bytes in all, in the same order; a part that does not fit goes on in the next."""
+    bucket: list[Tensor] = []
+    room = size
+    for part in parts:
+        while len(part):
+            bucket.append(part[:room])
+            part, room = part[room:], room - len(bucket[-1])
+            if not room:
+                yield bucket
+                bucket, room = [], size
+    if bucket:
+        yield bucket
+
+
+def bytes_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    """The memory of each tensor, in place. Raises ValueError for one that does not lie in one piece."""
+    for name, weight in weights:
+        if not weight.is_contiguous():
+            raise ValueError(f"{name} does not lie in one piece of memory, and so cannot be received")
+        yield weight.detach().view(-1).view(torch.uint8)
+
+
+def _own_address(host: str, port: int) -> str:
+    """Of this machine, on the way to another."""
+    with socket.create_connection((host, port)) as connection:
+        return connection.getsockname()[0]
