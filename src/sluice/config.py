@@ -250,6 +250,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
             )
+        if isinstance(self.engine, VllmEngine) and not isinstance(self.trainer, DryTrainer):
+            self.engine.check_adapter(self.trainer.lora_rank, self.model.random_weights)
         if not isinstance(self.trainer, DryTrainer):
             self.trainer.check_schedule("trainer")
             self.trainer.check_adapters()
@@ -333,7 +335,12 @@ class TrainConfig(Section):
             return engine.publication
         if isinstance(engine, EmbeddedEngine):
             return "broadcast" if elsewhere else "shared_memory"
-        return "broadcast" if elsewhere and engine.python and not engine.publication_folder else "disk"
+        wants_folder = engine.url or engine.publication_folder or self.publishes_adapters()
+        return "broadcast" if elsewhere and not wants_folder else "disk"
+
+    def publishes_adapters(self) -> bool:
+        """By themselves, to engines that have the weights under them."""
+        return isinstance(self.engine, VllmEngine) and self.engine.lora == "adapter"
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

@@ -206,10 +206,29 @@ class VllmEngine(ServerEngine):
     """10⁹ bytes of key-value cache, on the CPU; on a GPU memory_fraction decides."""
     compile: bool = False
     """Whether vLLM compiles the model and captures CUDA graphs: faster, after a minute or more at every start."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """What is published where trainer.lora_rank is set. merged: the weights that the policy computes with. adapter: the adapter alone, which is
+    many times smaller, for a server that has loaded the weights of model.path."""
     max_repetitions: Annotated[int, Field(ge=2)] | None = None
     """A completion that says a pattern so many times in a row is ended, with the finish reason `repetition`; left out, none is."""
     repetition_tokens: PositiveInt = 32
     """Longest pattern of max_repetitions, in tokens."""
+
+    def check_adapter(self, lora_rank: int | None, random_weights: bool) -> None:
+        """Raises ValueError for what cannot work with engine.lora=adapter, and for what would have no effect."""
+        if self.lora == "merged":
+            return
+        if lora_rank is None:
+            raise ValueError("engine.lora=adapter has no effect without trainer.lora_rank; set that, or leave it out")
+        problems = {
+            "model.random_weights=true: the server loads the weights under the adapter from model.path": random_weights,
+            "engine.publication=broadcast: a server reads an adapter from a folder": self.publication == "broadcast",
+            "engine.sleep=true: a server that sleeps forgets the weights under the adapter": self.sleep,
+            f"engine.quantization={self.quantization}: what a server has rounded cannot be compared with the trainer's": self.quantization,
+            f"trainer.lora_rank={lora_rank}: vLLM takes {LORA_RANKS[-1]} at most": lora_rank > LORA_RANKS[-1],
+        }
+        if found := next((what for what, holds in problems.items() if holds), None):
+            raise ValueError(f"engine.lora=adapter cannot work with {found}; set engine.lora=merged, or leave that out")
 
     def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
         super().check_run(max_staleness, top_p, top_k, device)
@@ -245,5 +264,7 @@ class SglangEngine(ServerEngine):
             )
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""For which vLLM makes room; an adapter of another rank gets the next room."""
 MOST_KEPT = 1024
 """Ids that vLLM is asked to report with each token, at most."""

@@ -25,8 +25,8 @@ class Weights(Protocol):
         """Into memory of this machine that the engine sees too."""
         ...
 
-    async def save(self, folder: str) -> None:
-        """Into a folder that `transformers` loads, weights and `config.json`."""
+    async def save(self, folder: str, *, adapter: bool = False) -> None:
+        """Into a folder that `transformers` loads, weights and `config.json`; or only its `adapter`, which peft loads."""
         ...
 
     async def fingerprint(self, version: int) -> str:

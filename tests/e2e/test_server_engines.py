@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ROOT
 from sluice.config import TrainConfig
@@ -52,7 +52,15 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def engine(kind: str) -> list[str]:
+OF_WAYS = {
+    "": ["model.random_weights=true"],
+    "broadcast": ["model.random_weights=true", "engine.publication=broadcast"],
+    "adapter": ["engine.lora=adapter", "trainer.lora_rank=3", "trainer.lora_alpha=10"],
+}
+"""Settings for ways in which weights reach a server."""
+
+
+def engine(kind: str, way: str = "") -> list[str]:
     """Settings for one."""
     if kind.startswith("real") and not VLLM.exists():
         pytest.skip("`make vllm` installs vLLM, which this test needs")
@@ -60,7 +68,9 @@ def engine(kind: str) -> list[str]:
     name = kind.removeprefix("real ")
     deterministic = ["engine.deterministic=true"] if name == "sglang" else []
     words = [f"engine.name={name}", f"engine.python={python}", "engine.num_threads=1", *deterministic]
-    return [*words, "model.random_weights=true", f"run.num_steps={STEPS}", "trainer.learning_rate=0.01"]
+    if way == "adapter":
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("model")).save_pretrained("model")
+    return [*words, *OF_WAYS[way], f"run.num_steps={STEPS}", "trainer.learning_rate=0.01"]
 
 
 def servers() -> list[int]:
@@ -76,19 +86,22 @@ def servers() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "staleness"),
+    ("kind", "way", "staleness"),
     [
-        ("vllm", 0),
-        ("sglang", 2),
-        in_proof("vllm", 2),
-        in_proof("sglang", 0),
-        in_proof("real vllm", 0),
-        in_proof("real vllm", 2),
+        ("vllm", "broadcast", 0),
+        ("vllm", "adapter", 2),
+        ("sglang", "", 2),
+        in_proof("vllm", "", 0),
+        in_proof("vllm", "", 2),
+        in_proof("sglang", "", 0),
+        in_proof("real vllm", "", 0),
+        in_proof("real vllm", "broadcast", 2),
+        in_proof("real vllm", "adapter", 2),
     ],
 )
-def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str, staleness: int):
+def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str, way: str, staleness: int):
     """All checks of the run are on. Log-probs are those of the checkpoint of the version that a token names."""
-    settings = [*engine(kind), f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=24"]
+    settings = [*engine(kind, way), f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=24"]
     settings += ["checkpoint.every_steps=1", "checkpoint.keep_last=null"]
     run = finished("train", "config.yaml", *settings)
     assert not servers()
@@ -114,17 +127,21 @@ def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("kind", "staleness"),
+    ("kind", "way", "staleness"),
     [
-        ("vllm", 1),
-        in_proof("vllm", 0),
-        in_proof("sglang", 0),
-        in_proof("sglang", 1),
-        in_proof("real vllm", 0),
-        in_proof("real vllm", 1),
+        ("vllm", "broadcast", 1),
+        in_proof("vllm", "", 0),
+        in_proof("vllm", "adapter", 1),
+        in_proof("sglang", "", 0),
+        in_proof("sglang", "", 1),
+        in_proof("real vllm", "", 0),
+        in_proof("real vllm", "broadcast", 1),
+        in_proof("real vllm", "adapter", 1),
     ],
 )
-def test_a_killed_server_costs_no_sample(ready: Path, kind: str, staleness: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_server_costs_no_sample(
+    ready: Path, kind: str, way: str, staleness: int, monkeypatch: pytest.MonkeyPatch
+):
     """Nothing is lost, nothing is trained twice; and without staleness it is the run without kills."""
     generate, asked, killed = (Vllm if "vllm" in kind else Sglang).generate, Counter[str](), list[int]()
 
@@ -135,7 +152,7 @@ def test_a_killed_server_costs_no_sample(ready: Path, kind: str, staleness: int,
             threading.Timer(0.05, lambda: os.kill(killed[-1], signal.SIGKILL)).start()
         return await generate(self, *arguments)
 
-    settings = [*engine(kind), f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=40"]
+    settings = [*engine(kind, way), f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=40"]
     monkeypatch.setenv("STANDIN_STEP_S", "0.01")
     with monkeypatch.context() as patch:
         patch.setattr(Vllm if "vllm" in kind else Sglang, "generate", watched)
@@ -206,6 +223,7 @@ def test_check_looks_for_the_server_and_tries_without_it(ready: Path, capsys: py
 
 
 PYTHON = "engine.python=python"
+ADAPTER, LORA = "engine.lora=adapter", "trainer.lora_rank=4"
 
 
 def test_ranks_on_gpus_share_them_with_a_server_that_sleeps(ready: Path, monkeypatch: pytest.MonkeyPatch):
@@ -225,7 +243,21 @@ def test_ranks_on_gpus_share_them_with_a_server_that_sleeps(ready: Path, monkeyp
     [
         (["engine.name=vllm"], "one of engine.python"),
         (["engine.name=vllm", PYTHON, "engine.url=http://localhost:1"], "and not both"),
-        (["engine.name=vllm", "engine.url=http://far:1"], "set engine.publication_folder"),
+        (["engine.name=vllm", "engine.url=http://far:1"], "or engine.publication_folder to a folder"),
+        (
+            ["engine.name=vllm", PYTHON, "engine.publication=broadcast", "engine.publication_folder=x"],
+            "has no effect with engine.publication=broadcast",
+        ),
+        (["engine.name=vllm", PYTHON, ADAPTER], "has no effect without trainer.lora_rank"),
+        (["engine.name=vllm", PYTHON, ADAPTER, LORA], "cannot work with model.random_weights=true"),
+        (
+            ["engine.name=vllm", PYTHON, ADAPTER, LORA, "model.random_weights=false", "engine.publication=broadcast"],
+            "reads an adapter from a folder",
+        ),
+        (
+            ["engine.name=vllm", PYTHON, ADAPTER, "trainer.lora_rank=600", "model.random_weights=false"],
+            "vLLM takes 512 at most",
+        ),
         (["engine.name=vllm", "engine.url=http://localhost:1", "engine.num_slots=4"], "engine.num_slots has no effect"),
         (["engine.name=vllm", "engine.url=http://localhost:1", "engine.compile=true"], "engine.compile has no effect"),
         (["engine.name=vllm", "engine.url=far"], "looks like http://host:port"),

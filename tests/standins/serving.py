@@ -29,11 +29,16 @@ STEP_S = float(os.environ.get("STANDIN_STEP_S", "0"))
 class Sampler:
     """Draws a token of every request in turn."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, random_weights: bool = True) -> None:
         logging.disable_progress_bar()
         torch.set_num_threads(1)
         torch.manual_seed(1234)  # the weights are no model's until some are loaded
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        self.model: Any = (
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            if random_weights
+            else AutoModelForCausalLM.from_pretrained(path)
+        )
+        self.has_adapter = False
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.version = "default"
         self.asleep: set[str] = set()
@@ -62,6 +67,23 @@ class Sampler:
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         assert not unexpected
         assert set(missing) <= {"lm_head.weight"}  # tied
+
+    def take_adapter(self, folder: str, max_rank: int) -> None:
+        """Over the model's own weights, in the place of the one before."""
+        from peft import PeftModel
+
+        assert json.loads((Path(folder) / "adapter_config.json").read_text())["r"] <= max_rank
+        base = self.model.unload() if self.has_adapter else self.model
+        self.model, self.has_adapter = PeftModel.from_pretrained(base, folder), True
+
+    def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """By the names that sluice has for them."""
+        if not self.has_adapter:
+            return self.model.named_parameters()
+        from sluice.trainers.lora import weights_apart
+
+        inner = self.model.base_model.model
+        return weights_apart(inner, inner.named_parameters())
 
     async def sample(
         self,

@@ -21,9 +21,12 @@ from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
+from sluice.weights.disk import ADAPTER_FOLDER, DiskInlet
 from sluice.weights.fingerprint import combined
 from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
 
+ADAPTER = "adapter"
+"""What the server calls the one that it takes."""
 INSIDE = Path(__file__).with_name("inside_vllm")
 DROPPED = -9000.0
 """vLLM says -9999 for the log-prob of an id that top-p or top-k dropped."""
@@ -46,13 +49,19 @@ class VllmServer(ServerSetting):
     cores."""
     cache_gb: int
     """10⁹ bytes of key-value cache, on the CPU."""
+    lora_rank: int | None = None
+    """Of the adapters that it is to take, over the weights of the model's folder; None: it takes weights, and reads none there."""
     speculative: Mapping[str, Any] | None = None
     compiles: bool = False
 
     def command(self, key: str) -> Command:
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", PORT]
         words += ["--hf-overrides", json.dumps({"architectures": [self.architecture]})]
-        words += ["--model", self.model, "--served-model-name", "policy", "--load-format", "dummy"]
+        words += ["--model", self.model, "--served-model-name", "policy"]
+        if self.lora_rank is None:
+            words += ["--load-format", "dummy"]
+        else:
+            words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(self.lora_rank)]
         words += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         words += ["--max-num-seqs", str(self.max_num_seqs), "--generation-config", "vllm"]
         words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max(1, self.top_k))]
@@ -82,6 +91,7 @@ class VllmServer(ServerSetting):
             | {
                 "VLLM_SERVER_DEV_MODE": "1",
                 "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
                 "VLLM_RPC_BASE_PATH": SCRATCH,  # for its sockets, which it leaves behind
                 "VLLM_CPU_OMP_THREADS_BIND": self._cores(),
                 "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
@@ -105,10 +115,13 @@ class Vllm:
 
     name = "vLLM"
 
-    def __init__(self, server: VllmServer | None, repetition: Mapping[str, int] | None = None) -> None:
-        """Without a `server` it cannot be started. `repetition`: of what size a pattern and how many times in a row end a completion."""
+    def __init__(
+        self, server: VllmServer | None, repetition: Mapping[str, int] | None = None, *, adapter: bool = False
+    ) -> None:
+        """Without a `server` it cannot be started. `repetition`: of what size a pattern and how many times in a row end a completion.
+        `adapter`: what is published is that alone."""
         self._server = server
-        self._repetition = repetition
+        self._repetition, self._adapter = repetition, adapter
         self._quantized = server is not None and server.quantization is not None
         self._loaded: list[Any] = []
         """The parts of what it was given last."""
@@ -144,6 +157,8 @@ class Vllm:
         if self._repetition:
             params["repetition_detection"] = dict(self._repetition)
         body = {"token_ids": list(prompt_ids), "sampling_params": params, "output_mode": "tokens"}
+        if self._adapter:
+            body["model"] = ADAPTER
         answer = await http.post("/inference/v1/generate", body)
         try:
             return _reply(answer["choices"][0], sampling.top_k > 0)
@@ -155,9 +170,22 @@ class Vllm:
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
 
     async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
-        pickled = b64encode(pickle.dumps(inlet)).decode()
-        (self._loaded, *_) = await self._call(http, "sluice_load", pickled, str(version))
+        if self._adapter:
+            assert isinstance(inlet, DiskInlet)
+            await self._load_adapter(http, str(inlet.of(version) / ADAPTER_FOLDER))
+        else:
+            pickled = b64encode(pickle.dumps(inlet)).decode()
+            self._loaded = await self._told(http, "sluice_load", pickled, str(version))
         await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
+
+    async def _load_adapter(self, http: HttpClient, folder: str) -> None:
+        """The server itself is told of it once. With its own way to put another in its place (`load_inplace`), every step of a completion
+        that was begun before would load the old one again."""
+        models = await http.get("/v1/models", STATUS_LIMIT_S)
+        if ADAPTER not in [model["id"] for model in models["data"]]:
+            wanted = {"lora_name": ADAPTER, "lora_path": folder}
+            await http.post("/v1/load_lora_adapter", wanted, PUBLISH_LIMIT_S)
+        await self._told(http, "sluice_load_adapter", folder)
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/resume", limit_s=PUBLISH_LIMIT_S)
@@ -174,6 +202,13 @@ class Vllm:
 
     async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
         await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
+
+    async def _told(self, http: HttpClient, method: str, *arguments: str) -> Any:
+        """As `_call`, of a method that tells its errors: what its first worker gives."""
+        results = await self._call(http, method, *arguments)
+        if error := next((said["error"] for said in results if "error" in said), None):
+            raise ValueError(f"it did not take the weights: {error}")
+        return results[0]["value"]
 
     async def _call(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
         """Of all its workers: what each of them answers."""

@@ -146,7 +146,8 @@ def publication_afar(config: TrainConfig, model: PolicyModel, host: str) -> Broa
     if config.weights_go_by() == "disk":
         from sluice.weights.disk import Disk
 
-        return Disk(Path(settings.publication_folder) if settings.publication_folder else None)
+        parent = Path(settings.publication_folder) if settings.publication_folder else None
+        return Disk(parent, adapter=config.publishes_adapters())
     from sluice.weights.broadcast import Broadcast
     from sluice.weights.publication import PUBLISH_LIMIT_S
 
@@ -196,7 +197,8 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
 
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
-    model = trained(adapted(load_policy(config, chat), settings, config.run.seed), settings)
+    base = load_policy(config, chat)
+    model = trained(adapted(base, settings, config.run.seed, apart=config.publishes_adapters()), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None
@@ -264,15 +266,20 @@ def load_policy(
     return model
 
 
-def adapted(model: PolicyModel, settings: AdapterFields, seed: int) -> PolicyModel:
-    """With adapters, if such are to be trained instead of the model itself."""
+def adapted(model: PolicyModel, settings: AdapterFields, seed: int, *, apart: bool = False) -> PolicyModel:
+    """With adapters, if such are to be trained instead of the model itself; `apart` as `LoraModel` has it."""
     if settings.lora_rank is None:
         return model
     check_adapters(model, settings)
     from sluice.trainers.lora import LoraModel
 
     return LoraModel(
-        model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets, seed=seed
+        model,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        seed=seed,
+        apart=apart,
     )
 
 

@@ -127,7 +127,7 @@ def _sharded(
         whole = load_policy(config.model_copy(update={"model": in_ram}), chat, key, path)
     parts = (outline, whole, parallel, DTYPES[config.model.dtype])
     if has_adapters:
-        model = _with_adapters(settings, config.run.seed, *parts)
+        model = _with_adapters(config, settings, *parts)
     else:
         model = ShardedModel(*parts, with_head=with_head, cpu_offload=settings.cpu_offload)
     if learns:
@@ -137,7 +137,7 @@ def _sharded(
     return model
 
 
-def _with_adapters(settings: FsdpTrainer, seed: int, *parts: Any) -> ShardedModel:
+def _with_adapters(config: TrainConfig, settings: FsdpTrainer, *parts: Any) -> ShardedModel:
     from sluice.trainers.sharded_lora import ShardedLoraModel
 
     assert settings.lora_rank is not None
@@ -146,7 +146,8 @@ def _with_adapters(settings: FsdpTrainer, seed: int, *parts: Any) -> ShardedMode
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
-        seed=seed,
+        seed=config.run.seed,
+        apart=config.publishes_adapters(),
         cpu_offload=settings.cpu_offload,
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from sluice.config import TrainConfig
-from sluice.configengines import ServerEngine, SglangEngine, VllmEngine
+from sluice.config import DryTrainer, TrainConfig
+from sluice.configengines import LORA_RANKS, ServerEngine, SglangEngine, VllmEngine
 from sluice.data.chat import Chat
 from sluice.errors import ConfigError
 from sluice.launch.checked import window_of
@@ -85,17 +85,18 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
     from sluice.engines.vllm import Vllm, VllmServer
 
     if settings.url:
-        return Vllm(None, _repetition(settings))
+        return Vllm(None, _repetition(settings), adapter=config.publishes_adapters())
     server = VllmServer(
         **shared,
         top_k=config.rollout.top_k,
         # Ray counts cores, and does not say which are whose
         first_thread=k * engine_threads(config) if config.placement.name == "local" else None,
         cache_gb=settings.cache_gb,
+        lora_rank=_lora_rank(config),
         speculative=_drafting(settings),
         compiles=settings.compile,
     )
-    return Vllm(server, _repetition(settings))
+    return Vllm(server, _repetition(settings), adapter=config.publishes_adapters())
 
 
 def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
@@ -118,6 +119,16 @@ def _drafting(settings: VllmEngine) -> dict[str, str | int] | None:
         return None
     path = {"model": settings.draft_path} if settings.draft_path else {}
     return {"method": settings.speculative, "num_speculative_tokens": settings.draft_tokens, **path}
+
+
+def _lora_rank(config: TrainConfig) -> int | None:
+    """For which vLLM is to make room, if it takes adapters."""
+    if not config.publishes_adapters():
+        return None
+    assert not isinstance(config.trainer, DryTrainer)
+    wanted = config.trainer.lora_rank
+    assert wanted is not None  # the config wants one
+    return next(rank for rank in LORA_RANKS if rank >= wanted)
 
 
 def _repetition(settings: VllmEngine) -> dict[str, int] | None:

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685, section 4.1): W + (alpha / rank) · B A, where only A and B are trained.
 
 The layers are peft's. What is published, exported and fingerprinted are merged weights under the names that the model has without
-adapters: engines know nothing of them.
+adapters: engines know nothing of them. Unless they take adapters as such: then these are published by themselves, and what is
+fingerprinted are the model's weights and theirs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sluice.errors import ConfigError
-from sluice.trainers.model import PolicyModel, copied
+from sluice.trainers.model import PolicyModel, check_finite, copied
+from sluice.weights.disk import ADAPTER_FOLDER
 from sluice.weights.fingerprint import fingerprint
 
-FOLDER, FILE = "adapter", "adapter_model.safetensors"
-"""In a checkpoint: what `peft.PeftModel.from_pretrained` loads over the base model."""
+FILE = "adapter_model.safetensors"
 BASE = "base_fingerprint"
 """In that file: of the base model."""
 NAME = "default"
@@ -31,32 +32,41 @@ NAME = "default"
 class LoraModel(PolicyModel):
     """Its base weights stay as they are."""
 
-    def __init__(self, base: PolicyModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """`targets` are names of linear layers in the body (`q_proj`); none for all of them. `seed` draws A; B begins as 0.
+    def __init__(
+        self, base: PolicyModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int, apart: bool = False
+    ) -> None:
+        """`targets` are names of linear layers in the body (`q_proj`); none for all of them. `seed` draws A; B begins as 0. `apart`:
+        engines take adapters as such.
 
         Raises ConfigError when a target is not there.
         """
         super().__init__(base.model)
+        self._apart = apart
         self._base_fingerprint = fingerprint(base.named_weights())
         self.settings = add_adapters(base, rank, alpha, targets, seed)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._merged(self.model.named_parameters())
+        parameters = self.model.named_parameters()
+        return weights_apart(self.model, parameters) if self._apart else self._merged(parameters)
 
     def export(self) -> Callable[[str], None]:
-        weights, adapter = copied(dict(self._merged(self.model.state_dict().items()))), copied(adapter_of(self.model))
+        weights, write_adapter = copied(dict(self._merged(self.model.state_dict().items()))), self.export_adapter()
 
         def write(folder: str) -> None:
             self.write(folder, weights)
-            write_adapter(folder, self.settings, adapter, self._base_fingerprint)
+            write_adapter(folder)
 
         return write
+
+    def export_adapter(self) -> Callable[[str], None]:
+        adapter = copied(adapter_of(self.model))
+        return lambda folder: write_adapter(folder, self.settings, adapter, self._base_fingerprint)
 
     @torch.no_grad()
     def load_weights(self, folder: str) -> None:
         """Take the adapter of a checkpoint, over the base that this model has. Raises ConfigError when it was made over another."""
         check_base(folder, self._base_fingerprint)
-        with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
+        with safe_open(Path(folder) / ADAPTER_FOLDER / FILE, "pt") as file:
             for name, tensor in adapter_of(self.model).items():
                 tensor.copy_(file.get_tensor(name))
 
@@ -96,7 +106,8 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
 
 def write_adapter(folder: str, settings: LoraConfig, adapter: dict[str, Tensor], base: str) -> None:
     """`base` is the fingerprint of the model that it was made over."""
-    path = Path(folder) / FOLDER
+    check_finite(adapter)
+    path = Path(folder) / ADAPTER_FOLDER
     path.mkdir()
     settings.save_pretrained(str(path))
     save_file(adapter, path / FILE, {"format": "pt", BASE: base})
@@ -104,7 +115,7 @@ def write_adapter(folder: str, settings: LoraConfig, adapter: dict[str, Tensor],
 
 def check_base(folder: str, base: str) -> None:
     """Raises ConfigError when the adapter of a checkpoint was made over another model."""
-    with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
+    with safe_open(Path(folder) / ADAPTER_FOLDER / FILE, "pt") as file:
         if file.metadata()[BASE] != base:
             raise ConfigError(
                 "the model under the adapter has other weights than when the run began: those of model.path were changed; put "
@@ -122,6 +133,16 @@ def merged(
         if name.endswith(".base_layer.weight"):
             tensor = merge(model.get_submodule(name.removesuffix(".base_layer.weight")))
         yield name.replace(".base_layer.", "."), tensor
+
+
+def weights_apart(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model with adapters, those of the model under their names without; of each adapter A, and (alpha / rank) · B."""
+    for name, tensor in tensors:
+        layer, is_b, _ = name.partition(".lora_B.")
+        if is_b:
+            module: Any = model.get_submodule(layer)
+            tensor = tensor.detach() * module.scaling[NAME]
+        yield name.replace(".base_layer.", ".").replace(f".{NAME}.", "."), tensor
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor, Tensor, float]:

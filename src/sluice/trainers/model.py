@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,9 +199,7 @@ class PolicyModel:
         return lambda folder: self.write(folder, weights)
 
     def write(self, folder: str, weights: dict[str, Tensor]) -> None:
-        for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
+        check_finite(weights)
         self.model.save_pretrained(folder, state_dict=dict(weights))  # which it empties, also when the disk is full
 
     def architecture(self) -> dict[str, Any]:
@@ -260,6 +258,13 @@ def check_compiler() -> None:
         raise ConfigError(
             "trainer.compile needs a C++ compiler (g++ or clang++), and none is on the PATH; leave it out"
         )
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raises NonFiniteError for weights that are no numbers."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name} holds weights that are not finite; lower trainer.learning_rate")
 
 
 def copied(state: Any) -> Any:

@@ -119,9 +119,10 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Save:
-    """A folder that `transformers` loads."""
+    """A folder that `transformers` loads, or only the adapter in it."""
 
     folder: str
+    adapter: bool
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ class _Server:
                 self.rank.broadcast(address, version)
             case Fingerprint():
                 return _result_of(self.rank.trainer.fingerprint())
-            case Save(folder):
-                self.rank.save(folder)
+            case Save(folder, adapter):
+                self.rank.save(folder, adapter)
             case TakeSnapshot():
                 return self.rank.take_snapshot()
             case _:
@@ -318,8 +319,9 @@ class _Rank:
             for _ in weights:  # all ranks take part, whatever went wrong at the engine
                 pass
 
-    def save(self, folder: str) -> None:
-        self.trainer.model.export()(folder)
+    def save(self, folder: str, adapter: bool) -> None:
+        model: Any = self.trainer.model
+        (model.export_adapter if adapter else model.export)()(folder)
         if self.parallel.device.type == "cuda":
             torch.cuda.empty_cache()  # an engine that reads the folder may share the GPU
 

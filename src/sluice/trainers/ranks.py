@@ -146,8 +146,8 @@ class RankedTrainer:
             raise WeightsMoved(version)
         await self._ask_all(BroadcastTo(address, version))
 
-    async def save_weights(self, folder: str) -> None:
-        await self._ask_all(Save(folder))
+    async def save_weights(self, folder: str, adapter: bool) -> None:
+        await self._ask_all(Save(folder, adapter))
 
     def snapshot(self) -> Callable[[str], dict[str, Any]]:
         """As the local trainer does; each rank keeps the copy of its own shard, and writes it."""
@@ -346,9 +346,9 @@ class RankedWeights:
             raise WeightsMoved(version)
         return await self.trainer.fingerprint()
 
-    async def save(self, folder: str) -> None:
+    async def save(self, folder: str, *, adapter: bool = False) -> None:
         """By rank 0."""
-        await self.trainer.save_weights(folder)
+        await self.trainer.save_weights(folder, adapter)
 
 
 def _size(micro_batch: MicroBatch) -> int:

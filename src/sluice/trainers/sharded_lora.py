@@ -13,8 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from sluice.trainers.fsdp import ParallelState, ShardedModel, local
-from sluice.trainers.lora import adapter_of, add_adapters, check_base, factors, merged, merged_weight, write_adapter
+from sluice.trainers.fsdp import ParallelState, ShardedModel, local, whole
+from sluice.trainers.lora import (
+    adapter_of,
+    add_adapters,
+    check_base,
+    factors,
+    merged,
+    merged_weight,
+    weights_apart,
+    write_adapter,
+)
 from sluice.trainers.model import PolicyModel
 from sluice.weights.fingerprint import fingerprint
 
@@ -33,12 +42,14 @@ class ShardedLoraModel(ShardedModel):
         alpha: float,
         targets: Sequence[str],
         seed: int,
+        apart: bool = False,
         cpu_offload: bool = False,
     ) -> None:
         """As `ShardedModel` and `LoraModel`: with the same seed the adapters begin with the same numbers."""
         base = [whole and fingerprint(whole.named_weights())]
         dist.broadcast_object_list(base, 0, group=parallel.words)
         self._base_fingerprint: Any = base[0]
+        self._apart = apart
         if whole:
             add_adapters(whole, rank, alpha, targets, seed)
         self.settings = add_adapters(outline, rank, alpha, targets, seed)
@@ -59,16 +70,27 @@ class ShardedLoraModel(ShardedModel):
             a = a.redistribute(placements=[Replicate(), *a.placements[1:]])
         return self.parallel.like(weight, merged_weight(local(weight), local(a), local(b).to(self.dtype), scaling))
 
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        if not self._apart:
+            return super().named_weights()
+        shards = weights_apart(self.model, super().published(self.model.named_parameters()))
+        return ((name, whole(shard)) for name, shard in shards)
+
     def export(self) -> Callable[[str], None]:
-        write_weights = super().export()
-        adapter = self.copied_whole((name, t.to(self.dtype)) for name, t in adapter_of(self.model).items())
+        write_weights, write_adapter = super().export(), self.export_adapter()
 
         def write(folder: str) -> None:
             write_weights(folder)
-            if adapter is not None:
-                write_adapter(folder, self.settings, adapter, self._base_fingerprint)
+            write_adapter(folder)
 
         return write
+
+    def export_adapter(self) -> Callable[[str], None]:
+        """As that of a model in one process; rank 0 writes."""
+        adapter = self.copied_whole((name, t.to(self.dtype)) for name, t in adapter_of(self.model).items())
+        if adapter is None:
+            return lambda folder: None
+        return lambda folder: write_adapter(folder, self.settings, adapter, self._base_fingerprint)
 
     def check_base(self, folder: str) -> None:
         check_base(folder, self._base_fingerprint)

@@ -19,15 +19,19 @@ from sluice.interfaces import LanguageModel, Weights
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.publication import ReadWriteLock, WeightsMoved
 
+ADAPTER_FOLDER = "adapter"
+"""Where it is in a model folder, as peft loads it."""
+
 
 class Disk:
     """A model folder for each version, beside its name until it is whole, and removed when the next one is there."""
 
     fds = ()
 
-    def __init__(self, parent: Path | None) -> None:
-        """`parent` gets a folder for the run; None: the run's own folder has one."""
-        self._parent = parent
+    def __init__(self, parent: Path | None, *, adapter: bool = False) -> None:
+        """`parent` gets a folder for the run; None: the run's own folder has one. `adapter`: without the weights under it, which engines
+        have."""
+        self._parent, self._adapter = parent, adapter
         self.folder = Path()
         """Of the run that it belongs to, once it does."""
         self._lock = ReadWriteLock()
@@ -49,7 +53,7 @@ class Disk:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 try:
-                    await weights.save(str(unfinished))
+                    await weights.save(str(unfinished), adapter=self._adapter)
                     await asyncio.to_thread(self._put_in_place, unfinished, final)
                 except BaseException:
                     shutil.rmtree(unfinished, ignore_errors=True)

@@ -42,8 +42,9 @@ class InProcessWeights:
     async def copy_to(self, shared: SharedMemory) -> None:
         shared.write(self.model.named_weights())
 
-    async def save(self, folder: str) -> None:
-        await asyncio.to_thread(self.model.export(), folder)
+    async def save(self, folder: str, *, adapter: bool = False) -> None:
+        write = (self.model.export_adapter if adapter else self.model.export)()
+        await asyncio.to_thread(write, folder)
 
     async def fingerprint(self, version: int) -> str:
         async with self._unmoved(version):

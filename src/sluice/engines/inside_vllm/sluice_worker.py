@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import sys
+import traceback
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,24 @@ class Weights:
         """That it is there."""
         return []
 
-    def sluice_load(self, inlet: str, version: str) -> list[Any]:
-        """Take over the weights of a version, which come through a `sluice.weights.publication.Stream`, pickled.
+    def sluice_load(self, inlet: str, version: str) -> dict[str, Any]:
+        """Take over the weights of a version, which come through a `sluice.weights.publication.Stream`, pickled. Gives the parts of the
+        fingerprint of what came."""
+        return _outcome(lambda: self._load(inlet, int(version)))
 
-        Gives the parts of the fingerprint of what came.
-        """
+    def sluice_load_adapter(self, folder: str) -> dict[str, Any]:
+        """Put the adapter of a folder in the place of the one that it has."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        manager: Any = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        (number,) = manager.list_adapters()
+        return _outcome(lambda: manager.add_adapter(LoRARequest("adapter", number, folder, load_inplace=True)))
+
+    def _load(self, inlet: str, version: int) -> list[Any]:
         if inlet != self._inlet[0]:  # else it goes on with the group that it is in
             self._inlet = inlet, pickle.loads(b64decode(inlet))
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        weights = self._inlet[1].tensors(int(version), runner.device, _rank())
+        weights = self._inlet[1].tensors(version, runner.device, _rank())
         came: list[Any] = []
 
         def noted() -> Iterator[tuple[str, Tensor]]:
@@ -70,12 +80,23 @@ class Weights:
     def sluice_parts(self) -> list[Any]:
         """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
         the ranks are to be added."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        own = [*checkpoint_tensors(runner.get_model(), _rank()), *adapter_tensors(runner, _rank())]
         found: list[Any] = []
-        for name, tensor, shape in checkpoint_tensors(model, _rank()):
+        for name, tensor, shape in own:
             ((_, _, dtype, total),) = parts([(name, tensor)])
             found.append([name, shape, dtype, total])
         return found
+
+
+def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+    """Its value, or its error as text: of errors that are raised vLLM tells the first worker's, and takes the others' for answers to what it
+    asks next."""
+    try:
+        return {"value": work()}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _rank() -> int:
@@ -89,6 +110,7 @@ def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tenso
     """Name in the checkpoint, this rank's share, and the shape of the whole. A share that another rank has as well is left out."""
     packed = getattr(model, "packed_modules_mapping", {})
     for path, module in model.named_modules():
+        path = path.removesuffix(".base_layer")  # under an adapter
         for kind, weight in module.named_parameters(recurse=False):
             ranks: Any = getattr(module, "tp_size", 1)
             if ranks == 1 and rank > 0:
@@ -112,6 +134,35 @@ def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tenso
             elif rank > 0:  # as the bias behind split rows
                 continue
             yield f"{path}.{kind}" if path else kind, weight, shape
+
+
+def adapter_tensors(runner: Any, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """As `checkpoint_tensors`, of the adapter that is computed with: A, and B with its scale; none where there is none."""
+    if not runner.lora_config:
+        return
+    manager: Any = runner.lora_manager._adapter_manager
+    number = next((number for number in manager.lora_index_to_id if number is not None), None)
+    if number is None:
+        return
+    index, adapter = manager.lora_index_to_id.index(number), manager.get_adapter(number)
+    for path, module in manager.modules.items():
+        held = manager._get_lora_layer_weights(adapter, path)
+        if held is None:
+            continue
+        base, (parent, _, own) = module.base_layer, path.rpartition(".")
+        names = manager.packed_modules_mapping.get(own, [own])
+        copies_of_parts = [copies for _, copies in _rows_of_parts(base)] if len(names) > 1 else [1]
+        for k, (name, copies) in enumerate(zip(names, copies_of_parts, strict=True)):
+            if len(names) > 1 and held.lora_a[k] is None:
+                continue
+            a = module.lora_a_stacked[k][index, 0, : held.rank]
+            b = module.lora_b_stacked[k][index, 0, :, : held.rank]
+            for kind, tensor, dim, copies_of in (("lora_A", a, 1, 1), ("lora_B", b, 0, copies)):
+                shape, is_sharded = list(tensor.shape), _sharded_dim(base, "weight") == dim
+                if is_sharded:
+                    shape[dim] = shape[dim] * base.tp_size // copies_of
+                if rank % copies_of == 0 if is_sharded else rank == 0:
+                    yield f"{parent}.{name}.{kind}.weight", tensor, shape
 
 
 def _rows_of_parts(module: Any) -> list[tuple[int, int]]:

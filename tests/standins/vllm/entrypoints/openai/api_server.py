@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from serving import Sampler, option, serve
 
+from sluice.errors import SluiceError
 from sluice.weights.fingerprint import parts
 
-SAMPLER = Sampler(option("--model"))
+SAMPLER = Sampler(option("--model"), random_weights=option("--load-format") == "dummy")
 INLETS: dict[str, Any] = {}
 
 
@@ -32,6 +33,8 @@ async def weight_info(body: dict[str, Any]) -> tuple[int, Any]:
 
 async def generate(body: dict[str, Any]) -> tuple[int, Any]:
     wanted = body["sampling_params"]
+    if body.get("model", "policy") != ("adapter" if SAMPLER.has_adapter else "policy"):
+        return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
     if max(body["token_ids"]) >= SAMPLER.model.config.vocab_size:
         return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
     found = await SAMPLER.sample(
@@ -71,6 +74,18 @@ async def resume(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"status": "resumed"}
 
 
+async def models(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, {"data": [{"id": "policy"}, *([{"id": "adapter"}] if SAMPLER.has_adapter else [])]}
+
+
+async def load_lora_adapter(body: dict[str, Any]) -> tuple[int, Any]:
+    assert not SAMPLER.running.is_set()
+    assert "--enable-lora" in sys.argv
+    assert not SAMPLER.has_adapter
+    SAMPLER.take_adapter(body["lora_path"], int(option("--max-lora-rank")))
+    return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+
+
 async def update_weight_version(body: dict[str, Any]) -> tuple[int, Any]:
     SAMPLER.version = body["new_version"]
     return 200, {"success": True, "new_version": body["new_version"]}
@@ -86,10 +101,17 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
             assert not SAMPLER.running.is_set()
             if inlet not in INLETS:
                 INLETS[inlet] = pickle.loads(b64decode(inlet))
-            SAMPLER.take(INLETS[inlet].tensors(int(version), torch.device("cpu"), 0))
-            return 200, {"results": [parts(SAMPLER.model.named_parameters())]}
+            try:
+                SAMPLER.take(INLETS[inlet].tensors(int(version), torch.device("cpu"), 0))
+            except SluiceError as error:
+                return 200, {"results": [{"error": str(error)}]}
+            return 200, {"results": [{"value": parts(SAMPLER.named_weights())}]}
+        case "sluice_load_adapter", [folder]:
+            assert SAMPLER.has_adapter
+            SAMPLER.take_adapter(folder, int(option("--max-lora-rank")))
+            return 200, {"results": [{"value": True}]}
         case "sluice_parts", []:
-            return 200, {"results": [parts(SAMPLER.model.named_parameters())]}
+            return 200, {"results": [parts(SAMPLER.named_weights())]}
     return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
 
 
@@ -116,6 +138,8 @@ HANDLERS = {
     "/inference/v1/generate": generate,
     "/pause": pause,
     "/resume": resume,
+    "/v1/models": models,
+    "/v1/load_lora_adapter": load_lora_adapter,
     "/update_weight_version": update_weight_version,
     "/collective_rpc": collective_rpc,
     "/sleep": sleep,
