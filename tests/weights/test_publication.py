@@ -6,6 +6,7 @@ import asyncio
 import errno
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -94,6 +95,79 @@ def test_what_arrives_is_what_was_published(
     whole(run())
 
 
+def test_what_arrives_on_one_gpu_is_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where all share a bucket, here one in this process's memory, and gloo says whose turn it is."""
+    shared: list[torch.Tensor] = []
+
+    def exported(bucket: torch.Tensor) -> bytes:
+        shared.append(bucket)
+        return str(len(shared) - 1).encode()
+
+    def joined(self: group.Group, device: torch.device) -> Any:
+        return group._OneMemory(self._gloo(), self._bucket_of_all(device), self.rank == group.SENDER)
+
+    monkeypatch.setattr(group, "exported", exported)
+    monkeypatch.setattr(group, "imported", lambda handle, device: shared[int(handle)])
+    monkeypatch.setattr(group.Group, "_joined", joined)
+    test_what_arrives_is_what_was_published("broadcast", "qwen3", tmp_path, monkeypatch)
+    assert shared
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_another_process_on_the_gpu_takes_what_was_published(tmp_path: Path):
+    """By CUDA IPC: both see the bucket."""
+    trainer = PolicyModel(tiny_model("qwen3").model.to("cuda"))
+    publication = Broadcast(trainer.named_weights(), limit_s=60.0)
+    link = publication.link("server")
+    (tmp_path / "inlet").write_bytes(pickle.dumps(link.inlet))
+    code = (
+        "import pickle, sys, torch; from sluice.weights.fingerprint import fingerprint\n"
+        "inlet = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print(fingerprint(inlet.tensors(0, torch.device('cuda'), 0)), inlet._group._wire.buffer.device)"
+    )
+
+    async def run() -> bytes:
+        await publication.publish(InProcessWeights(trainer), 0)
+        taker = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, str(tmp_path / "inlet"), stdout=asyncio.subprocess.PIPE
+        )
+        said: list[bytes] = []
+
+        async def take_over() -> None:
+            said.append((await taker.communicate())[0])
+
+        await link.deliver(0, take_over)
+        return said[0]
+
+    assert whole(run()).decode().split() == [fingerprint(trainer.named_weights()), "cuda:0"]
+
+
+def test_all_workers_of_a_server_get_all_tensors(monkeypatch: pytest.MonkeyPatch):
+    """As new ones, whole, in buckets that cut through them."""
+    monkeypatch.setattr(group, "BUCKET_BYTES", 5000)
+    trainer, updates = tiny_model("qwen3"), Updates()
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    link = publication.link("server", 3)
+    inlets = [pickle.loads(pickle.dumps(link.inlet)) for _ in range(3)]
+
+    def taken(number: int, version: int) -> str:
+        return fingerprint(inlets[number].tensors(version, torch.device("cpu"), number))
+
+    async def run() -> None:
+        for version in range(2):
+            move(trainer)
+            await publication.publish(InProcessWeights(trainer, updates), version)
+            found: list[str] = []
+
+            async def take_over(version: int = version, found: list[str] = found) -> None:
+                found += await asyncio.gather(*(asyncio.to_thread(taken, k, version) for k in range(3)))
+
+            await link.deliver(version, take_over)
+            assert found == 3 * [fingerprint(trainer.named_weights())]
+
+    whole(run())
+
+
 def test_a_version_that_is_there_is_not_published_twice(tmp_path: Path):
     """Several engines share one publication, and each asks for it."""
     for way in ("shared memory", "disk"):
@@ -120,8 +194,8 @@ def test_a_version_on_disk_appears_whole_and_the_one_before_goes(tmp_path: Path)
     seen: list[list[str]] = []
 
     class Watched(InProcessWeights):
-        async def save(self, to: str) -> None:
-            await super().save(to)
+        async def save(self, to: str, **words: Any) -> None:
+            await super().save(to, **words)
             seen.append(sorted(path.name for path in folder.iterdir()))
 
     for version in range(3):
@@ -157,8 +231,8 @@ def test_what_is_not_ours_stays_in_the_folder(tmp_path: Path):
 
 def test_a_version_that_finds_no_room_leaves_nothing(tmp_path: Path):
     class TooLarge(InProcessWeights):
-        async def save(self, to: str) -> None:
-            await super().save(to)
+        async def save(self, to: str, **words: Any) -> None:
+            await super().save(to, **words)
             raise OSError(errno.ENOSPC, "No space left on device")
 
     disk = Disk(tmp_path / "shared")
@@ -180,7 +254,7 @@ def test_an_engine_that_does_not_see_the_folder_says_so(tmp_path: Path):
 
 def test_weights_that_a_rank_has_written_on_another_machine_are_missed(tmp_path: Path):
     class Elsewhere(InProcessWeights):
-        async def save(self, folder: str) -> None:
+        async def save(self, folder: str, **words: Any) -> None:
             await super().save(str(tmp_path / "of another machine"))
 
     disk = Disk(tmp_path)
