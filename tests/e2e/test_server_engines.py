@@ -186,6 +186,17 @@ def test_an_engine_with_stale_weights_is_caught_at_the_next_publication(
     assert not servers()
 
 
+@pytest.mark.parametrize("way", ["adapter", in_proof("broadcast")])
+def test_ranks_publish_to_servers(ready: Path, way: str):
+    """What two ranks have shards of arrives whole at two servers, which the checks of the run see to; of an adapter little is moved."""
+    fsdp = ["trainer.name=fsdp", "trainer.num_ranks=2", "model.device=cpu", "engine.replicas=2", "run.num_steps=2"]
+    run = finished("train", "config.yaml", *engine("vllm", way), *fsdp)
+    weights = AutoModelForCausalLM.from_pretrained(run / "checkpoints/step-000002")
+    size = sum(weight.nbytes for weight in weights.parameters())
+    moved = metrics_of(run)[-1]["perf/publish_bytes"]
+    assert 0 < moved < size if way == "adapter" else moved >= size
+
+
 def test_several_servers_share_the_work(ready: Path):
     run = finished("train", "config.yaml", *engine("vllm"), "engine.replicas=2", "run.num_steps=2")
     made = [sum(line[f"perf/engine_requests/{k}"] for line in metrics_of(run)) for k in range(2)]
