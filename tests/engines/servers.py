@@ -113,7 +113,7 @@ def served(
     folder: Path,
     *,
     url: str | None = None,
-    broadcast: bool = False,
+    publication: Disk | Broadcast | None = None,
     hang_timeout_s: float = 60.0,
     step_s: float = 0.0,
     start_limit_s: float = 200.0,
@@ -133,7 +133,7 @@ def served(
             patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]))
         engine = ServerEngine(
             change(dialect(kind, folder, **changes)),
-            Broadcast(model(0).named_weights(), limit_s=60.0) if broadcast else Disk(None),
+            publication or Disk(None),
             name="engine",
             url=url,
             decode=chat.decode,

@@ -63,6 +63,12 @@ class Sampler:
         assert not unexpected
         assert set(missing) <= {"lm_head.weight"}  # tied
 
+    def take_one(self, name: str, weight: torch.Tensor) -> None:
+        """The others stay as they are."""
+        assert "weights" not in self.asleep
+        with torch.no_grad():
+            self.model.get_parameter(name).copy_(weight)
+
     async def sample(
         self,
         prompt: Sequence[int],

@@ -21,6 +21,8 @@ from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
+from sluice.weights.broadcast import Broadcast, BroadcastLink
+from sluice.weights.disk import Disk, DiskLink
 from sluice.weights.fingerprint import combined
 from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
 
@@ -153,6 +155,9 @@ class Vllm:
     async def pause(self, http: HttpClient) -> None:
         """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
+
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink:
+        return publication.link(engine, self.num_workers)
 
     async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
         pickled = b64encode(pickle.dumps(inlet)).decode()
