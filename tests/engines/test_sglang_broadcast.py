@@ -144,11 +144,15 @@ def test_a_server_that_is_started_while_the_trainer_updates_waits_for_the_next_w
 def test_a_server_that_dies_while_it_takes_weights_is_lost_and_holds_nobody_up(
     one: Served, moment: str, monkeypatch: pytest.MonkeyPatch
 ):
-    join, send = ServerGroup.join, ServerGroup.send
+    join, send, told = ServerGroup.join, ServerGroup.send, list[Exception]()
 
     def at_join(self: ServerGroup, device: torch.device) -> None:
         kill(one)
-        join(self, device)
+        try:
+            join(self, device)
+        except Exception as error:
+            told.append(error)
+            raise
 
     def on_the_way(self: ServerGroup, weights: Iterable[tuple[str, Tensor]]) -> None:
         def until_it_is_killed() -> Iterator[tuple[str, Tensor]]:
@@ -157,7 +161,11 @@ def test_a_server_that_dies_while_it_takes_weights_is_lost_and_holds_nobody_up(
                     kill(one)
                 yield pair
 
-        send(self, until_it_is_killed())
+        try:
+            send(self, until_it_is_killed())
+        except Exception as error:
+            told.append(error)
+            raise
 
     one.publish(model(1), 40)
     if moment == "as it joins":  # which only a new one does
@@ -169,6 +177,7 @@ def test_a_server_that_dies_while_it_takes_weights_is_lost_and_holds_nobody_up(
         patch.setattr(ServerGroup, *(("join", at_join) if moment == "as it joins" else ("send", on_the_way)))
         with pytest.raises(EngineLostError, match="SIGKILL"):
             one.publish(model(2), 41)
+    assert told, "the trainer waits for it"
     assert time.monotonic() - start < SOON_S
     one.publish(model(3), 42)
     says(one, model(3), 42)
