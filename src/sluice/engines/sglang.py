@@ -27,7 +27,7 @@ from sluice.weights.server_group import ServerInlet
 
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 PORTION_BYTES = 2**29
-"""Of tensors that its workers are asked to take at once, for which they need as much memory beside their weights."""
+"""Of tensors that its workers are asked to take at once, and hold beside their weights."""
 _KEY = "SLUICE_API_KEY"
 _ENTRY = f"""\
 import os, runpy, sys
