@@ -227,6 +227,11 @@ class TrainConfig(Section):
         if isinstance(self.engine, ServerEngine):
             rollout = self.rollout
             self.engine.check_run(rollout.max_staleness, rollout.top_p, rollout.top_k, self.model.device)
+            if self.engine.publication == "broadcast" and (why := self._why_not_broadcast(self.engine)):
+                raise ValueError(
+                    f"engine.publication=broadcast with engine.name={self.engine.name} cannot work with {why}; set "
+                    "engine.publication=disk"
+                )
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -335,12 +340,16 @@ class TrainConfig(Section):
             return engine.publication
         if isinstance(engine, EmbeddedEngine):
             return "broadcast" if elsewhere else "shared_memory"
-        wants_folder = engine.url or engine.publication_folder or self.publishes_adapters()
+        wants_folder = engine.url or engine.publication_folder or self._why_not_broadcast(engine)
         return "broadcast" if elsewhere and not wants_folder else "disk"
 
     def publishes_adapters(self) -> bool:
         """By themselves, to engines that have the weights under them."""
         return isinstance(self.engine, VllmEngine) and self.engine.lora == "adapter"
+
+    def _why_not_broadcast(self, engine: ServerEngine) -> str:
+        shares_gpus = isinstance(self.placement, RayPlacement) and self.placement.layout == "colocated"
+        return engine.why_not_broadcast(shares_gpus)
 
     def idle_checks(self) -> dict[str, str]:
         """The checks that have nothing to look at in this run, and why."""

@@ -99,8 +99,8 @@ class ServerEngine(Section):
     replicas: PositiveInt = 1
     """Servers, each with its own copy of the weights, between which requests are shared out."""
     publication: Literal["broadcast", "disk"] | None = None
-    """How weights reach the server. broadcast: by NCCL between GPUs, by memory of the GPU that trainer and server are both on, else by gloo; in
-    buckets, without a copy in between. disk: as a model folder. Left out, disk, or broadcast with placement.name=ray."""
+    """How weights reach the server. broadcast: by NCCL between GPUs, by memory of the GPU that trainer and server are both on (vLLM only), else
+    by gloo; in buckets, without a copy in between. disk: as a model folder. Left out, disk, or broadcast with placement.name=ray."""
     publication_folder: str | None = None
     """Where publication=disk puts that folder, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
     `weights` in the run folder."""
@@ -180,6 +180,10 @@ class ServerEngine(Section):
             )
         return self
 
+    def why_not_broadcast(self, shares_gpus: bool) -> str:
+        """What of the config lets weights reach it from a folder only; nothing, if nothing does."""
+        return ""
+
     def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
         """Raises ValueError for what cannot work with the rest of the config."""
         if max_staleness == 0 and self.on_new_weights == "finish":
@@ -214,6 +218,9 @@ class VllmEngine(ServerEngine):
     repetition_tokens: PositiveInt = 32
     """Longest pattern of max_repetitions, in tokens."""
 
+    def why_not_broadcast(self, shares_gpus: bool) -> str:
+        return "engine.lora=adapter: a server reads an adapter from a folder" if self.lora == "adapter" else ""
+
     def check_adapter(self, lora_rank: int | None, random_weights: bool) -> None:
         """Raises ValueError for what cannot work with engine.lora=adapter, and for what would have no effect."""
         if self.lora == "merged":
@@ -222,7 +229,6 @@ class VllmEngine(ServerEngine):
             raise ValueError("engine.lora=adapter has no effect without trainer.lora_rank; set that, or leave it out")
         problems = {
             "model.random_weights=true: the server loads the weights under the adapter from model.path": random_weights,
-            "engine.publication=broadcast: a server reads an adapter from a folder": self.publication == "broadcast",
             "engine.sleep=true: a server that sleeps forgets the weights under the adapter": self.sleep,
             f"engine.quantization={self.quantization}: what a server has rounded cannot be compared with the trainer's": self.quantization,
             f"trainer.lora_rank={lora_rank}: vLLM takes {LORA_RANKS[-1]} at most": lora_rank > LORA_RANKS[-1],
@@ -254,6 +260,14 @@ class SglangEngine(ServerEngine):
     """An SGLang server generates, in an environment of its own; sluice talks to it with the package aiohttp (`pip install aiohttp`)."""
     deterministic: bool = False
     """Whether what a request draws depends on its seed only, for which SGLang takes slower kernels. Without it seeds have no effect."""
+
+    def why_not_broadcast(self, shares_gpus: bool) -> str:
+        if self.sleep or shares_gpus:
+            where = "engine.sleep=true" if self.sleep else "placement.layout=colocated"
+            return f"{where}: trainer and server are on one GPU, and SGLang takes broadcasts by NCCL, which wants two"
+        if self.quantization:
+            return f"engine.quantization={self.quantization}: SGLang rounds only weights that it reads from a folder"
+        return ""
 
     def check_run(self, max_staleness: int, top_p: float, top_k: int, device: str) -> None:
         super().check_run(max_staleness, top_p, top_k, device)

@@ -85,6 +85,12 @@ class Sampler:
         inner = self.model.base_model.model
         return weights_apart(inner, inner.named_parameters())
 
+    def take_one(self, name: str, weight: torch.Tensor) -> None:
+        """The others stay as they are."""
+        assert "weights" not in self.asleep
+        with torch.no_grad():
+            self.model.get_parameter(name).copy_(weight)
+
     async def sample(
         self,
         prompt: Sequence[int],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from sluice.engines.guard import Command
 from sluice.engines.http import HttpClient
 from sluice.types import FinishReason, Sampling
-from sluice.weights.publication import Stream
+from sluice.weights.broadcast import Broadcast, BroadcastLink, ServerLink
+from sluice.weights.disk import Disk, DiskLink
 
 STATUS_LIMIT_S = 10.0
 POLL_S = 0.2
@@ -53,8 +54,6 @@ class Dialect(Protocol):
     """All of it raises OSError, HttpError and TimeoutError."""
 
     name: str
-    num_workers: int
-    """Processes of the server that was checked last which each take weights."""
 
     def command(self, key: str) -> Command:
         """How one is started, with random weights; nobody else is to give it orders than who knows the `key`."""
@@ -70,8 +69,12 @@ class Dialect(Protocol):
         """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
         ...
 
-    async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
-        """Take over the weights that come through it; the server is paused."""
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink | ServerLink:
+        """With the server that was checked last."""
+        ...
+
+    async def load(self, http: HttpClient, inlet: Any, version: int) -> None:
+        """Take over the weights that come through the inlet of that link; the server is paused."""
         ...
 
     async def resume(self, http: HttpClient) -> None: ...

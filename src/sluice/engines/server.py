@@ -25,7 +25,7 @@ from sluice.errors import EngineError, EngineLostError
 from sluice.interfaces import Weights
 from sluice.processes import Died, Launch
 from sluice.types import Completion, Sampling
-from sluice.weights.broadcast import Broadcast, BroadcastLink
+from sluice.weights.broadcast import Broadcast, BroadcastLink, ServerLink
 from sluice.weights.disk import Disk, DiskLink
 
 BROKEN_ANSWERS = 3
@@ -62,7 +62,7 @@ class ServerEngine:
             dialect, self._deaths, url=url, launch=launch, start_limit_s=start_limit_s, hang_timeout_s=hang_timeout_s
         )
         self._server: Server | None = None
-        self._link: DiskLink | BroadcastLink
+        self._link: DiskLink | BroadcastLink | ServerLink
         """With the server that runs."""
         self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
         self._may_begin = asyncio.Event()
@@ -255,7 +255,7 @@ class ServerEngine:
                 self._may_begin.clear()  # it has no weights yet
                 try:
                     server = await self._servers.next(number, self._publication.folder, self._ended)
-                    self._link = self._publication.link(self._name, self._dialect.num_workers)
+                    self._link = self._dialect.link(self._publication, self._name)
                     self._server = server
                 except BaseException as error:
                     self._may_begin.set()  # who waits is told

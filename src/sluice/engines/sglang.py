@@ -1,14 +1,17 @@
-"""SGLang as an engine: token ids in and out, and weights from disk between a pause and its end.
+"""SGLang as an engine: token ids in and out, and weights between a pause and its end.
 
-Written from its documentation (0.5.23) and its weight checker; it has no build for CPUs, so it was run against a stand-in only.
+Written from its documentation (0.5.23), its weight checker and its code for updates of weights; it has no build for CPUs, so it was run
+against a stand-in only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +20,14 @@ from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.disk import DiskInlet
-from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
+from sluice.weights.broadcast import Broadcast, ServerLink
+from sluice.weights.disk import Disk, DiskInlet, DiskLink
+from sluice.weights.publication import PUBLISH_LIMIT_S
+from sluice.weights.server_group import ServerInlet
 
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+PORTION_BYTES = 2**29
+"""Of tensors that its workers are asked to take at once, and hold beside their weights."""
 _KEY = "SLUICE_API_KEY"
 _ENTRY = f"""\
 import os, runpy, sys
@@ -68,6 +75,47 @@ class SglangServer(ServerSetting):
         return Command([*words, *self.arguments], variables | seen(self.gpus))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of a server's workers."""
+
+    num_workers: int
+    """Those that tensor parallelism makes."""
+    device: str
+    has_ranks: bool
+    """Whether these are all, or have numbers that no others have."""
+
+
+def _layout(about: Any) -> Layout:
+    try:
+        is_plain = about["pp_size"] == 1 and (about["dp_size"] == 1 or about["enable_dp_attention"])
+        return Layout(about["tp_size"], about["device"], is_plain)
+    except (KeyError, TypeError) as error:
+        raise EngineError(f"no SGLang server says of itself what this one does: {about!r}") from error
+
+
+async def _order(http: HttpClient, path: str, body: Mapping[str, Any]) -> None:
+    """About its weights."""
+    answer = await http.post(path, body, PUBLISH_LIMIT_S)
+    if not answer["success"]:
+        raise EngineError(f"SGLang did not take the weights: {answer['message']}")
+
+
+def _portions(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Name, shape and dtype of each; as many at once as fit, and one at least."""
+    portion: list[Any] = []
+    room = PORTION_BYTES
+    for tensor in tensors:
+        _, shape, dtype = tensor
+        size = math.prod(shape) * dtype.itemsize
+        if portion and size > room:
+            yield portion
+            portion, room = [], PORTION_BYTES
+        portion.append(tensor)
+        room -= size
+    yield portion
+
+
 def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
     """Of the weights, for so many tokens; by the server's own word, where it says so."""
     version = str(about.get("weight_version") or "")
@@ -85,7 +133,8 @@ class Sglang:
         """Without a `server` it cannot be started. `deterministic`: it obeys seeds."""
         self._server = server
         self._deterministic = deterministic
-        self.num_workers = 1
+        self._layout = Layout(1, "cpu", True)
+        """Of the server that was checked last."""
         self._held: dict[str, str] = {}
         """What was published when the server first had weights of a checksum, by the checksum; both as the owner says."""
 
@@ -97,6 +146,7 @@ class Sglang:
         await http.get("/get_model_info", STATUS_LIMIT_S)
         if not self._held:
             self._held[await self._checksum(http)] = "those it was started with"
+        self._layout = _layout(await http.get("/get_server_info", STATUS_LIMIT_S))
 
     async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
         params: dict[str, Any] = {
@@ -137,12 +187,55 @@ class Sglang:
                 except HttpError:
                     await asyncio.sleep(POLL_S)
 
-    async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
-        assert isinstance(inlet, DiskInlet)
-        body = {"model_path": str(inlet.of(version)), "weight_version": str(version), "flush_cache": True}
-        answer = await http.post("/update_weights_from_disk", body, PUBLISH_LIMIT_S)
-        if not answer["success"]:
-            raise EngineError(f"SGLang did not take the weights: {answer['message']}")
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | ServerLink:
+        if isinstance(publication, Disk):
+            return publication.link(engine)
+        return publication.server_link(engine, self._layout.num_workers, self._layout.device)
+
+    async def load(self, http: HttpClient, inlet: DiskInlet | ServerInlet, version: int) -> None:
+        last = {"weight_version": str(version), "flush_cache": True}
+        if isinstance(inlet, DiskInlet):
+            await _order(http, "/update_weights_from_disk", {"model_path": str(inlet.of(version)), **last})
+            return
+        if not self._layout.has_ranks:
+            raise EngineError(
+                "weights cannot be broadcast to an SGLang server with --pp-size or --dp-size above 1, several of whose workers would have "
+                "one rank; leave these out, or set engine.publication=disk"
+            )
+        await inlet.meet(version)
+        if not inlet.has_joined:
+            await self._join(http, inlet)
+        try:
+            await self._take(http, inlet, last)
+        except HttpError:  # it lives, and the trainer is not to wait for it
+            await self._leave(http, inlet)
+            raise
+
+    async def _take(self, http: HttpClient, inlet: ServerInlet, last: Mapping[str, Any]) -> None:
+        portions = list(_portions(inlet.address.tensors))
+        for number, tensors in enumerate(portions, 1):
+            body = {
+                "group_name": inlet.group_name,
+                "names": [name for name, _, _ in tensors],
+                "shapes": [shape for _, shape, _ in tensors],
+                "dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in tensors],
+                **(last if number == len(portions) else {"flush_cache": False}),
+            }
+            await _order(http, "/update_weights_from_distributed", body)
+
+    async def _join(self, http: HttpClient, inlet: ServerInlet) -> None:
+        """While the trainer does: each waits for the other."""
+        address = inlet.address
+        assert address.workers
+        await self._leave(http, inlet)  # what a run before this one has left
+        where = {"master_address": address.host, "master_port": address.workers.port, "backend": inlet.backend}
+        ranks = {"rank_offset": 1, "world_size": len(address.ranks)}
+        await _order(http, "/init_weights_update_group", {"group_name": inlet.group_name, **where, **ranks})
+        inlet.joined()
+
+    async def _leave(self, http: HttpClient, inlet: ServerInlet) -> None:
+        with suppress(HttpError):  # there may be none
+            await http.post("/destroy_weights_update_group", {"group_name": inlet.group_name}, PUBLISH_LIMIT_S)
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/continue_generation", {}, PUBLISH_LIMIT_S)

@@ -21,7 +21,8 @@ from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.disk import ADAPTER_FOLDER, DiskInlet
+from sluice.weights.broadcast import Broadcast, BroadcastLink
+from sluice.weights.disk import ADAPTER_FOLDER, Disk, DiskInlet, DiskLink
 from sluice.weights.fingerprint import combined
 from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
 
@@ -168,6 +169,9 @@ class Vllm:
     async def pause(self, http: HttpClient) -> None:
         """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
+
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink:
+        return publication.link(engine, self.num_workers)
 
     async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
         if self._adapter:

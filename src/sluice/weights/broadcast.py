@@ -10,7 +10,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 from sluice.errors import EngineError, TrainingError, boundary
 from sluice.interfaces import LanguageModel, Weights
 from sluice.processes import Died
-from sluice.weights.group import GONE, SENDER, Address, Group, dist
+from sluice.weights.group import GONE, SENDER, Address, Group, Workers, dist
 from sluice.weights.publication import WeightsMoved
+from sluice.weights.server_group import ServerGroup, ServerInlet
 
 LAST_WORDS_S = 5.0
 """For the trainer to say what happened to it, when the engine has seen the connection break off."""
@@ -39,12 +40,9 @@ class Broadcast:
         """`weights` say what is published: names, shapes and dtypes. `host` is this one's address as trainer and engines see it."""
         self._tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in weights)
         self._num_bytes = sum(t.nbytes for t in _like(self._tensors))
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, 0), family=family)
-        self._port = listening.getsockname()[1]
-        self._store: Any = dist.TCPStore(
-            host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-        )
+        self._port: int
+        self._store: Any
+        self._store, self._port = _new_store(host)
         self._host, self._limit_s = host, limit_s
         self._processes = count()
         self._weights: Weights | None = None
@@ -58,12 +56,22 @@ class Broadcast:
         return self._num_bytes
 
     def link(self, engine: str, receivers: int = 1) -> BroadcastLink:
-        address = Address(
-            self._host, self._port, engine, next(self._processes), receivers, self._tensors, self._limit_s
-        )
-        return BroadcastLink(BroadcastInlet(address), self)
+        return BroadcastLink(BroadcastInlet(self._address(engine, receivers)), self)
 
-    async def deliver(self, address: Address, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
+    def server_link(self, engine: str, receivers: int, device: str) -> ServerLink:
+        """With receivers that have no code of ours; they are on `cuda` or `cpu`."""
+        rendezvous, port = _new_store(self._host)
+        address = replace(self._address(engine, receivers), workers=Workers(port, device))
+        return ServerLink(ServerInlet(address, rendezvous), self)
+
+    def _address(self, engine: str, receivers: int) -> Address:
+        process = next(self._processes)
+        return Address(self._host, self._port, engine, process, receivers, self._tensors, self._limit_s)
+
+    async def deliver(
+        self, inlet: BroadcastInlet | ServerInlet, version: int, take_over: Callable[[], Awaitable[object]]
+    ) -> None:
+        address = inlet.address
         sending = asyncio.ensure_future(self._send(address, version))
         taking = asyncio.ensure_future(take_over())
         try:
@@ -71,6 +79,8 @@ class Broadcast:
             if not (sending.done() and taking.done()):
                 for rank in address.ranks:  # none need wait for another
                     self._store.set(f"{address.prefix()}/{version}/{rank}", GONE)
+                if isinstance(inlet, ServerInlet):
+                    inlet.break_off()
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
                 await asyncio.wait([sending], timeout=LAST_WORDS_S)
             errors = [error for task in (taking, sending) if task.done() and (error := task.exception())]
@@ -103,7 +113,16 @@ class BroadcastLink:
     publication: Broadcast
 
     async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
-        await self.publication.deliver(self.inlet.address, version, take_over)
+        await self.publication.deliver(self.inlet, version, take_over)
+
+
+@dataclass(frozen=True)
+class ServerLink:
+    inlet: ServerInlet
+    publication: Broadcast
+
+    async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
+        await self.publication.deliver(self.inlet, version, take_over)
 
 
 class BroadcastInlet:
@@ -152,12 +171,20 @@ class Sender:
         engine = address.host, address.port, address.engine
         group = self._groups.pop(engine, None)
         if group is None or group.address != address:
-            group = Group(address, SENDER)
+            group = ServerGroup(address, device) if address.workers else Group(address, SENDER)
         group.meet(version)
         with _told(version):
             group.join(device)
             group.send(weights)
         self._groups[engine] = group  # one that failed is not used again
+
+
+def _new_store(host: str) -> tuple[Any, int]:
+    """Held by this process, and its port."""
+    listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    return store, port
 
 
 def _told(version: int) -> AbstractContextManager[None]:

@@ -30,6 +30,16 @@ _DEVICE_OF_HANDLE = 6
 
 
 @dataclass(frozen=True)
+class Workers:
+    """Of a server, which have no code of ours and join by torch's own means."""
+
+    port: int
+    """Of a store of their own, where they meet the trainer."""
+    device: str
+    """`cuda` or `cpu`."""
+
+
+@dataclass(frozen=True)
 class Address:
     """Where trainer and engine meet."""
 
@@ -45,6 +55,8 @@ class Address:
     """Names, shapes and dtypes of what is sent, in this order."""
     limit_s: float
     """Longest wait of either end for the other."""
+    workers: Workers | None = None
+    """Where the receivers are of another make."""
 
     @property
     def ranks(self) -> range:
@@ -55,10 +67,11 @@ class Address:
         return f"{self.engine}/{self.process}"
 
     def store(self) -> Any:
-        whole = dist.TCPStore(
-            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.limit_s)
-        )
-        return dist.PrefixStore(self.prefix(), whole)
+        return dist.PrefixStore(self.prefix(), self.store_at(self.port))
+
+    def store_at(self, port: int) -> Any:
+        limit = timedelta(seconds=self.limit_s)
+        return dist.TCPStore(self.host, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 
 class Group:
@@ -85,21 +98,25 @@ class Group:
         mine = f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
         self.store.set(f"device/{self.rank}", mine)
         devices = [self.store.get(f"device/{rank}").decode() for rank in self.address.ranks]
+        of_gloo = dist.PrefixStore("gloo", self.store)
         if "cpu" in devices or 1 < len(set(devices)) < len(devices):
-            return _Collective(self._gloo(), torch.empty(BUCKET_BYTES, dtype=torch.uint8))
+            return _Collective(self.gloo(of_gloo), torch.empty(BUCKET_BYTES, dtype=torch.uint8))
         if len(set(devices)) == 1:  # which NCCL refuses
-            return _OneMemory(self._gloo(), self._bucket_of_all(device), self.rank == SENDER)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=self.address.limit_s)
-        nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", self.store), self.rank, len(self.address.ranks), options)
+            return _OneMemory(self.gloo(of_gloo), self._bucket_of_all(device), self.rank == SENDER)
+        nccl = self.nccl(dist.PrefixStore("nccl", self.store))
         return _Collective(nccl, torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device))
 
-    def _gloo(self) -> Any:
+    def nccl(self, store: Any) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self.address.limit_s)
+        return dist.ProcessGroupNCCL(store, self.rank, len(self.address.ranks), options)
+
+    def gloo(self, store: Any) -> Any:
         options = dist.ProcessGroupGloo._Options()
         host = _own_address(self.address.host, self.address.port)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=self.address.limit_s)
-        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, len(self.address.ranks), options)
+        return dist.ProcessGroupGloo(store, self.rank, len(self.address.ranks), options)
 
     def _bucket_of_all(self, device: torch.device) -> Tensor:
         """The trainer's memory, on a GPU that all are on."""
@@ -169,7 +186,7 @@ class _Collective:
 
     def pass_on(self, num_bytes: int) -> None:
         self._group.broadcast(self.buffer[:num_bytes], SENDER).wait()
-        _wait_for_device(self.buffer)  # `wait` is the stream's, not ours
+        wait_for_device(self.buffer)  # `wait` is the stream's, not ours
 
     def taken(self) -> None:
         """The next broadcast overwrites it when this one has called too."""
@@ -183,17 +200,17 @@ class _OneMemory:
         self._gloo, self.buffer, self._is_sender = gloo, buffer, is_sender
 
     def pass_on(self, num_bytes: int) -> None:
-        _wait_for_device(self.buffer)
+        wait_for_device(self.buffer)
         self._gloo.barrier().wait()
         if self._is_sender:
             self.taken()
 
     def taken(self) -> None:
-        _wait_for_device(self.buffer)
+        wait_for_device(self.buffer)
         self._gloo.barrier().wait()
 
 
-def _wait_for_device(buffer: Tensor) -> None:
+def wait_for_device(buffer: Tensor) -> None:
     if buffer.is_cuda:
         torch.cuda.current_stream(buffer.device).synchronize()
 

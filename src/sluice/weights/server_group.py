@@ -1,0 +1,86 @@
+"""The group of a server whose workers have no code of ours (SGLang's): they join it by torch's own means, and take one tensor after the other.
+
+What a process of ours would say where it meets the trainer, the run's own process says for them; then it asks the server for their part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sluice.errors import EngineError
+from sluice.weights.group import READY, SENDER, Address, Group, dist, wait_for_device
+
+
+def group_name(address: Address) -> str:
+    """As both ends say it: of this engine's group, whatever the run."""
+    return f"sluice-{address.engine}"
+
+
+class ServerGroup(Group):
+    """The trainer's end."""
+
+    def __init__(self, address: Address, device: torch.device) -> None:
+        super().__init__(address, SENDER)
+        assert address.workers
+        self._by_nccl = device.type == address.workers.device == "cuda"
+        self._device = device if self._by_nccl else torch.device("cpu")
+        """Where tensors are sent from."""
+        self._workers: Any = None
+        self.store.set("backend", "nccl" if self._by_nccl else "gloo")
+
+    def join(self, device: torch.device) -> None:
+        self._workers = self._workers or self._joined_by_torch()
+
+    def _joined_by_torch(self) -> Any:
+        assert self.address.workers
+        name, store = group_name(self.address), self.address.store_at(self.address.workers.port)
+        for prefix in (name, f"{name}/", f"{self._device.type}/"):  # which torch puts before the keys of a group
+            store = dist.PrefixStore(prefix, store)
+        return self.nccl(store) if self._by_nccl else self.gloo(store)
+
+    @torch.no_grad()
+    def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            whole = weight.detach().to(self._device).contiguous()
+            self._workers.broadcast(whole, SENDER).wait()
+            wait_for_device(whole)
+
+
+class ServerInlet:
+    """What the run's own process has for one server, as long as that lives."""
+
+    def __init__(self, address: Address, rendezvous: Any) -> None:
+        """`rendezvous` is the store of the workers, which they need while they join."""
+        self.address, self.group_name = address, group_name(address)
+        self.has_joined = False
+        self._is_joining = False
+        self._rendezvous = rendezvous
+        self._store = address.store()
+
+    async def meet(self, version: int) -> None:
+        """Go on when the trainer is there. Raises EngineError when it is said to be gone."""
+        trainer = f"{version}/{SENDER}"
+        for rank in self.address.ranks[1:]:
+            self._store.set(f"{version}/{rank}", READY)
+        await asyncio.to_thread(self._store.get, trainer)
+        if self._store.get(trainer) != READY:  # as it is now
+            raise EngineError(f"the trainer was not there for the weights of version {version}")
+        self._is_joining = not self.has_joined
+
+    @property
+    def backend(self) -> str:
+        """By which trainer and workers talk; the trainer has said it before it came."""
+        return self._store.get("backend").decode()
+
+    def joined(self) -> None:
+        self.has_joined, self._is_joining = True, False
+
+    def break_off(self) -> None:
+        """One end is gone: the other does not wait at the store for it."""
+        if self._is_joining:
+            self._rendezvous = None
