@@ -243,22 +243,27 @@ def test_processes_that_are_killed_again_and_again_cost_no_sample(workshop: Work
     assert "its process was killed (SIGKILL, perhaps for want of memory); attempts that were played there: " in died[0]
 
 
-def test_an_attempt_with_which_three_processes_die_is_an_error_and_spoils_no_other(workshop: Workshop):
-    """In one process, which all share."""
-    run = run_of(workshop, "deadly", 1)
+def test_an_attempt_with_which_three_processes_die_is_an_error_and_spoils_no_other(workshop: Workshop, tmp_path: Path):
+    """In one process, which all share. Where it crashed is in the log."""
+    log = tmp_path / "environments.log"
+    run = run_of(workshop, "deadly", 1, log)
 
     async def work() -> list[Group]:
         prompts = [run.prompts[position] for position in range(8)]
         return await asyncio.gather(*(rollout_group(run, k, prompt) for k, prompt in enumerate(prompts)))
 
     groups = through(run, work())
+    assert sum(group.prompt.id == "q11" for group in groups) == 1
     for group in groups:
         for trajectory in group.trajectories:
-            if group.prompt.id == "q0":
+            if group.prompt.id == "q11":
                 assert trajectory.outcome == "error"
-                assert "prompt q0: its process was killed (SIGSEGV), 3 times" in trajectory.error
+                assert "prompt q11: its process was killed (SIGSEGV), 3 times" in trajectory.error
             else:
-                assert trajectory.outcome == "scored"
+                assert trajectory.outcome == "scored", trajectory.error
+    said = log.read_text()
+    assert "Fatal Python error: Segmentation fault" in said
+    assert " in deadly" in said
 
 
 @pytest.mark.parametrize("name", ["blocking_once", "deaf"])

@@ -129,7 +129,7 @@ async def deadly(prompt, policy):
     """For one prompt, whichever process plays it."""
     await policy.respond(prompt.messages)
     await asyncio.sleep(0.05)
-    if prompt.id == "q0":
+    if prompt.id == "q11":
         os.kill(os.getpid(), signal.SIGSEGV)
     return Trajectory(policy.turns)
 

@@ -19,13 +19,13 @@ from typing import Protocol
 
 from sluice.connection import Answer, Connection
 from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Play, Reply, sendable
-from sluice.errors import EnvironmentError_, SluiceError, boundary, first_error
+from sluice.errors import EnvironmentError_, SluiceError, first_error
 from sluice.interfaces import Policy
 from sluice.processes import ONE_THREAD, Died, Launch, Process
 from sluice.types import Prompt, Trajectory
 
 TRIES = 3
-"""Of an attempt whose process dies: that may be the machine's doing, or another attempt's, and after the third time is its own."""
+"""Of an attempt whose process dies: once and once more that may be the machine's doing, or another attempt's."""
 START_LIMIT_S = 120.0
 """For importing the user's module."""
 START_TRIES = 3
@@ -69,7 +69,7 @@ class EnvironmentProcesses:
             raise first_error(errors) from None
 
     async def __call__(self, prompt: Prompt, policy: RepeatingPolicy) -> Trajectory:
-        """Raises what the environment raises as `play` does in this process, or a SluiceError."""
+        """Raises what `play` would raise here, and EnvironmentError_ too when its process dies in every try, or none can be started."""
         for tries_left in reversed(range(TRIES)):
             worker = min(self._workers, key=lambda worker: worker.num_attempts)
             try:
@@ -139,11 +139,11 @@ class _Worker:
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._last_try = asyncio.Lock()
-        """One at a time: of those with which two processes have died, the one that is to blame spoils no other's last try."""
+        """One at a time: of attempts with which two processes have died, the one that is to blame spoils no other's last try."""
         self._numbers = count()
         self._attempts: dict[int, _Attempt] = {}
         self._leaving: dict[int, asyncio.TimerHandle] = {}
-        """What happens if they do not: by the numbers of attempts that were cancelled."""
+        """By the numbers of attempts that were cancelled and have not ended: what happens if they do not."""
         self._heard = time.monotonic()
         self._closed = False
 
@@ -202,25 +202,19 @@ class _Worker:
             for tries_left in reversed(range(START_TRIES)):
                 if self._closed:
                     raise EnvironmentError_("the environment was closed")
-                if self._connection:
-                    return self._connection
                 try:
-                    self._connection = await self._started()
-                except SluiceError as error:
+                    self._connection = self._connection or await self._started()
+                    return self._connection
+                except (SluiceError, OSError) as error:
                     if not (isinstance(error, Died) and tries_left):
                         see = f"; see {self._log}" if self._log else ""
                         raise EnvironmentError_(f"an environment process could not start: {error}{see}") from None
-            raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last try returns or raises")
 
     async def _started(self) -> Connection:
-        with boundary(EnvironmentError_, "an environment process could not start"):
-            process = self._launch(
-                "sluice.environments.serving",
-                path=self._path,
-                folder=self._folder,
-                log=self._log,
-                variables=ONE_THREAD,
-            )
+        process = self._launch(
+            "sluice.environments.serving", path=self._path, folder=self._folder, log=self._log, variables=ONE_THREAD
+        )
         connection = None
         try:
             pipe = await asyncio.to_thread(process.connect)

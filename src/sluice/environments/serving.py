@@ -99,6 +99,7 @@ def sendable(error: Exception) -> Exception:
 
 
 def serve(fd: int, parent: int) -> NoReturn:
+    faulthandler.enable()  # a crash in C code says in the log where it was
     connection.serve(belong_to(parent, fd), _Server)
 
 
@@ -146,10 +147,16 @@ class _Server:
         return _pickled(result, policy.turns, error)
 
     def _end(self, number: int, task: asyncio.Task[bytes]) -> None:
-        """Of one that was cancelled, perhaps before it began, nobody reads the result."""
-        del self._attempts[number]
-        has_result = not (task.cancelled() or task.exception())
-        write(self._writer, Answer(number, Ended(task.result() if has_result else b"")))
+        """Not by the task itself: one that is cancelled may not have begun."""
+        _, policy = self._attempts.pop(number)
+        policy.end()
+        if task.cancelled():
+            result = _pickled(None, policy.turns, RuntimeError("it was cancelled"))
+        elif task.exception():
+            return  # which ends the process
+        else:
+            result = task.result()
+        write(self._writer, Answer(number, Ended(result)))
 
 
 class _Policy:
@@ -160,9 +167,12 @@ class _Policy:
         self._number, self._writer = number, writer
         self._calls = count()
         self._replies: dict[int, asyncio.Future[Message]] = {}
+        self._is_over = False
 
     async def respond(self, messages: Sequence[Message]) -> Message:
         """As the run's own."""
+        if self._is_over:
+            raise RuntimeError("the attempt has ended")
         call, reply = next(self._calls), asyncio.get_running_loop().create_future()
         self._say(Ask(call, pickle.dumps(list(messages))))
         self._replies[call] = reply
@@ -184,6 +194,12 @@ class _Policy:
             turn, message = reply.answer
             self.turns.append(turn)
             waiting.set_result(message)
+
+    def end(self) -> None:
+        """Whatever the attempt has left behind gets no more answers."""
+        self._is_over = True
+        for reply in self._replies.values():
+            reply.cancel()
 
     def _say(self, message: Ask | Drop) -> None:
         write(self._writer, Answer(self._number, message))
