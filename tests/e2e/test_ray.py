@@ -290,6 +290,9 @@ def test_check_counts_cores_for_a_cluster_of_this_machine_and_starts_none(
     assert f"placement reserves {num_cores() + 1} CPUs, and this machine has {num_cores()} cores" in said
     assert sluice(*words, "placement.engine_cpus=0.5", "placement.reward_cpus=0.5") == 0
     assert f"places    ok       1 CPUs of this machine's {num_cores()}" in capfd.readouterr().out
+    environments = ("rollout.environment=talks:talk", "rollout.environment_workers=2", "placement.environment_cpus=0.5")
+    assert sluice(*words, *environments, "placement.engine_cpus=0.5", "placement.reward_cpus=0.5") == 0
+    assert "2 CPUs of this machine's" in capfd.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves what it had started to us

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -198,6 +199,28 @@ def test_an_attempt_that_is_given_up_is_cancelled_there(
     group = through(run, work())
     assert [t.outcome for t in group.trajectories] == ["timeout"] * GROUP_SIZE
     assert [kind for kind, _ in run.tracker.events] == ["no_score"]  # type: ignore[attr-defined]
+
+
+def test_a_busy_run_is_not_taken_for_a_process_that_does_not_answer(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As while the trainer computes in the event loop: that the attempt has ended is heard late."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "LEAVE_LIMIT_S", 0.5)
+    run = run_of(workshop, "waiting", 1)
+
+    async def work() -> None:
+        group = asyncio.create_task(rollout_group(run, 3, run.prompts[0]))
+        await until(lambda: [*tmp_path.glob("*-begun")])
+        group.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(1.0)  # noqa: ASYNC251
+        await asyncio.sleep(1.0)
+
+    through(run, work())
+    assert [*tmp_path.glob("*-cancelled")]
+    assert run.tracker.events == []  # type: ignore[attr-defined]
 
 
 async def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
