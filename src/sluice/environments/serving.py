@@ -35,7 +35,7 @@ from sluice.types import Message, Prompt, Turn
 BLOCKED_S = 10.0
 """After which an event loop that does not run is told in the log, with the lines that all threads are at."""
 TOLD_APART = PromptTooLongError, EngineGoneError, EngineError, DataError, ConfigError, EnvironmentError_
-"""By whoever plays an attempt; those above the classes that they are of."""
+"""Kinds of errors, by whoever plays an attempt: those that are of another kind too before that one."""
 
 
 @dataclass(frozen=True)
