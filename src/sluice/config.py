@@ -120,6 +120,8 @@ class RolloutSection(Section):
     """How many versions of the policy, of which each step makes one, a token may be older than what it trains; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"
     """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
+    environment_workers: NonNegativeInt = 0
+    """Processes that an environment of your own is played in, each with many attempts side by side; 0: it is played in the run's own."""
     timeout_s: PositiveFloat = 3600.0
     """Longest attempt at a prompt, generation included; one that takes longer has no score."""
     engine_retries: NonNegativeInt = 2
@@ -219,7 +221,9 @@ class TrainConfig(Section):
             self.engine.check_process(self.rollout.max_staleness)
         if isinstance(self.placement, RayPlacement):
             has_ranks = isinstance(self.trainer, FsdpTrainer)
-            self.placement.check_fits(self.num_engines_apart() > 0, has_ranks, self.weights_go_by())
+            self.placement.check_fits(
+                self.num_engines_apart() > 0, has_ranks, self.rollout.environment_workers > 0, self.weights_go_by()
+            )
             num_ranks = self.trainer.num_ranks if isinstance(self.trainer, FsdpTrainer) else 0
             self.placement.check_layout(num_ranks, self.num_engines_apart(), self.gpus_of_engine())
             if isinstance(self.engine, ServerEngine):
@@ -232,6 +236,10 @@ class TrainConfig(Section):
                     f"engine.publication=broadcast with engine.name={self.engine.name} cannot work with {why}; set "
                     "engine.publication=disk"
                 )
+        if self.rollout.environment_workers and self.rollout.environment == "single_turn":
+            raise ValueError(
+                "rollout.environment_workers has no effect with rollout.environment=single_turn, which computes nothing; leave it out"
+            )
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "

@@ -17,7 +17,7 @@ class LocalPlacement(Section):
 
 class RayPlacement(Section):
     name: Literal["ray"] = "ray"
-    """Ray puts engines, trainer ranks and reward processes on machines of a cluster; pip install ray."""
+    """Ray puts engines, trainer ranks, reward and environment processes on machines of a cluster; pip install ray."""
     address: str | None = Field(default=None, pattern=r"^(auto|[^/]+:\d+)$")
     """Of the cluster's head, HOST:PORT, or auto for the cluster that this machine belongs to; left out, a cluster of this machine alone
     is started, and ends with the run."""
@@ -39,6 +39,8 @@ class RayPlacement(Section):
     """Reserved for each rank of trainer.name=fsdp; left out, 1 if the cluster has GPUs and model.device is not cpu."""
     reward_cpus: FinitePositive = 1.0
     """Reserved for a reward process."""
+    environment_cpus: FinitePositive = 1.0
+    """Reserved for an environment process (rollout.environment_workers)."""
     env: dict[str, str] = Field(default={}, strict=False)
     """Environment variables of the processes, over those that their machines have."""
     start_limit_s: FinitePositive = 300.0
@@ -46,7 +48,7 @@ class RayPlacement(Section):
     lost_after_s: FinitePositive = 20.0
     """A machine that has not answered for so long is lost; its processes are started elsewhere."""
 
-    def check_fits(self, engine_apart: bool, has_ranks: bool, weights_go_by: str) -> None:
+    def check_fits(self, engine_apart: bool, has_ranks: bool, has_environments: bool, weights_go_by: str) -> None:
         """Raises ValueError for what cannot work, and for what would have no effect."""
         if engine_apart and weights_go_by == "shared_memory":
             raise ValueError(
@@ -61,6 +63,10 @@ class RayPlacement(Section):
         for name in ("rank_cpus", "rank_gpus"):
             if not has_ranks and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"placement.{name} has no effect without trainer.name=fsdp; leave it out")
+        if not has_environments and self.environment_cpus != type(self).model_fields["environment_cpus"].default:
+            raise ValueError(
+                "placement.environment_cpus has no effect without rollout.environment_workers; leave it out"
+            )
 
     def check_layout(self, num_ranks: int, num_engines: int, gpus_of_each: int) -> None:
         """Raises ValueError for what cannot work with layout=colocated, and for what would have no effect."""

@@ -88,7 +88,7 @@ class ChecksSection(Section):
 
 
 RESUMABLE = (
-    *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers"),
+    *("run.num_steps", "run.stop_at_reward", "run.disk_wait_s", "reward_workers", "rollout.environment_workers"),
     *("trainer.num_ranks", "trainer.num_threads", "trainer.answer_limit_s"),
     *("engine.python", "engine.url", "engine.replicas", "engine.num_threads", "engine.gpus", "engine.publication"),
     *("engine.publication_folder", "engine.max_restarts", "engine.hang_timeout_s", "engine.start_limit_s"),

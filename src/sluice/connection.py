@@ -1,4 +1,4 @@
-"""What goes to and fro over the socket of a child process: pickled messages one way, answers the other.
+"""What goes to and fro over the socket of a child process: pickled messages one way, answers the other; and both ends of it.
 
 Both ends pickle, since both run the same code of the same user.
 """
@@ -6,13 +6,16 @@ Both ends pickle, since both run the same code of the same user.
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import signal
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 from sluice.errors import SluiceError
 from sluice.processes import Child, Died
@@ -37,7 +40,7 @@ class Alive:
 
 @dataclass(frozen=True)
 class Answer:
-    """To a request, by its number; to everything else, in the order in which it was asked, without one."""
+    """To a request, by its number, which may get several; to everything else, in the order in which it was asked, without one."""
 
     number: int | None
     value: Any = None
@@ -61,6 +64,34 @@ async def read(reader: asyncio.StreamReader) -> Any:
 def write(writer: asyncio.StreamWriter, message: Any) -> None:
     body = pickle.dumps(message)
     writer.write(len(body).to_bytes(8) + body)
+
+
+class Server(Protocol):
+    """What a process does with the messages that come."""
+
+    async def take(self, message: Any) -> None: ...
+
+
+def serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter, asyncio.TaskGroup], Server]) -> NoReturn:
+    """In the process itself: hand each message to the server, until the parent is gone. What goes wrong unforeseen, in any task of the
+    group too, ends the process, and the parent starts another."""
+    try:
+        asyncio.run(_serve(pipe, server_of))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+async def _serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter, asyncio.TaskGroup], Server]) -> None:
+    reader, writer = await asyncio.open_connection(sock=pipe)
+    async with asyncio.TaskGroup() as tasks:
+        server = server_of(writer, tasks)
+        while True:
+            try:
+                message = await read(reader)
+            except EOFError:  # the parent closed its end, or died
+                os.killpg(0, signal.SIGKILL)
+            await server.take(message)
 
 
 class Connection:

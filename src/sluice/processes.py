@@ -22,6 +22,8 @@ from typing import Protocol
 
 from sluice.errors import EngineError, PlacementError, SluiceError
 
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+"""Variables of processes of which there are many."""
 _PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _ENTRY = """\

@@ -1,4 +1,4 @@
-"""Engines and reward processes in a Ray cluster: the same run as on one machine, through kill -9 as well, and with its words and errors."""
+"""Engines, reward and environment processes in a Ray cluster: the same run as on one machine, through kill -9 too, with its words and errors."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ def loud_share(prompt, trajectory):
 def broken(prompt, trajectory):
     raise LookupError("no answer in the book")
 """
+ENVIRONMENT = """\
+import asyncio
+import os
+
+from sluice.types import Trajectory
+
+
+async def talk(prompt, policy):
+    print(f"plays for {os.environ['GREETING']}\\n", end="", flush=True)
+    reply = await policy.respond(prompt.messages)
+    await asyncio.sleep(0.2)
+    await policy.respond([{"role": "user", "content": reply["content"]}])
+    return Trajectory(policy.turns)
+
+
+async def broken(prompt, policy):
+    await policy.respond(prompt.messages)
+    raise LookupError("no such room")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +81,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with workplace(tmp_path, monkeypatch):
         set_up(tmp_path)
         (tmp_path / "loud.py").write_text(REWARD)
+        (tmp_path / "talks.py").write_text(ENVIRONMENT)
         yield tmp_path
 
 
@@ -103,17 +123,21 @@ VICTIMS: dict[str, Callable[[], list[int]]] = {
     "reward process": lambda: processes("sluice.rewards.worker"),
     "reward's actor": lambda: [parent_of(pid) for pid in processes("sluice.rewards.worker")],
 }
+ENVIRONMENTS: dict[str, Callable[[], list[int]]] = {
+    "environment process": lambda: processes("sluice.environments.serving"),
+    "environment's actor": lambda: [parent_of(pid) for pid in processes("sluice.environments.serving")],
+}
 
 
 class Killer(threading.Thread):
     """kill -9 of each kind in turn, each a step after the one before."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, victims: dict[str, Callable[[], list[int]]] = VICTIMS) -> None:
         super().__init__(daemon=True)
-        self.run_folder, self.killed, self.over = run, Counter[str](), threading.Event()
+        self.run_folder, self.victims, self.killed, self.over = run, victims, Counter[str](), threading.Event()
 
     def run(self) -> None:
-        for number, (kind, pids) in enumerate(VICTIMS.items(), start=1):
+        for number, (kind, pids) in enumerate(self.victims.items(), start=1):
             while not self._has_steps(number):
                 if self.over.wait(0.01):
                     return
@@ -149,6 +173,37 @@ def test_killed_processes_and_killed_actors_cost_no_sample(ready: Path, cluster:
     whole = trained(finished("train", "config.yaml", *APART, *words, name="whole"))
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in whole]
     assert [row["reward"] for row in rows] == [row["reward"] for row in whole]
+
+
+def test_environments_play_there_as_they_play_here(
+    ready: Path, cluster: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """Through the deaths of processes and of actors; what they print and what they raise comes back."""
+    monkeypatch.setenv("GREETING", "nobody")
+    words = ("rollout.environment=talks:talk", f"run.num_steps={STEPS}", "trainer.learning_rate=1e-4")
+    here = finished("train", "config.yaml", *words)
+    killer = Killer(Path("runs/there"), ENVIRONMENTS)
+    killer.start()
+    there = (
+        *cluster,
+        "rollout.environment_workers=2",
+        "placement.environment_cpus=0.5",
+        "placement.env={GREETING: you}",
+    )
+    run = finished("train", "config.yaml", *words, *there, name="there")
+    killer.over.set()
+    killer.join()
+    assert killer.killed == dict.fromkeys(ENVIRONMENTS, 2)
+    for name in ("group", "index", "token_ids", "reward", "trained"):
+        assert [row[name] for row in trained(run)] == [row[name] for row in trained(here)]
+    died = [event["message"] for event in events_of(run) if event["kind"] == "environment_died"]
+    assert sum("its process was killed (SIGKILL" in message for message in died) == 2
+    assert sum("its Ray actor died" in message for message in died) == 2
+    said = (run / "environments.log").read_text().splitlines()
+    assert all("on node" in line and line.endswith(") plays for you") for line in said)
+    assert {line.split()[0] for line in said} == {"(environment-0", "(environment-1"}
+    assert sluice("train", "config.yaml", *words, *there, "rollout.environment=talks:broken", "run.name=broken") == 1
+    assert "LookupError: no such room at " in str(events_of(Path("runs/broken")))
 
 
 def test_a_cluster_of_its_own_brings_words_variables_and_errors_back_and_says_nothing_else(
@@ -235,6 +290,9 @@ def test_check_counts_cores_for_a_cluster_of_this_machine_and_starts_none(
     assert f"placement reserves {num_cores() + 1} CPUs, and this machine has {num_cores()} cores" in said
     assert sluice(*words, "placement.engine_cpus=0.5", "placement.reward_cpus=0.5") == 0
     assert f"places    ok       1 CPUs of this machine's {num_cores()}" in capfd.readouterr().out
+    environments = ("rollout.environment=talks:talk", "rollout.environment_workers=2", "placement.environment_cpus=0.5")
+    assert sluice(*words, *environments, "placement.engine_cpus=0.5", "placement.reward_cpus=0.5") == 0
+    assert "2 CPUs of this machine's" in capfd.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves what it had started to us

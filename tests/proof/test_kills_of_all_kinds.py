@@ -41,6 +41,17 @@ def slow_share(prompt, trajectory):
     time.sleep(0.01)
     return sum(c.islower() for c in trajectory.response) / max(1, trajectory.num_response_tokens)
 """
+ENVIRONMENT = """\
+import asyncio
+
+from sluice.types import Trajectory
+
+
+async def pauses(prompt, policy):
+    await policy.respond(prompt.messages)
+    await asyncio.sleep(0.02)
+    return Trajectory(policy.turns)
+"""
 WORDS = (
     *("train", "config.yaml", "run.name=killed", "run.num_steps=100000", "run.num_threads=1"),
     *("checkpoint.auto_resume=true", "checkpoint.every_steps=3", "trainer.learning_rate=1e-5"),
@@ -48,24 +59,29 @@ WORDS = (
     *("rewards=[{name: slow_reward:slow_share}]", "reward_workers=2"),
 )
 ENGINES = ("engine.process=own", "engine.replicas=2")
+ENVIRONMENTS = ("rollout.environment=pausing:pauses", "rollout.environment_workers=2")
 RANKS = ("trainer.name=fsdp", "trainer.num_ranks=2", "trainer.num_threads=1")
 SERVER = ("engine.name=vllm", f"engine.python={VLLM}", "model.random_weights=true")
 WORLDS = {
-    "processes": ENGINES,
+    "processes": (*ENGINES, *ENVIRONMENTS),
     "ranks": (*ENGINES, *RANKS),
-    "ray": (*ENGINES, *RANKS, "placement.name=ray"),
+    "ray": (*ENGINES, *ENVIRONMENTS, *RANKS, "placement.name=ray"),
     "vllm": SERVER,
 }
 KINDS = {
-    "processes": ("driver", "engine", "reward"),
+    "processes": ("driver", "engine", "reward", "environment"),
     "ranks": ("driver", "rank", "engine"),
-    "ray": ("driver", "engine", "engine's actor", "rank", "rank's actor", "reward", "reward's actor"),
+    "ray": (
+        *("driver", "engine", "engine's actor", "rank", "rank's actor", "reward", "reward's actor"),
+        *("environment", "environment's actor"),
+    ),
     "vllm": ("driver", "server", "server's core", "server's guard"),
 }
 COMMANDS = {
     "engine": "from sluice.engines.serving import",
     "rank": "from sluice.trainers.rank import",
     "reward": "from sluice.rewards.worker import",
+    "environment": "from sluice.environments.serving import",
     "server": "-m vllm.entrypoints",
     "server's core": "VLLM::EngineCore",
     "server's guard": "from sluice.engines.guard import",
@@ -136,7 +152,7 @@ class KilledRun:
         elif kind.startswith("rank"):
             assert self.driver.wait(LIMIT_S) == 1
             assert re.search(LAST_WORDS, self.said.read_text()), self.said.read_text()
-        elif not kind.startswith("reward"):
+        elif not kind.startswith(("reward", "environment")):
             self.hit.setdefault(group, self.num_steps())
         if self.driver.returncode is not None:
             self.count_deaths()
@@ -176,7 +192,7 @@ def surroundings(world: str) -> Iterator[tuple[tuple[str, ...], dict[str, str], 
         yield (), {}, lambda: ()
         return
     pytest.importorskip("ray")
-    with short_folder() as folder, cluster_of_this_machine(6, folder) as (address, env):
+    with short_folder() as folder, cluster_of_this_machine(8, folder) as (address, env):
         yield (f"placement.address={address}",), env, lambda: actors(folder)
 
 
@@ -198,6 +214,7 @@ def test_twenty_kills_of_all_kinds_cost_no_sample(world: str, tmp_path: Path):
     if world == "vllm":
         make_architecture(tmp_path / "model", "".join(map(chr, range(32, 127))), head_dim=32, hidden_size=64)
     (tmp_path / "slow_reward.py").write_text(REWARD)
+    (tmp_path / "pausing.py").write_text(ENVIRONMENT)
     rng = random.Random(SEED)
     print(f"\n{world}, KILLS_SEED={SEED}")
     kinds = list(islice(cycle(KINDS[world]), NUM_KILLS))

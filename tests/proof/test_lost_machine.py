@@ -21,6 +21,17 @@ STEPS = 24
 HEAD, *WORKERS = range(3)
 PORT = 6391
 LOST_AFTER_S = 10
+ENVIRONMENT = """\
+import asyncio
+
+from sluice.types import Trajectory
+
+
+async def pauses(prompt, policy):
+    await policy.respond(prompt.messages)
+    await asyncio.sleep(0.02)
+    return Trajectory(policy.turns)
+"""
 NOTICING = {  # by Ray, of a machine that is gone: in seconds instead of a minute
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -45,7 +56,7 @@ def machines() -> Iterator[tuple[Machines, dict[str, str]]]:
         head = ("start", "--head", f"--node-ip-address={host[HEAD]}", f"--port={PORT}", "--num-cpus=0")
         ray(*head, f"--temp-dir={folder}", *SMALL, env=env, before=machines.inside(HEAD))
         for k in WORKERS:
-            worker = ("start", f"--address={host[HEAD]}:{PORT}", f"--node-ip-address={host[k]}", "--num-cpus=3")
+            worker = ("start", f"--address={host[HEAD]}:{PORT}", f"--node-ip-address={host[k]}", "--num-cpus=4")
             ray(*worker, SMALL[0], env=env, before=machines.inside(k))
         yield machines, env
 
@@ -80,11 +91,13 @@ def test_a_machine_that_is_cut_off_costs_no_sample(
 ):
     cluster, env = machines
     set_up(tmp_path)
+    (tmp_path / "pausing.py").write_text(ENVIRONMENT)
     words = ["config.yaml", f"run.num_steps={STEPS}", f"rollout.max_staleness={staleness}", "rollout.max_new_tokens=40"]
     words += ["engine.process=own", "engine.num_threads=1", "reward_workers=2", "trainer.learning_rate=1e-4"]
+    words += ["rollout.environment=pausing:pauses", "rollout.environment_workers=2"]
     sluice = [Path(sys.executable).with_name("sluice"), "train", *words]
     placed = ["placement.name=ray", f"placement.address={cluster.addresses[HEAD]}:{PORT}"]
-    placed += [f"placement.lost_after_s={LOST_AFTER_S}", "run.name=cut"]
+    placed += ["placement.environment_cpus=0.5", f"placement.lost_after_s={LOST_AFTER_S}", "run.name=cut"]
     run = tmp_path / "runs/cut"
     process = subprocess.Popen(
         [*cluster.inside(HEAD), *sluice, *placed],
@@ -105,6 +118,7 @@ def test_a_machine_that_is_cut_off_costs_no_sample(
         (other,) = {*WORKERS} - {lost}
         assert runs_on(cluster, other, "sluice.engines.serving")
         assert runs_on(cluster, other, "sluice.rewards.worker")
+        assert runs_on(cluster, other, "sluice.environments.serving")
         said, _ = process.communicate(timeout=300)
     finally:
         process.kill()

@@ -46,6 +46,17 @@ def test_two_parts_are_one_completion():
     assert (rest.max_new_tokens, rest.num_drawn, rest.seed) == (5, 3, 7)
 
 
+def test_an_attempt_that_is_played_again_is_answered_what_it_was_answered():
+    calls = Calls()
+    assert calls.begin(3, PROMPT, SAMPLING) == (None, False)
+    calls.finish(SAMPLING.seed, completion(1, 2))
+    assert calls.begin(3, PROMPT, SAMPLING) == (completion(1, 2), True)
+    assert calls.begin(3, [*PROMPT, 5], SAMPLING) == (None, False), "it says something else"
+    calls.finish(SAMPLING.seed, completion(6))
+    calls.forget(3)
+    assert calls.begin(3, PROMPT, SAMPLING) == (None, False)
+
+
 def test_a_text_to_stop_at_may_begin_in_what_is_there():
     """Its last tokens are made again, since texts are searched in what is made anew."""
     made = completion(*range(10, 30))

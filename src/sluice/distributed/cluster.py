@@ -132,7 +132,8 @@ class Cluster:
             raise PlacementError(
                 f"the Ray cluster has no room for the run (placement.strategy={strategy.lower()}, waited for "
                 f"placement.start_limit_s={self.start_limit_s:g} s). Wanted: {_amounts(_summed(amounts))} in {len(amounts)} places{apart}: "
-                f"{wanted}. Its machines: {there}. Lower what placement reserves for each, or have fewer engines, ranks or reward_workers"
+                f"{wanted}. Its machines: {there}. Lower what placement reserves for each, or have fewer engines, ranks, reward_workers or "
+                "environment_workers"
             )
 
     def _has_room(self, limit_s: float) -> bool:

@@ -6,15 +6,13 @@ The parent's side is `sluice.engines.process`.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from sluice.connection import Alive, Answer, Ping, failed, read, write
+from sluice import connection
+from sluice.connection import Alive, Answer, Ping, failed, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
 from sluice.processes import belong_to
@@ -62,26 +60,8 @@ class Unfinished:
     """Asks for what is being made."""
 
 
-def serve(fd: int, parent: int) -> None:
-    pipe = belong_to(parent, fd)
-    try:
-        asyncio.run(_serve(pipe))
-    except BaseException:
-        traceback.print_exc()
-    os._exit(1)
-
-
-async def _serve(pipe: socket.socket) -> None:
-    """What goes wrong unforeseen in any task ends the process, and the parent starts another."""
-    reader, writer = await asyncio.open_connection(sock=pipe)
-    async with asyncio.TaskGroup() as tasks:
-        server = _Server(writer, tasks)
-        while True:
-            try:
-                message = await read(reader)
-            except EOFError:  # the parent closed its end, or died
-                os.killpg(0, signal.SIGKILL)
-            await server.take(message)
+def serve(fd: int, parent: int) -> NoReturn:
+    connection.serve(belong_to(parent, fd), _Server)
 
 
 class _Server:

@@ -41,6 +41,9 @@ class Placement:
     def reward(self, index: int) -> Launch:
         return self.at(f"reward-{index}") if self.at else Process
 
+    def environment(self, index: int) -> Launch:
+        return self.at(f"environment-{index}") if self.at else Process
+
 
 @contextmanager
 def placement_of(config: TrainConfig) -> Generator[Placement]:
@@ -87,6 +90,7 @@ def cpus_of(config: TrainConfig, settings: RayPlacement) -> float:
         config.num_engines_apart() * settings.engine_cpus
         + _num_ranks(config) * settings.rank_cpus
         + config.reward_workers * settings.reward_cpus
+        + config.rollout.environment_workers * settings.environment_cpus
     )
 
 
@@ -125,12 +129,15 @@ def bundles_of(config: TrainConfig, settings: RayPlacement, has_gpus: bool) -> l
         Place(f"engine-{index}", settings.engine_cpus, 0.0 if shares else engine_gpus, shares_gpus=shares)
         for index in range(config.num_engines_apart())
     ]
-    rewards = [Place(f"reward-{index}", settings.reward_cpus) for index in range(config.reward_workers)]
+    users = [Place(f"reward-{index}", settings.reward_cpus) for index in range(config.reward_workers)]
+    users += [
+        Place(f"environment-{index}", settings.environment_cpus) for index in range(config.rollout.environment_workers)
+    ]
     if not shares:
-        return [[place] for place in ranks + engines + rewards]
+        return [[place] for place in ranks + engines + users]
     of_each = config.gpus_of_engine()
     together = [[*ranks[k * of_each : (k + 1) * of_each], engine] for k, engine in enumerate(engines)]
-    return together + [[place] for place in rewards]
+    return together + [[place] for place in users]
 
 
 def _check_room_beside(config: TrainConfig, shares_gpus: bool) -> None:

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptStream
 from sluice.describe import describe
 from sluice.engines.router import Router
+from sluice.environments.processes import EnvironmentProcesses
 from sluice.errors import DataError, RunStopped, SluiceError, notes
 from sluice.interfaces import Tracker
 from sluice.launch.checked import Checked, check, check_sft
@@ -172,7 +173,7 @@ def _assembled(
     return Run(
         engine=engine,
         trainer=trainer,
-        environment=checked.environment,
+        environment=_environment(config, checked, placement, rundir, tracker),
         rubric=Rubric(checked.rewards, config.reward_workers, log=rundir.path / "rewards.log", launch=placement.reward),
         chat=chat,
         buffer=GroupBuffer(
@@ -202,6 +203,18 @@ def _assembled(
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
         meters=[engine.drain_metrics] if isinstance(engine, Router) else [],
+    )
+
+
+def _environment(
+    config: TrainConfig, checked: Checked, placement: Placement, rundir: RunDir, tracker: Tracker
+) -> Callable[..., Any]:
+    rollout = config.rollout
+    if not rollout.environment_workers:
+        return checked.environment
+    log = rundir.path / "environments.log"
+    return EnvironmentProcesses(
+        rollout.environment, rollout.environment_workers, log, placement.environment, tracker.event
     )
 
 
@@ -261,10 +274,12 @@ async def _whole(run: Run, config: TrainConfig) -> None:
         finally:
             with run.waits("the run", "last checkpoint"):
                 await _finish_checkpoint(run)
-            with run.waits("the run", "engine, trainer and reward processes ending"):
+            with run.waits("the run", "its processes ending"):
                 await run.engine.close()
                 await run.trainer.close()
                 run.rubric.close()
+                if isinstance(run.environment, EnvironmentProcesses):
+                    run.environment.close()
 
 
 async def _finish_checkpoint(run: Run) -> None:
@@ -286,6 +301,9 @@ async def _work(run: Run) -> None:
         with _stopping_on_sigterm(run):
             with run.waits("the run", "reward processes starting"):
                 await run.rubric.start()
+            if isinstance(run.environment, EnvironmentProcesses):
+                with run.waits("the run", "environment processes starting"):
+                    await run.environment.start()
             await loop(run)
             with run.waits("the run", "last checkpoint"):
                 await run.checkpoints.finish()

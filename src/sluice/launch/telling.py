@@ -5,6 +5,7 @@ from __future__ import annotations
 from sluice.config import SftConfig, TrainConfig
 from sluice.configengines import ServerEngine
 from sluice.data.chat import Chat
+from sluice.environments.processes import EnvironmentProcesses
 from sluice.run import Run
 from sluice.tracking.console import ConsoleTracker
 from sluice.tracking.rundir import RunDir
@@ -37,6 +38,8 @@ def watchdog(run: Run, config: TrainConfig) -> Watchdog:
         "trainer": run.trainer.status,
         "reward processes": run.rubric.status,
     }
+    if isinstance(run.environment, EnvironmentProcesses):
+        sections["environment processes"] = run.environment.status
     return Watchdog(run.waits, run.tracker, run.rundir, config.watchdog.warn_after_s, sections)
 
 

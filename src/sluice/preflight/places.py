@@ -26,7 +26,7 @@ def check_places(config: TrainConfig, settings: RayPlacement) -> Item:
             if wanted > num_cores():
                 item.warn(
                     f"placement reserves {wanted:g} CPUs, and this machine has {num_cores()} cores, which the processes will share; lower "
-                    "engine.replicas, trainer.num_ranks, reward_workers, or what placement reserves for each"
+                    "engine.replicas, trainer.num_ranks, reward_workers, rollout.environment_workers, or what placement reserves for each"
                 )
     return item
 

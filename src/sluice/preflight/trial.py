@@ -153,6 +153,7 @@ def _small_training(config: TrainConfig) -> dict[str, Any]:
         "timeout_s": min(config.rollout.timeout_s, ATTEMPT_LIMIT_S),
         "max_rejected_groups": 4,
         "max_failed_groups": 2,
+        "environment_workers": min(config.rollout.environment_workers, 1),
     }
     changes: dict[str, dict[str, Any]] = {
         "run": {"num_steps": 1, "stop_at_reward": None},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.errors import RewardError, SluiceError
-from sluice.processes import Child, Died, Launch, Process
+from sluice.processes import ONE_THREAD, Child, Died, Launch, Process
 from sluice.rewards.spec import RewardSpec
 from sluice.waits import Wait
 
@@ -25,8 +25,6 @@ START_LIMIT_S = 120.0
 """For importing the user's modules."""
 START_TRIES = 3
 """Of a process that is killed while it starts: that is the machine's doing."""
-
-_ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 
 
 class PartError(Exception):
@@ -147,7 +145,7 @@ class Worker:
             if self._closed:
                 raise RewardError("the rubric was closed")
             self._process = self._launch(
-                "sluice.rewards.worker", path=self._path, folder=self._folder, log=self._log, variables=_ONE_THREAD
+                "sluice.rewards.worker", path=self._path, folder=self._folder, log=self._log, variables=ONE_THREAD
             )
 
     def _connect(self) -> None:

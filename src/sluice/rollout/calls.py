@@ -1,6 +1,7 @@
 """What the engine was asked for groups that are not handed in, and what it has made of it: so that a checkpoint holds half a completion.
 
-A run that goes on answers a call that was finished from here, and has the engine go on with one that was not.
+A run that goes on answers a call that was finished from here, and has the engine go on with one that was not. So it is with an attempt
+that is played again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Call:
     """So far."""
     is_finished: bool = False
     begun: Completion | None = None
-    """What `made` began with before the engine was asked, in an earlier process."""
+    """What `made` began with before the engine was asked: in an earlier process, or by an attempt that is played again."""
 
 
 class Calls:
@@ -34,9 +35,9 @@ class Calls:
         """Of the open ones, by ticket: thousands are open at once."""
 
     def begin(self, ticket: int, prompt_ids: list[int], sampling: Sampling) -> tuple[Completion | None, bool]:
-        """What there is of it already, and whether that is all. An environment that says something else than before the checkpoint
-        begins from nothing."""
-        saved = self._saved.pop(sampling.seed, None)
+        """What there is of it already, and whether that is all. An environment that says something else than before the checkpoint, or
+        than when it was played before, begins from nothing."""
+        saved = self._saved.pop(sampling.seed, None) or self._open.get(sampling.seed)
         made, is_finished = None, False
         if saved and saved.made and saved.prompt_ids == prompt_ids:
             made, is_finished = saved.made, saved.is_finished

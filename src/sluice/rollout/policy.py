@@ -29,6 +29,10 @@ class SamplingPolicy:
         self._num_open = 0
         self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
 
+    def begin_again(self) -> None:
+        """For an attempt that is played from its beginning once more: by the same seeds, what was asked is known."""
+        self.turns, self._num_calls, self._last = [], 0, None
+
     async def respond(self, messages: Sequence[Message]) -> Message:
         """Raises PromptTooLongError for a conversation without room, EngineError when every try failed, and EngineGoneError, which
         ends the run, when there is nothing left to try."""

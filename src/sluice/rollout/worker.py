@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from sluice.algorithms import why_rejected
+from sluice.environments.playing import play
 from sluice.errors import (
     DataError,
     EngineError,
@@ -18,7 +19,6 @@ from sluice.errors import (
     boundary,
     first_error,
 )
-from sluice.hooks import raised_at
 from sluice.rollout.policy import SamplingPolicy
 from sluice.rollout.trainable import check_trainable, sound_turns
 from sluice.run import Run
@@ -97,14 +97,15 @@ async def _played(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajector
 
     try:
         async with asyncio.timeout(run.attempt_timeout_s):
-            with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
-                return await _play(run, prompt, policy)
+            trajectory = await play(run.environment, prompt, policy)
+        with boundary(EnvironmentError_, f"rollout.environment, on prompt {prompt.id}"):
+            check_trainable(run, trajectory)
+        return trajectory
     except TimeoutError:
         what = f"no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(policy.turns)} turns"
         return failed("timeout", f"prompt {prompt.id}: {what}", "timeout")
     except EnvironmentError_ as error:
-        where = raised_at(error.__cause__) if error.__cause__ else ""
-        return failed("error", f"{error}{where}")
+        return failed("error", str(error))
     except DataError as error:
         if policy.turns:
             return failed("error", f"prompt {prompt.id}: {error}")
@@ -145,18 +146,6 @@ def _add_turn_rewards(trajectory: Trajectory) -> None:
     trajectory.turns = [replace(turn, reward=r) for turn, r in zip(trajectory.turns, earned_parts, strict=True)]
     trajectory.reward_parts["turns"] = math.fsum(earned)
     trajectory.reward = math.fsum(earned_parts)
-
-
-async def _play(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajectory:
-    try:
-        trajectory = await run.environment(prompt, policy)
-    except (asyncio.CancelledError, SystemExit) as error:
-        if (task := asyncio.current_task()) and task.cancelling():
-            raise
-        # Not the end of the run but the environment's doing; as it is, it would end a worker or the process in silence.
-        raise RuntimeError(repr(error)) from error
-    check_trainable(run, trajectory)
-    return trajectory
 
 
 def _tell_errors(run: Run, group: Group) -> None:

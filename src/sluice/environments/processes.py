@@ -1,0 +1,254 @@
+"""An environment that is played in other processes. Whoever calls it sees no difference: the policy, and with it the seeds, stays here.
+
+A process plays many attempts side by side. When it dies, those are played again elsewhere, from the beginning, and what the policy has
+said already it says again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+from sluice.connection import TICKS, Answer, Connection
+from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Play, Reply, sendable
+from sluice.errors import EnvironmentError_, SluiceError, first_error
+from sluice.interfaces import Policy
+from sluice.processes import ONE_THREAD, Died, Launch, Process
+from sluice.types import Prompt, Trajectory
+
+TRIES = 3
+"""Of an attempt whose process dies: once and once more that may be the machine's doing, or another attempt's."""
+START_LIMIT_S = 120.0
+"""For importing the user's module."""
+START_TRIES = 3
+"""Of a process that dies while it starts."""
+LEAVE_LIMIT_S = 10.0
+"""For an attempt to end when it is cancelled."""
+
+
+class RepeatingPolicy(Policy, Protocol):
+    """One that an attempt can be played again with."""
+
+    def begin_again(self) -> None:
+        """As if nothing had been asked yet; what is asked as before is answered as before."""
+        ...
+
+
+class EnvironmentProcesses:
+    """The environment at `module:function`, played in `num_workers` processes.
+
+    What it prints goes to the file `log`, or nowhere; `launch` says of each worker how its processes are started; `tell` takes kind and
+    text of an event.
+    """
+
+    def __init__(
+        self,
+        environment: str,
+        num_workers: int,
+        log: Path | None = None,
+        launch: Callable[[int], Launch] = lambda index: Process,
+        tell: Callable[[str, str], None] = lambda kind, message: None,
+    ) -> None:
+        self._workers = [_Worker(environment, log, launch(index), tell) for index in range(num_workers)]
+
+    async def start(self) -> None:
+        """Start all processes. Raises EnvironmentError_ when one cannot, with what it said."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for worker in self._workers:
+                    tasks.create_task(worker.connected())
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+
+    async def __call__(self, prompt: Prompt, policy: RepeatingPolicy) -> Trajectory:
+        """Raises what `play` would raise here, and EnvironmentError_ too when its process dies in every try, or none can be started."""
+        for tries_left in reversed(range(TRIES)):
+            worker = min(self._workers, key=lambda worker: worker.num_attempts)
+            try:
+                return await worker.play(prompt, policy, is_last_try=not tries_left)
+            except Died as death:
+                if not tries_left:
+                    what = f"rollout.environment, on prompt {prompt.id}: {death}, {TRIES} times"
+                    raise EnvironmentError_(what) from None
+            policy.begin_again()
+        raise AssertionError("the last try returns or raises")
+
+    def status(self) -> str:
+        """What each process does at the moment, for people."""
+        return "\n".join(worker.status() for worker in self._workers)
+
+    def close(self) -> None:
+        """Kill all processes; none is started again."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Attempt:
+    """One that is played in the process: what it asks of its policy is asked here."""
+
+    def __init__(self, number: int, policy: Policy, connection: Connection) -> None:
+        self.end: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.calls: dict[int, asyncio.Task[None]] = {}
+        self._number, self._policy, self._connection = number, policy, connection
+
+    def take(self, message: Ask | Drop | Ended) -> None:
+        match message:
+            case Ask(call, messages):
+                self.calls[call] = asyncio.create_task(self._respond(call, messages))
+                self.calls[call].add_done_callback(lambda _: self.calls.pop(call))
+            case Drop(call):
+                if task := self.calls.get(call):
+                    task.cancel()
+            case Ended(result):
+                if not self.end.done():
+                    self.end.set_result(result)
+
+    async def _respond(self, call: int, messages: bytes) -> None:
+        answer = error = None
+        try:
+            message = await self._policy.respond(pickle.loads(messages))
+            answer = self._policy.turns[-1], message
+        except Exception as raised:
+            error = sendable(raised)
+        self._connection.send(Reply(self._number, call, answer, error))
+
+    async def forget_calls(self) -> None:
+        """Which nobody waits for any more."""
+        calls = [*self.calls.values()]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+class _Worker:
+    """One process after the other."""
+
+    def __init__(self, environment: str, log: Path | None, launch: Launch, tell: Callable[[str, str], None]) -> None:
+        self.num_attempts = 0
+        """That are played here, or wait for it."""
+        self._environment, self._log, self._launch, self._tell = environment, log, launch, tell
+        self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
+        self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
+        self._last_try = asyncio.Lock()
+        """One at a time: of attempts with which two processes have died, the one that is to blame spoils no other's last try."""
+        self._numbers = count()
+        self._attempts: dict[int, _Attempt] = {}
+        self._leaving: dict[int, asyncio.TimerHandle] = {}
+        """By the numbers of attempts that were cancelled and have not ended: what happens if they do not."""
+        self._heard = time.monotonic()
+        self._closed = False
+
+    async def play(self, prompt: Prompt, policy: Policy, is_last_try: bool) -> Trajectory:
+        """Raises Died when the process does before the attempt ends."""
+        self.num_attempts += 1
+        try:
+            async with self._last_try if is_last_try else nullcontext():
+                trajectory, turns, error = pickle.loads(await self._played(prompt, policy))
+        finally:
+            self.num_attempts -= 1
+        if turns is not None:  # which the environment may have given rewards
+            policy.turns = turns
+        if error:
+            raise error
+        return trajectory
+
+    async def _played(self, prompt: Prompt, policy: Policy) -> bytes:
+        connection = await self.connected()
+        number = next(self._numbers)
+        attempt = self._attempts[number] = _Attempt(number, policy, connection)
+        try:
+            connection.send(Play(number, prompt))
+            return await attempt.end
+        finally:
+            del self._attempts[number]
+            if attempt.end.cancelled():
+                connection.send(Cancel(number))
+                self._see_it_end(number, connection, TICKS)
+            await attempt.forget_calls()
+
+    def _see_it_end(self, number: int, connection: Connection, ticks_left: int) -> None:
+        """Not by the clock: while a step of the trainer holds up this event loop, answers lie unread."""
+        if ticks_left:
+            look = asyncio.get_running_loop().call_later
+            self._leaving[number] = look(LEAVE_LIMIT_S / TICKS, self._see_it_end, number, connection, ticks_left - 1)
+        else:
+            del self._leaving[number]
+            what = f"an attempt that was cancelled did not end within {LEAVE_LIMIT_S:g} s"
+            connection.end(f"{what}, and its process was killed")
+
+    def status(self) -> str:
+        connection, attempts = self._connection, [*self._attempts.values()]
+        if connection is None:
+            return "a process that is starting" if self._connecting.locked() else "no process"
+        num_asking = sum(bool(attempt.calls) for attempt in attempts)
+        return (
+            f"{connection.process}: {len(attempts)} attempts, {num_asking} of them wait for the policy; "
+            f"last heard of {time.monotonic() - self._heard:.1f} s ago"
+        )
+
+    def close(self) -> None:
+        self._closed = True
+        if self._connection:
+            self._connection.end("the environment was closed")
+
+    # -- the process --
+
+    async def connected(self) -> Connection:
+        """With a process that has imported the environment; starts one if there is none. Raises EnvironmentError_ when that cannot be."""
+        async with self._connecting:
+            for tries_left in reversed(range(START_TRIES)):
+                if self._closed:
+                    raise EnvironmentError_("the environment was closed")
+                try:
+                    self._connection = self._connection or await self._started()
+                    return self._connection
+                except (SluiceError, OSError) as error:
+                    if not (isinstance(error, Died) and tries_left):
+                        see = f"; see {self._log}" if self._log else ""
+                        raise EnvironmentError_(f"an environment process could not start: {error}{see}") from None
+        raise AssertionError("the last try returns or raises")
+
+    async def _started(self) -> Connection:
+        process = self._launch(
+            "sluice.environments.serving", path=self._path, folder=self._folder, log=self._log, variables=ONE_THREAD
+        )
+        connection = None
+        try:
+            pipe = await asyncio.to_thread(process.connect)
+            connection = Connection(process, *await asyncio.open_connection(sock=pipe), self._take, self._ended)
+            await connection.ask(Begin(self._environment), START_LIMIT_S)
+        except BaseException as error:
+            connection.end(f"it did not start: {error}") if connection else process.kill()
+            raise
+        return connection
+
+    def _take(self, number: int, answer: Answer) -> None:
+        self._heard = time.monotonic()
+        if attempt := self._attempts.get(number):
+            attempt.take(answer.value)
+        elif isinstance(answer.value, Ended) and (leaving := self._leaving.pop(number, None)):
+            leaving.cancel()
+
+    def _ended(self, connection: Connection, cause: str) -> None:
+        if self._connection is not connection:  # it has never been there
+            return
+        self._connection = None
+        for leaving in self._leaving.values():
+            leaving.cancel()
+        self._leaving.clear()
+        lost = [attempt for attempt in self._attempts.values() if not attempt.end.done()]
+        for attempt in lost:
+            attempt.end.set_exception(Died(cause))
+        if not self._closed:
+            self._tell(
+                "environment_died", f"{connection.process}: {cause}; attempts that were played there: {len(lost)}"
+            )
