@@ -193,13 +193,14 @@ def test_a_trainer_that_dies_does_not_hold_the_server_up(moment: str, tmp_path: 
         raise TrainingError("rank 0 was killed")
 
     with served("sglang", tmp_path, **broadcast()) as made:
+        made.run(made.engine._connected())  # its start takes its time
         monkeypatch.setattr(ServerGroup, moment, dies)
         start = time.monotonic()
         with pytest.raises(TrainingError, match="rank 0 was killed"):
             made.publish(model(1), 0)
         assert time.monotonic() - start < SOON_S
         assert made.engine._server
-        made.run(made.engine._server.http.post("/weights_checker", {"action": "checksum"}, 5))
+        made.run(made.engine._server.http.post("/weights_checker", {"action": "checksum"}, SOON_S))
 
 
 def test_a_server_that_refuses_weights_says_why_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -104,7 +104,11 @@ def test_what_arrives_on_one_gpu_is_what_was_published(tmp_path: Path, monkeypat
         return str(len(shared) - 1).encode()
 
     def joined(self: group.Group, device: torch.device) -> Any:
-        return group._OneMemory(self._gloo(), self._bucket_of_all(device), self.rank == group.SENDER)
+        return group._OneMemory(
+            self.gloo(group.dist.PrefixStore("gloo", self.store)),
+            self._bucket_of_all(device),
+            self.rank == group.SENDER,
+        )
 
     monkeypatch.setattr(group, "exported", exported)
     monkeypatch.setattr(group, "imported", lambda handle, device: shared[int(handle)])
