@@ -228,6 +228,7 @@ class Sglang:
         address = inlet.address
         assert address.workers
         await self._leave(http, inlet)  # what a run before this one has left
+        inlet.check_awaited()
         where = {"master_address": address.host, "master_port": address.workers.port, "backend": inlet.backend}
         ranks = {"rank_offset": 1, "world_size": len(address.ranks)}
         await _order(http, "/init_weights_update_group", {"group_name": inlet.group_name, **where, **ranks})

@@ -15,6 +15,9 @@ from torch import Tensor
 from sluice.errors import EngineError
 from sluice.weights.group import READY, SENDER, Address, Group, dist, wait_for_device
 
+ARRIVAL_S = 1.0
+"""For workers to get to the store, when they have been asked to join."""
+
 
 def group_name(address: Address) -> str:
     """As both ends say it: of this engine's group, whatever the run."""
@@ -58,7 +61,7 @@ class ServerInlet:
         """`rendezvous` is the store of the workers, which they need while they join."""
         self.address, self.group_name = address, group_name(address)
         self.has_joined = False
-        self._is_joining = False
+        self._is_joining = self._is_broken_off = False
         self._rendezvous = rendezvous
         self._store = address.store()
 
@@ -71,16 +74,28 @@ class ServerInlet:
         if self._store.get(trainer) != READY:  # as it is now
             raise EngineError(f"the trainer was not there for the weights of version {version}")
         self._is_joining = not self.has_joined
+        self._is_broken_off = False
 
     @property
     def backend(self) -> str:
         """By which trainer and workers talk; the trainer has said it before it came."""
         return self._store.get("backend").decode()
 
+    def check_awaited(self) -> None:
+        """Raises EngineError when nobody is there any more for the workers to join."""
+        if self._is_broken_off:
+            raise EngineError("the trainer was gone before the server had joined")
+
     def joined(self) -> None:
         self.has_joined, self._is_joining = True, False
 
     def break_off(self) -> None:
         """One end is gone: the other does not wait at the store for it."""
-        if self._is_joining:
-            self._rendezvous = None
+        self._is_broken_off = True
+        if (
+            self._is_joining
+        ):  # workers that are on their way there would look for a store that is gone until their own limit
+            asyncio.get_running_loop().call_later(ARRIVAL_S, self._drop)
+
+    def _drop(self) -> None:
+        self._rendezvous = None
