@@ -10,8 +10,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from sluice.trainers.model import PolicyModel
@@ -30,7 +34,18 @@ _SMALL = {
     "bos_token_id": 2,
 }
 
-CONFIGS = {
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ALONE = {name: value for name, value in _SMALL.items() if name != "head_dim"}
+
+MIXTURES = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SMALL, **_EXPERTS, norm_topk_prob=True),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**_ALONE, **_EXPERTS, shared_expert_intermediate_size=16),
+    "olmoe": lambda: OlmoeConfig(**(_ALONE | {"intermediate_size": 16}), num_experts=8, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(**(_ALONE | {"intermediate_size": 16}), num_local_experts=8),
+}
+"""Of experts: gates that are normalised over those that were chosen (Qwen 3, Mixtral), and over all."""
+
+CONFIGS = MIXTURES | {
     "qwen3": lambda: Qwen3Config(**_SMALL),
     "qwen3_all_heads": lambda: Qwen3Config(**(_SMALL | {"num_key_value_heads": 4})),
     "qwen2": lambda: Qwen2Config(**_SMALL),

@@ -56,6 +56,9 @@ class LanguageModel(Protocol):
     """The module below the head."""
     head: Any
     """The linear output layer."""
+    routers: Any
+    """Of a mixture of experts, where what they choose is to be reported, else None: `chosen()` tells it of the last forward,
+    [T, `num_chosen`]."""
 
     def hidden_states(
         self,

@@ -49,6 +49,8 @@ class Reply:
     policy_versions: list[int] | None = None
     """None: all by the weights that the server had when it was asked."""
     kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    routed_experts: list[bytes] = field(default_factory=list[bytes])
+    """Of all that it was given and made."""
 
 
 class Dialect(Protocol):

@@ -37,6 +37,7 @@ class LoraModel(PolicyModel):
         Raises ConfigError when a target is not there.
         """
         super().__init__(base.model)
+        self.routers = base.routers
         self._base_fingerprint = fingerprint(base.named_weights())
         self.settings = add_adapters(base, rank, alpha, targets, seed)
 

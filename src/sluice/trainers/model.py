@@ -21,6 +21,7 @@ from sluice.errors import ConfigError, NonFiniteError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
 from sluice.trainers.linears import use_fast_linears
 from sluice.trainers.norms import use_own_norms
+from sluice.trainers.routing import Routers
 from sluice.types import Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,6 +45,8 @@ class PolicyModel:
         self._recomputed: list[Any] = []
         self.num_heads = (self.config.num_attention_heads, _kv_heads(self.config))
         """Of queries, and of keys and values."""
+        self.routers: Routers | None = None
+        """Those of a mixture of experts, where what they choose is recorded or replayed."""
         self._own_attention: str = self.config._attn_implementation
         use_own_norms(self.body)
         use_fast_linears(self.body)
@@ -60,13 +63,16 @@ class PolicyModel:
         visible: Tensor | None = None,
         cache: Any = None,
         pieces: Sequence[Piece] | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """[B, L] ids and positions → [B, L, H].
 
         `visible` [B, L, K] says which keys each position may look at; left out, all before it in its row. With a
         `cache` the keys are those at positions 0 … K - 1, else those of the input itself. `pieces` say what a packed row is
-        made of, and so who looks at whom.
+        made of, and so who looks at whom. `experts` [B · L, layers · k] are those that the routers take, if they are to be replayed.
         """
+        if self.routers:
+            self.routers.begin(experts)
         mask: Any = None
         packed: dict[str, Any] = {}
         if pieces is not None:
@@ -90,6 +96,11 @@ class PolicyModel:
 
     def _packed_attention(self, pieces: Sequence[Piece]) -> PackedAttention:
         return PackedAttention(pieces, *self.num_heads, self.device)
+
+    def replay_routing(self) -> None:
+        """From now on it says which experts its routers chose, and takes those that it is given. Raises ConfigError for a model without
+        experts, or one whose routers are of another kind."""
+        self.routers = Routers(self.body)
 
     def compile(self) -> None:
         """Forwards that have a backward go through `torch.compile` from now on. Raises ConfigError without a C++ compiler."""
@@ -281,7 +292,7 @@ def copied(state: Any) -> Any:
 
 def hidden_states_of(model: PolicyModel, batch: MicroBatch) -> Tensor:
     """[T, H] the states from which the batch's loss tokens are predicted."""
-    hidden = model.hidden_states(batch.input_ids, batch.position_ids, pieces=batch.pieces)
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids, pieces=batch.pieces, experts=batch.routed_experts)
     return hidden.flatten(0, 1)[batch.hidden_index]
 
 
