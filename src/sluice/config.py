@@ -323,8 +323,6 @@ class TrainConfig(Section):
         engine, trainer = self.engine, self.trainer
         if isinstance(engine, ScriptedEngine):
             return "engine.name=scripted, which has no routers that choose experts"
-        if isinstance(engine, SglangEngine) and engine.speculative:
-            return f"engine.speculative={engine.speculative}: SGLang does not say that it leaves out the experts of refused drafts"
         if not isinstance(trainer, DryTrainer) and trainer.compile:
             return "trainer.compile=true: the experts of a token come from outside of the model that is compiled"
         if isinstance(trainer, FsdpTrainer) and trainer.tensor_parallel > 1:

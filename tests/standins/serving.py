@@ -12,12 +12,10 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -36,6 +34,8 @@ class Sampler:
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.version = "default"
+        self.asks = {"output_router_logits": True} if "--enable-return-routed-experts" in sys.argv else {}
+        self.top_k = getattr(self.model.config, "num_experts_per_tok", 0)
         self.asleep: set[str] = set()
         self.running = asyncio.Event()
         self.running.set()
@@ -52,12 +52,9 @@ class Sampler:
 
     def load(self, folder: str) -> None:
         assert "weights" not in self.asleep
-        weights: dict[str, Any] = {}
-        for file in Path(folder).glob("*.safetensors"):
-            weights |= load_file(file)
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        assert not unexpected
-        assert set(missing) <= {"lm_head.weight"}  # tied
+        published, about = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        self.model.load_state_dict(published.state_dict())
 
     async def sample(
         self,
@@ -72,7 +69,14 @@ class Sampler:
     ) -> dict[str, Any]:
         """Token ids, their log-probs, those of the ids that were kept, the version of each, and why it ended."""
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        found: dict[str, Any] = {"ids": [], "logprobs": [], "kept": [], "versions": [], "reason": "length"}
+        found: dict[str, Any] = {
+            "ids": [],
+            "logprobs": [],
+            "kept": [],
+            "versions": [],
+            "routed": [],
+            "reason": "length",
+        }
         number = object()
         given_up = self.active[number] = asyncio.Event()
         try:
@@ -92,12 +96,20 @@ class Sampler:
             del self.active[number]
         return found
 
+    def _routed(self, output: Any) -> list[Any]:
+        """By token, the experts of each layer."""
+        if not self.asks:
+            return []
+        return torch.stack([logits.topk(self.top_k).indices for logits in output.router_logits], 1).tolist()
+
     @torch.inference_mode()
     def _draw(
         self, prompt: Sequence[int], found: dict[str, Any], temperature: float, top_k: int, generator: Any
     ) -> None:
         assert not self.asleep
-        logits = self.model(torch.tensor([[*prompt, *found["ids"]]])).logits[0, -1] / temperature
+        output = self.model(torch.tensor([[*prompt, *found["ids"]]]), **self.asks)
+        found["routed"] += self._routed(output)[len(found["routed"]) :]
+        logits = output.logits[0, -1] / temperature
         if top_k > 0:
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         logp = logits.log_softmax(-1)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sluice.engines.decoders import Decoder
-from sluice.engines.slots import Prefix, SlotCache, SlotState, Span, as_entries, spans
+from sluice.engines.routed import as_entries
+from sluice.engines.slots import Prefix, SlotCache, SlotState, Span, spans
 from sluice.types import Completion, FinishReason, Sampling
 
 STEPS_BETWEEN_SORTS = 16
@@ -52,7 +53,9 @@ class Request:
             policy_versions=self.policy_versions(len(tokens)),
             temperature=self.sampling.temperature,
             kept_ids=kept_ids if any(kept_ids) else [],
-            routed_experts=[] if routed is None else [*self.prompt_routed, *as_entries(routed[:-1]), b""],
+            routed_experts=[]
+            if routed is None
+            else [*self.prompt_routed, *as_entries(routed[:-1].cpu().numpy(), len(tokens))],
         )
 
     def asks(self) -> Iterator[str]:

@@ -34,6 +34,7 @@ class ServerSetting:
     memory_fraction: float | None = None
     quantization: str | None = None
     can_sleep: bool = False
+    reports_experts: bool = False
     gpus: Sequence[int] = ()
     arguments: Sequence[str] = ()
 

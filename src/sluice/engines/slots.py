@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sluice.engines.routed import as_entries
+
 
 class SlotCache:
     """Keys [num_slots, heads, head size, capacity] and values [num_slots, heads, capacity, head size] per layer.
@@ -101,7 +103,7 @@ class Prefix:
             self.keys = [keys[:, key_order] for keys in self.keys]
         self.values = [layer.values[row, :, :length] for layer in cache.layers]  # [heads, length, head size]
         self.hidden = hidden  # [H]
-        self.routed_experts = [] if routed is None else as_entries(routed)
+        self.routed_experts = [] if routed is None else as_entries(routed.cpu().numpy(), length)
 
     @property
     def position_bytes(self) -> int:
@@ -181,12 +183,6 @@ class SlotState:
         """Slot i takes what slot order[i] holds."""
         for column in self.columns.values():
             column[: len(order)] = column[order]
-
-
-def as_entries(routed: Tensor) -> list[bytes]:
-    """[n, layers · k] experts as a completion has them."""
-    numbers = routed.cpu().numpy().astype("<u2")
-    return [row.tobytes() for row in numbers]
 
 
 def _grown(cache: Tensor, slots: int, dim: int, capacity: int, order: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from sluice.launch.cores import engine_threads
 
 if TYPE_CHECKING:
     from sluice.engines.dialect import Dialect
+    from sluice.engines.routed import Routed
     from sluice.engines.router import Router
     from sluice.launch.placing import Placement
     from sluice.trainers.model import PolicyModel
@@ -30,7 +31,7 @@ def servers(
     publication = Disk(Path(settings.publication_folder) if settings.publication_folder else None)
     engines = [
         Engine(
-            _dialect(config, settings, type(model.model).__name__, window, k),
+            _dialect(config, settings, model, window, k),
             publication,
             name=f"engine-{k}" if settings.replicas > 1 else "engine",
             url=settings.url,
@@ -48,13 +49,16 @@ def servers(
     return Router(engines, synchronous=synchronous, max_restarts=settings.max_restarts, group_size=rollout.group_size)
 
 
-def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, window: int, k: int) -> Dialect:
+def _dialect(config: TrainConfig, settings: ServerEngine, model: PolicyModel, window: int, k: int) -> Dialect:
     """Of the k-th replica."""
+    from sluice.engines.routed import Routed
+
+    routed = Routed(model.routers.layers, model.routers.top_k) if model.routers else None
     of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,
         "model": config.model.path,
-        "architecture": architecture,
+        "architecture": type(model.model).__name__,
         "dtype": config.model.dtype,
         "max_model_len": window,
         "max_num_seqs": settings.num_slots,
@@ -63,16 +67,17 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         "memory_fraction": settings.memory_fraction,
         "quantization": settings.quantization,
         "can_sleep": settings.sleep,
+        "reports_experts": routed is not None,
         "gpus": settings.gpus[k * of_each : (k + 1) * of_each],
         "arguments": settings.arguments,
     }
     if isinstance(settings, SglangEngine):
-        return _sglang(settings, shared)
+        return _sglang(settings, shared, routed)
     assert isinstance(settings, VllmEngine)
     from sluice.engines.vllm import Vllm, VllmServer
 
     if settings.url:
-        return Vllm(None, _repetition(settings))
+        return Vllm(None, _repetition(settings), routed)
     server = VllmServer(
         **shared,
         top_k=config.rollout.top_k,
@@ -82,14 +87,14 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         speculative=_drafting(settings),
         compiles=settings.compile,
     )
-    return Vllm(server, _repetition(settings))
+    return Vllm(server, _repetition(settings), routed)
 
 
-def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
+def _sglang(settings: SglangEngine, shared: dict[str, Any], routed: Routed | None) -> Dialect:
     from sluice.engines.sglang import Sglang, SglangServer
 
     if settings.url:
-        return Sglang(None, settings.deterministic)
+        return Sglang(None, settings.deterministic, routed)
     server = SglangServer(
         **shared,
         speculative=settings.speculative,
@@ -97,7 +102,7 @@ def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
         draft_path=settings.draft_path,
         deterministic=settings.deterministic,
     )
-    return Sglang(server, settings.deterministic)
+    return Sglang(server, settings.deterministic, routed)
 
 
 def _drafting(settings: VllmEngine) -> dict[str, str | int] | None:

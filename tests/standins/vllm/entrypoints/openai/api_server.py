@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
+from base64 import b64encode
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
@@ -53,7 +57,12 @@ async def generate(body: dict[str, Any]) -> tuple[int, Any]:
         for token, logprob, kept in zip(found["ids"], found["logprobs"], found["kept"], strict=True)
     ]
     choice = {"index": 0, "finish_reason": found["reason"], "stop_reason": None, "token_ids": found["ids"]}
-    return 200, {"choices": [choice | {"weight_versions": spans, "logprobs": {"content": content}}]}
+    choice |= {"weight_versions": spans, "logprobs": {"content": content}, "routed_experts": None}
+    if SAMPLER.asks:
+        numbers = io.BytesIO()
+        np.save(numbers, np.array(found["routed"], np.uint8), allow_pickle=False)
+        choice["routed_experts"] = b64encode(numbers.getvalue()).decode()
+    return 200, {"choices": [choice]}
 
 
 async def pause(body: dict[str, Any]) -> tuple[int, Any]:

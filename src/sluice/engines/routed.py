@@ -1,0 +1,32 @@
+"""What engines say of the experts that a mixture of experts took, as a completion has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+
+def as_entries(routed: NDArray[Any], length: int) -> list[bytes]:
+    """[n, layers, k] of the first of `length` tokens."""
+    rows = routed.reshape(len(routed), -1).astype("<u2")
+    return [*(row.tobytes() for row in rows), *[b""] * (length - len(rows))]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a server is to report of each token."""
+
+    layers: Sequence[int]
+    """Those that have experts; servers speak of all layers."""
+    top_k: int
+
+    def entries(self, numbers: NDArray[Any], length: int) -> list[bytes]:
+        """Of a server's answer for a sequence of so many tokens, the last of which it was not fed. Raises ValueError for one of another
+        shape."""
+        routed = numbers.reshape(length - 1, -1, self.top_k)
+        if routed.shape[1] <= max(self.layers):
+            raise ValueError(f"experts of {routed.shape[1]} layers, and layer {max(self.layers)} has some, too")
+        return as_entries(routed[:, list(self.layers)], length)
