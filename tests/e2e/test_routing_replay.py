@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sluice.cli import main
 from sluice.viewer import report
 from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
 
@@ -52,13 +51,18 @@ def test_the_experts_of_every_token_are_on_record_and_replayed(ready: Path, word
             assert (experts[..., 0] != experts[..., 1]).all()
 
 
+def test_a_run_goes_on_with_the_experts_of_what_was_begun(ready: Path):
+    """Its checkpoint holds completions, finished and not."""
+    words = (*REPLAY, *APART, "rollout.max_staleness=1", "checkpoint.every_steps=1")
+    run = finished("train", "config.yaml", *words)
+    assert sluice("train", "--resume", run, "run.num_steps=5") == 0
+    for row in ledger_of(run, 4):
+        assert [len(chosen) for chosen in row["routed_experts"]] == [2 * LAYERS * TOP_K] * (
+            len(row["token_ids"]) - 1
+        ) + [0]
+
+
 def test_a_recorded_step_is_made_again_by_the_recorded_experts(ready: Path, capsys: pytest.CaptureFixture[str]):
     run = finished("train", "config.yaml", *REPLAY)
-    assert main(["replay", str(run), "--step", "3"]) == 0
+    assert sluice("replay", run, "--step", "3") == 0
     assert capsys.readouterr().out.endswith("step 3: identical (16 samples)\n")
-
-
-def test_a_dense_model_has_no_routers(ready: Path, capsys: pytest.CaptureFixture[str]):
-    set_up(ready, "qwen3")
-    assert sluice("train", "config.yaml", *REPLAY) != 0
-    assert "Qwen3Model has no routers" in capsys.readouterr().err

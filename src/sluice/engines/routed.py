@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 def as_entries(routed: NDArray[Any], length: int) -> list[bytes]:
     """[n, layers, k] of the first of `length` tokens."""
-    rows = routed.reshape(len(routed), -1).astype("<u2")
+    rows = routed.reshape(len(routed), prod(routed.shape[1:])).astype("<u2")
     return [*(row.tobytes() for row in rows), *[b""] * (length - len(rows))]
 
 
