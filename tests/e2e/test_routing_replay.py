@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from sluice.viewer import report
 from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
 
+STANDINS = ROOT / "tests/standins"
 REPLAY = ("rollout.routing_replay=true", "trainer.updates_per_batch=2")
 APART = ("engine.process=own", "engine.num_threads=1")
+SERVER = (f"engine.python={sys.executable}", "engine.num_threads=1", "rollout.max_staleness=1")
+"""A stand-in."""
 LAYERS, TOP_K, EXPERTS = 2, 2, 8
 
 
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(report, "write_report", lambda run: None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]))
     with workplace(tmp_path, monkeypatch):
         set_up(tmp_path, "qwen3_moe")
         yield tmp_path
@@ -32,8 +39,10 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (*APART, "trainer.name=fsdp", "trainer.num_ranks=2", "trainer.activation_checkpointing=true"),
         ("trainer.layout=rows", "algorithm.kl_coef=0.1", "algorithm.old_logprobs=recomputed"),
         ("trainer.lora_rank=2",),
+        (*SERVER, "engine.name=vllm"),
+        (*SERVER, "engine.name=sglang", "engine.deterministic=true"),
     ],
-    ids=["one_process", "asynchronous", "ranks", "rows_with_a_reference", "adapters"],
+    ids=["one_process", "asynchronous", "ranks", "rows_with_a_reference", "adapters", "vllm", "sglang"],
 )
 def test_the_experts_of_every_token_are_on_record_and_replayed(ready: Path, words: tuple[str, ...]):
     """Only the last token of a sample was never fed in. All checks of the run are on: engine and trainer compute one policy."""

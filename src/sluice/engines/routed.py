@@ -20,14 +20,16 @@ def as_entries(routed: NDArray[Any], length: int) -> list[bytes]:
 class Routed:
     """What a server is to report of each token."""
 
+    num_layers: int
+    """Of the model; servers speak of all layers."""
     layers: Sequence[int]
-    """Those that have experts; servers speak of all layers."""
+    """Those that have experts."""
     top_k: int
 
     def entries(self, numbers: NDArray[Any], length: int) -> list[bytes]:
         """Of a server's answer for a sequence of so many tokens, the last of which it was not fed. Raises ValueError for one of another
         shape."""
-        routed = numbers.reshape(length - 1, -1, self.top_k)
-        if routed.shape[1] <= max(self.layers):
-            raise ValueError(f"experts of {routed.shape[1]} layers, and layer {max(self.layers)} has some, too")
-        return as_entries(routed[:, list(self.layers)], length)
+        wanted = (length - 1, self.num_layers, self.top_k)
+        if numbers.size != prod(wanted):
+            raise ValueError(f"it tells {numbers.size} experts, and (tokens, layers, experts each) are {wanted}")
+        return as_entries(numbers.reshape(wanted)[:, list(self.layers)], length)

@@ -53,7 +53,9 @@ def _dialect(config: TrainConfig, settings: ServerEngine, model: PolicyModel, wi
     """Of the k-th replica."""
     from sluice.engines.routed import Routed
 
-    routed = Routed(model.routers.layers, model.routers.top_k) if model.routers else None
+    routed = None
+    if model.routers:
+        routed = Routed(model.config.num_hidden_layers, model.routers.layers, model.routers.top_k)
     of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,

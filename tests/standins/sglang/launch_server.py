@@ -50,7 +50,11 @@ async def generate(body: dict[str, Any]) -> tuple[int, Any]:
             "completion_tokens": len(said),
             "weight_version": SAMPLER.version,
             **({"output_token_logprobs": said} if body.get("return_logprob") else {}),
-            **({"routed_experts": b64encode(routed.tobytes()).decode()} if body.get("return_routed_experts") else {}),
+            **(
+                {"routed_experts": b64encode(routed.tobytes()).decode()}
+                if SAMPLER.asks and body.get("return_routed_experts")
+                else {}
+            ),
         },
     }
 
