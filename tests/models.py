@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -41,9 +42,18 @@ MIXTURES = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**_SMALL, **_EXPERTS, norm_topk_prob=True),
     "qwen2_moe": lambda: Qwen2MoeConfig(**_ALONE, **_EXPERTS, shared_expert_intermediate_size=16),
     "olmoe": lambda: OlmoeConfig(**(_ALONE | {"intermediate_size": 16}), num_experts=8, num_experts_per_tok=2),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **_SMALL,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=0,
+        n_group=1,
+        topk_group=1,
+    ),
     "mixtral": lambda: MixtralConfig(**(_ALONE | {"intermediate_size": 16}), num_local_experts=8),
 }
-"""Of experts: gates that are normalised over those that were chosen (Qwen 3, Mixtral), and over all."""
+"""Of experts: gates that are a softmax over those that were chosen (Qwen 3, Mixtral) or over all, or the sigmoid (GLM 4.5)."""
 
 CONFIGS = MIXTURES | {
     "qwen3": lambda: Qwen3Config(**_SMALL),
@@ -75,4 +85,7 @@ def tiny_model(
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # by which GLM's routers choose
+                buffer.uniform_(-0.2, 0.2)
     return PolicyModel(model.to(device))

@@ -80,7 +80,7 @@ class LanguageModel(Protocol):
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Every weight that it computes with, once, under the name that `transformers` gives it: a parameter of the model, or what
-        adapters make of it."""
+        adapters make of it, and the buffers of its checkpoints."""
         ...
 
     def named_modules(self) -> Iterable[tuple[str, Any]]:

@@ -60,6 +60,18 @@ def test_the_experts_of_every_token_are_on_record_and_replayed(ready: Path, word
             assert (experts[..., 0] != experts[..., 1]).all()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("engine.publication=disk",), ("trainer.name=fsdp", "trainer.num_ranks=2")],
+    ids=["disk", "ranks"],
+)
+def test_the_bias_by_which_a_router_chooses_gets_to_the_engine(ready: Path, words: tuple[str, ...]):
+    """It is no parameter. Without it the engine would choose other experts."""
+    set_up(ready, "glm4_moe")
+    run = finished("train", "config.yaml", *APART, *words, "run.num_steps=2")
+    assert all(line["train/engine_logprob_diff/max"] < 1e-4 for line in metrics_of(run))
+
+
 def test_a_run_goes_on_with_the_experts_of_what_was_begun(ready: Path):
     """Its checkpoint holds completions, finished and not."""
     words = (*REPLAY, *APART, "rollout.max_staleness=1", "checkpoint.every_steps=1")

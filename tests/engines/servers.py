@@ -45,7 +45,9 @@ def model(seed: int, tied: bool = False, architecture: str = "qwen3") -> PolicyM
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
     heads = (
-        {"head_dim": 32} if architecture.startswith("qwen3") else {"num_attention_heads": 2, "num_key_value_heads": 2}
+        {"head_dim": 32}
+        if architecture.startswith(("qwen3", "glm4"))
+        else {"num_attention_heads": 2, "num_key_value_heads": 2}
     )
     config.update({"hidden_size": 64, "tie_word_embeddings": tied, **heads})
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"):

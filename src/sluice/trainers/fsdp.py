@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from sluice.data.packing import Piece
 from sluice.errors import ConfigError
 from sluice.trainers.attention import PackedAttention
-from sluice.trainers.model import PolicyModel, check_compiler
+from sluice.trainers.model import PolicyModel, check_compiler, weights_of
 from sluice.trainers.split_rows import Gather, SplitAttention, padded, share_of
 from sluice.trainers.tensor_parallel import divide_layer, refuse_undividable
 
@@ -212,7 +212,7 @@ class ShardedModel(PolicyModel):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole, one after the other. All ranks take part."""
-        return ((name, whole(shard)) for name, shard in self.published(self.model.named_parameters()))
+        return ((name, whole(shard)) for name, shard in self.published(weights_of(self.model)))
 
     @torch.no_grad()
     def take_weights(self, other: PolicyModel) -> None:

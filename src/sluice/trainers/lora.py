@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sluice.errors import ConfigError
-from sluice.trainers.model import PolicyModel, copied
+from sluice.trainers.model import PolicyModel, copied, weights_of
 from sluice.weights.fingerprint import fingerprint
 
 FOLDER, FILE = "adapter", "adapter_model.safetensors"
@@ -42,7 +42,7 @@ class LoraModel(PolicyModel):
         self.settings = add_adapters(base, rank, alpha, targets, seed)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._merged(self.model.named_parameters())
+        return self._merged(weights_of(self.model))
 
     def export(self) -> Callable[[str], None]:
         weights, adapter = copied(dict(self._merged(self.model.state_dict().items()))), copied(adapter_of(self.model))

@@ -192,7 +192,7 @@ class PolicyModel:
         return {kind: masks[kind] for kind in set(kinds)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.model.named_parameters()
+        return weights_of(self.model)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return self.model.named_modules()
@@ -226,7 +226,7 @@ class PolicyModel:
         whoever holds these sees them, and so that they lie in memory as before (on it depends the last bit of a product).
         """
         other = type(self.model).from_pretrained(folder, dtype=self.dtype, local_files_only=True)
-        for mine, theirs in zip(self.model.parameters(), other.parameters(), strict=True):
+        for (_, mine), (_, theirs) in zip(weights_of(self.model), weights_of(other), strict=True):
             mine.copy_(theirs)
 
     @torch.no_grad()
@@ -263,6 +263,13 @@ class PolicyModel:
                     f"{type(self.model).__name__}: with sluice's {what} the logits differ from the model's own by {error:.3g}; "
                     "this architecture is not supported (full and sliding-window attention are)"
                 )
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a checkpoint holds, once: parameters, and such buffers as the bias by which a router chooses."""
+    yield from model.named_parameters()
+    held = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in held)
 
 
 def check_compiler() -> None:

@@ -85,9 +85,10 @@ def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tenso
     for path, module in model.named_modules():
         path = path.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
         for kind, weight in module.named_parameters(recurse=False):
-            if kind in _EXPERTS and hasattr(module, "global_num_experts"):
-                name, shape = _experts(module, kind)
-                yield path.removesuffix("routed_experts") + name, unpacked(module, weight), shape
+            if hasattr(module, "global_num_experts"):
+                if kind in _EXPERTS:  # else it is the router's
+                    name, shape = _experts(module, kind)
+                    yield path.removesuffix("routed_experts") + name, unpacked(module, weight), shape
                 continue
             ranks: Any = getattr(module, "tp_size", 1)
             if ranks == 1 and rank > 0:
