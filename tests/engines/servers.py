@@ -52,7 +52,7 @@ def model(seed: int, tied: bool = False, architecture: str = "qwen3") -> PolicyM
     config.update({"hidden_size": 64, "tie_word_embeddings": tied, **heads})
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"):
         if architecture in MIXTURES and hasattr(config, name):
-            setattr(config, name, 32)
+            setattr(config, name, 64)
     made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -56,10 +56,10 @@ def choice_of(policy: PolicyModel, ids: list[int]) -> list[bytes]:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("architecture", MIXTURES)
-def test_vllm_computes_with_the_published_experts(architecture: str, tmp_path: Path):
+@pytest.mark.parametrize(("architecture", "ranks"), [*((name, 1) for name in MIXTURES), ("qwen3_moe", 2)])
+def test_vllm_computes_with_the_published_experts(architecture: str, ranks: int, tmp_path: Path):
     """The first time and later ones, and its fingerprint is of those that it computes with."""
-    with served("real vllm", folder_of(tmp_path, architecture)) as one:
+    with served("real vllm", folder_of(tmp_path, architecture), tensor_parallel=ranks) as one:
         for version in range(3):
             policy = model(1 + version, architecture=architecture)
             one.publish(policy, version)
