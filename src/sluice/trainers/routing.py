@@ -64,7 +64,7 @@ class Routers:
         if self.num_experts > MOST_EXPERTS:
             raise ConfigError(f"rollout.routing_replay: {self.num_experts} experts are more than {MOST_EXPERTS}")
         self.num_layers = len(found)
-        self.layers = [int(name.split("layers.")[1].split(".")[0]) for name, _ in found]
+        self.layers = [next(int(part) for part in name.split(".") if part.isdecimal()) for name, _ in found]
         """Of the model's layers, those that have experts."""
         self.num_chosen = self.num_layers * self.top_k
         """Experts of one token, in all layers."""
