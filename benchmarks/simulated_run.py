@@ -161,6 +161,7 @@ def _run(setting: Setting, engine: Any, trainer: Any, environment: Any, notes: N
         engine_retries=0,
         vocab_size=None,
         max_length=None,
+        routing=None,
         stop_at_reward=None,
         checkpoints=Recording(setting),
     )

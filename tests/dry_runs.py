@@ -176,6 +176,7 @@ class Workshop:
             "engine_retries": 2,
             "vocab_size": None,
             "max_length": None,
+            "routing": None,
             "pretrain_steps": 0,
             "update_reference_every": None,
             "stop_at_reward": None,

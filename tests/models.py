@@ -7,11 +7,16 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from sluice.trainers.model import PolicyModel
@@ -30,7 +35,27 @@ _SMALL = {
     "bos_token_id": 2,
 }
 
-CONFIGS = {
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ALONE = {name: value for name, value in _SMALL.items() if name != "head_dim"}
+
+MIXTURES = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SMALL, **_EXPERTS, norm_topk_prob=True),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**_ALONE, **_EXPERTS, shared_expert_intermediate_size=16),
+    "olmoe": lambda: OlmoeConfig(**(_ALONE | {"intermediate_size": 16}), num_experts=8, num_experts_per_tok=2),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **_SMALL,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=0,
+        n_group=1,
+        topk_group=1,
+    ),
+    "mixtral": lambda: MixtralConfig(**(_ALONE | {"intermediate_size": 16}), num_local_experts=8),
+}
+"""Of experts: gates that are a softmax over those that were chosen (Qwen 3, Mixtral) or over all, or the sigmoid (GLM 4.5)."""
+
+CONFIGS = MIXTURES | {
     "qwen3": lambda: Qwen3Config(**_SMALL),
     "qwen3_all_heads": lambda: Qwen3Config(**(_SMALL | {"num_key_value_heads": 4})),
     "qwen2": lambda: Qwen2Config(**_SMALL),
@@ -60,4 +85,7 @@ def tiny_model(
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # by which GLM's routers choose
+                buffer.uniform_(-0.2, 0.2)
     return PolicyModel(model.to(device))

@@ -29,6 +29,7 @@ from small_runs import (
     DRY_ONLY,
     documented_metrics,
     finished,
+    make_model,
     make_stand_in_python,
     metrics_of,
     sluice,
@@ -311,13 +312,16 @@ def test_the_metrics_of_the_table_are_those_that_are_logged(here: Path, tmp_path
     """Of every run, and of those whose algorithm has all there is: terms and corrections, and a critic."""
     write_config(tmp_path / "dry.yaml", **BASE, model={"path": "model"})
     settings = ["engine={name: scripted, script: my_script:answer}", "trainer={name: dry}"]
-    dry, terms, critic, apart = (
+    make_model(tmp_path / "mixture", "qwen3_moe")
+    mixture = [f"model.path={tmp_path / 'mixture'}", "rollout.routing_replay=true"]
+    dry, terms, critic, apart, routed = (
         logged_by(tmp_path / name, config, *words)
         for name, config, words in (
             ("dry", tmp_path / "dry.yaml", settings),
             ("terms", "base.yaml", [ALL_TERMS]),
             ("critic", "base.yaml", ["algorithm.name=ppo"]),
             ("apart", "base.yaml", ["engine.process=own", "engine.replicas=2", "rollout.max_staleness=1"]),
+            ("routed", "base.yaml", mixture),
         )
     )
     trained, tuned = (set(metrics_of(Path(run))[0]) - {"step"} for run in ("runs/NAME", "runs/base"))
@@ -326,7 +330,7 @@ def test_the_metrics_of_the_table_are_those_that_are_logged(here: Path, tmp_path
     assert DRY_ONLY in dry
     free = re.compile(r"rollout/reward/|rollout/finish/|perf/\w+_(s|bytes)$")
     assert {name for name in trained | tuned | dry if not free.match(name)} <= table
-    assert {name for name in (terms | critic | apart) - trained if not free.match(name)} == further
+    assert {name for name in (terms | critic | apart | routed) - trained if not free.match(name)} == further
 
 
 def logged_by(folder: Path, config: str | Path, *settings: str) -> set[str]:

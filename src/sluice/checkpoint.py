@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -156,7 +157,7 @@ class Saved:
             for ticket, group in state["done"].items()
         }
         calls = {
-            int(seed): Call(**{**call, "made": Completion(**call["made"])}) for seed, call in state["calls"].items()
+            int(seed): Call(**{**call, "made": _completion(call["made"])}) for seed, call in state["calls"].items()
         }
         return BufferState(**{**state, "done": done, "calls": calls})
 
@@ -265,7 +266,7 @@ def position_of(run: Run, metric: float | None) -> dict[str, Any]:
             "next_ticket": buffer.next_ticket,
             "failed_in_a_row": buffer.failed_in_a_row,
             "done": done,
-            "calls": {seed: _own(call, Call, made=_own(call.made, Completion)) for seed, call in buffer.calls.items()},
+            "calls": {seed: _own(call, Call, made=_saved_completion(call.made)) for seed, call in buffer.calls.items()},
         },
     }
 
@@ -298,8 +299,12 @@ def restore_random_state(rng: dict[str, Any]) -> None:
 
 
 def _saved(trajectory: Trajectory) -> dict[str, Any]:
-    turns = [_own(turn, Turn, completion=_own(turn.completion, Completion)) for turn in trajectory.turns]
+    turns = [_own(turn, Turn, completion=_saved_completion(turn.completion)) for turn in trajectory.turns]
     return _own(trajectory, Trajectory, turns=turns)
+
+
+def _saved_completion(completion: Any) -> dict[str, Any]:
+    return _own(completion, Completion, routed_experts=[b64encode(own).decode() for own in completion.routed_experts])
 
 
 def _own(value: Any, kind: type, **others: Any) -> dict[str, Any]:
@@ -308,8 +313,12 @@ def _own(value: Any, kind: type, **others: Any) -> dict[str, Any]:
 
 
 def _trajectory(saved: dict[str, Any]) -> Trajectory:
-    turns = [Turn(**{**turn, "completion": Completion(**turn["completion"])}) for turn in saved["turns"]]
+    turns = [Turn(**{**turn, "completion": _completion(turn["completion"])}) for turn in saved["turns"]]
     return Trajectory(**{**saved, "turns": turns})
+
+
+def _completion(saved: dict[str, Any]) -> Completion:
+    return Completion(**{**saved, "routed_experts": [b64decode(own) for own in saved["routed_experts"]]})
 
 
 def _metric_of(folder: Path) -> float | None:

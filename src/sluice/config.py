@@ -116,6 +116,9 @@ class RolloutSection(Section):
     """Texts that end a completion."""
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), strict=False)
     """Token ids that end a completion, besides the model's own end-of-sequence ids."""
+    routing_replay: bool = False
+    """Of a mixture of experts: the trainer takes, for each token and layer, the experts that the engine's router chose, and weighs them by
+    its own router's logits (rollout routing replay, R3). The engine has to report them, which costs little; they are in the ledger."""
     max_staleness: NonNegativeInt = 0
     """How many versions of the policy, of which each step makes one, a token may be older than what it trains; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"
@@ -240,6 +243,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "rollout.environment_workers has no effect with rollout.environment=single_turn, which computes nothing; leave it out"
             )
+        if self.rollout.routing_replay and (why := self._no_routing_replay()):
+            raise ValueError(f"rollout.routing_replay=true cannot work with {why}; leave one of the two out")
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -327,6 +332,22 @@ class TrainConfig(Section):
                 "checks.logprob_tolerance has no effect: neither checks.first_update_ratio nor checks.padded_packed is made; leave it out"
             )
         return self
+
+    def _no_routing_replay(self) -> str:
+        """What it cannot work with, and why; empty when it can."""
+        engine, trainer = self.engine, self.trainer
+        if isinstance(engine, ScriptedEngine):
+            return "engine.name=scripted, which has no routers that choose experts"
+        if not isinstance(trainer, DryTrainer) and trainer.compile:
+            return "trainer.compile=true: the experts of a token come from outside of the model that is compiled"
+        if isinstance(trainer, FsdpTrainer) and trainer.tensor_parallel > 1:
+            return f"trainer.tensor_parallel={trainer.tensor_parallel}, which divides no layers of experts"
+        if isinstance(trainer, FsdpTrainer) and trainer.context_parallel > 1:
+            return (
+                f"trainer.context_parallel={trainer.context_parallel}: the experts of a micro-batch's tokens are not divided among "
+                "ranks"
+            )
+        return ""
 
     def num_engines_apart(self) -> int:
         """Engines that are started as processes of their own: ours, or servers."""

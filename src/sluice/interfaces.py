@@ -60,6 +60,9 @@ class LanguageModel(Protocol):
     """The module below the head."""
     head: Any
     """The linear output layer."""
+    routers: Any
+    """Of a mixture of experts, where what they choose is to be reported, else None: `chosen()` tells it of the last forward,
+    [T, `num_chosen`]."""
 
     def hidden_states(
         self,
@@ -81,7 +84,7 @@ class LanguageModel(Protocol):
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Every weight that it computes with, once, under the name that `transformers` gives it: a parameter of the model, or what
-        adapters make of it."""
+        adapters make of it, and the buffers of its checkpoints."""
         ...
 
     def named_modules(self) -> Iterable[tuple[str, Any]]:

@@ -31,7 +31,10 @@ COLUMNS = (
     "clipped",
 )
 """What is compared of each sample, in the order in which it is computed."""
-SAMPLED = ("token_ids", "loss_weights", "logprobs", "policy_versions", "kept_ids", "turn_ids", "turn_rewards")
+SAMPLED = (
+    *("token_ids", "loss_weights", "logprobs", "policy_versions", "kept_ids", "routed_experts", "turn_ids"),
+    "turn_rewards",
+)
 """What is taken from the ledger as it is."""
 
 

@@ -91,6 +91,8 @@ class Run:
     vocab_size: int | None
     """Of the model; token ids from it on are foreign. None without a model."""
     max_length: int | None
+    routing: tuple[int, int] | None
+    """With routing replay, of the model: experts that a token takes in all layers, and those that a layer has."""
     """Positions of the model."""
     stop_at_reward: float | None
     checkpoints: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "repetition", "abort"]
@@ -66,6 +67,9 @@ class Completion:
     kept_ids: list[list[int]] = field(default_factory=list[list[int]])
     """[T] the ids that top-p and top-k left to draw each token from; an empty list where they dropped none, and empty
     altogether where they never did."""
+    routed_experts: list[bytes] = field(default_factory=list[bytes])
+    """[prompt + T] the experts that the routers of a mixture of experts chose for each token that was fed in: little-endian 16-bit
+    numbers, layer after layer. b"" where that is not known, as of the last token; empty altogether where nothing is."""
 
     def __post_init__(self) -> None:
         _same_length(
@@ -75,6 +79,11 @@ class Completion:
             policy_versions=self.policy_versions,
             **({"kept_ids": self.kept_ids} if self.kept_ids else {}),
         )
+        if self.routed_experts and len(self.routed_experts) < len(self.token_ids):
+            raise ValueError(
+                f"Completion: routed_experts of {len(self.routed_experts)} positions are fewer than its {len(self.token_ids)} "
+                "tokens; they begin with the prompt"
+            )
         for t, kept in enumerate(self.kept_ids):
             if kept and self.token_ids[t] not in kept:
                 raise ValueError(
@@ -158,6 +167,7 @@ class Sample:
     """Reward of each turn of the trajectory, the rubric's at the last; they add up to `reward`. Empty: one turn."""
     kept_ids: list[list[int]] = field(default_factory=list[list[int]])
     """[T] as in a completion, with an empty list where the policy did not write."""
+    routed_experts: list[bytes] = field(default_factory=list[bytes])  # [T] as in a completion
 
     advantages: list[float] = field(default_factory=list[float])  # [T] filled by `assign_advantages`
     old_logprobs: list[float] = field(
@@ -180,6 +190,7 @@ class Sample:
             logprobs=self.logprobs,
             policy_versions=self.policy_versions,
             **({"kept_ids": self.kept_ids} if self.kept_ids else {}),
+            **({"routed_experts": self.routed_experts} if self.routed_experts else {}),
         )
         if self.loss_weights and self.loss_weights[0]:
             raise ValueError(
@@ -199,6 +210,14 @@ def join_kept_ids(*parts: tuple[list[list[int]], int]) -> list[list[int]]:
     if not any(kept for kept, _ in parts):
         return []
     return [ids for kept, length in parts for ids in (kept or [[]] * length)]
+
+
+def join_routed_experts(first: Sequence[bytes], then: Sequence[bytes], length: int) -> list[bytes]:
+    """`routed_experts` of a sequence of this length that was computed in two goes, each from its beginning: what was chosen first made
+    the log-probs that are on record, and what was chosen then stands where nothing was known."""
+    if not first and not then:
+        return []
+    return [a or b for a, b, _ in zip_longest(first, then, range(length), fillvalue=b"")]
 
 
 def _same_length(owner: str, **columns: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sluice.algorithms import Algorithm, resolve
 from sluice.data.batch import Layout, MicroBatch, Packing, collate, deal, make_minibatch, pack, under_budget
-from sluice.data.packing import Piece, pack_row
+from sluice.data.packing import Piece, pack_row, shared_length
 from sluice.types import Sample
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
@@ -116,6 +116,31 @@ def test_kept_ids_lie_flat_beside_their_counts(layout: Layout):
 
 
 @each_layout
+def test_experts_lie_where_their_tokens_lie(layout: Layout):
+    """Little-endian numbers; -1 where nothing is known, and in padding. Without any there is nothing."""
+    routed = [bytes([1, 1, 7, 0]), b"", bytes([2, 0, 3, 0]), b""]
+    known, unknown = a_sample(4, routed_experts=routed), a_sample(2, 1)
+    batch = collate([known, unknown], layout)
+    rows = [[257, 7], [-1, -1], [2, 3], *[[-1, -1]] * (batch.input_ids.numel() - 3)]
+    assert batch.routed_experts.tolist() == rows
+    assert batch.routed_experts.dtype == torch.int16
+    assert collate([unknown], layout).routed_experts.numel() == 0
+
+
+def test_neighbours_share_what_took_the_same_experts_only():
+    def row(*chosen: bytes) -> list[bytes]:
+        return [*chosen, b""]
+
+    samples = [replace(a_sample(4), token_ids=[5, 6, 7, 100 + i]) for i in range(3)]
+    for sample, third in zip(samples, (b"cc", b"cc", b"dd"), strict=True):
+        sample.routed_experts = row(b"aa", b"bb", third)
+    assert shared_length(samples[:2]) == 3
+    assert shared_length(samples) == 2
+    samples[0].routed_experts = []
+    assert shared_length(samples[:2]) == 0
+
+
+@each_layout
 def test_samples_without_a_loss_token(layout: Layout):
     batch = collate([a_sample(3, weights=[0.0, 0.0, 0.0]), a_sample(1)], layout)
     assert batch.hidden_index.tolist() == batch.loss_weights.tolist() == batch.sequence_ids.tolist() == []
@@ -133,7 +158,7 @@ def test_parts_are_the_tokens_one_after_the_other(layout: Layout, samples: list[
     lengths = [len(part.target_ids) for part in parts]
     num = len(batch.target_ids)
     assert lengths == [min(size, num - start) for start in range(0, max(1, num), size)]
-    for name in vars(batch).keys() - {"samples", "input_ids", "position_ids", "pieces"}:
+    for name in vars(batch).keys() - {"samples", "input_ids", "position_ids", "pieces", "routed_experts"}:
         columns = [getattr(part, name) for part in parts]
         assert torch.equal(torch.cat(columns), getattr(batch, name)), name
         assert name == "kept_ids" or {len(c) for c in columns} == {0} or [len(c) for c in columns] == lengths, name

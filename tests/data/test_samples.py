@@ -72,6 +72,19 @@ def test_kept_ids_stand_at_the_tokens_that_were_drawn():
     assert sample.kept_ids == [[], [50, 51], [60], [], [], [], [80, 90]]
 
 
+def test_experts_are_those_of_the_first_forward_that_a_token_took_part_in():
+    """The last token of a turn is fed in with the next one, which computes all before it again; its log-probs were made by what stood
+    there first."""
+    first, second = a_turn([3], [50, 60]), a_turn([3, 50, 60, 8], [70])
+    first.completion.routed_experts = [b"a", b"b", b""]
+    second.completion.routed_experts = [b"A", b"B", b"C", b"D", b""]
+    (sample,) = to_samples([a_group(a_trajectory(first, second))])
+    assert sample.routed_experts == [b"a", b"b", b"C", b"D", b""]
+    second.completion.routed_experts = []
+    (sample,) = to_samples([a_group(a_trajectory(first, second))])
+    assert sample.routed_experts == [b"a", b"b", b"", b"", b""]
+
+
 def test_after_a_break_the_newest_history_is_extended():
     trajectory = a_trajectory(a_turn([3], [50]), a_turn([4], [60]), a_turn([4, 60, 5], [70]))
     first, second = to_samples([a_group(trajectory)])
@@ -164,5 +177,9 @@ def test_lengths_are_checked_with_the_name_of_the_sample():
         Completion([1, 2], [0.0, 1.0], "stop", [0, 0], 1.0, kept_ids=[[1]])
     with pytest.raises(ValueError, match=r"Sample group#4\.2: fields must have one length, got .*'kept_ids': 1"):
         Sample([1, 2], [0.0, 1.0], [0.0, 0.0], [0, 0], 1.0, 4, 2, kept_ids=[[]])
+    with pytest.raises(ValueError, match="routed_experts of 1 positions are fewer than its 2 tokens"):
+        Completion([1, 2], [0.0, 1.0], "stop", [0, 0], 1.0, routed_experts=[b""])
+    with pytest.raises(ValueError, match=r"Sample group#4\.2: fields must have one length, got .*'routed_experts': 1"):
+        Sample([1, 2], [0.0, 1.0], [0.0, 0.0], [0, 0], 1.0, 4, 2, routed_experts=[b""])
     with pytest.raises(ValueError, match=r"Sample group#4\.2: the first token has no tokens before it"):
         Sample([1, 2], [1.0, 1.0], [0.0, 0.0], [0, 0], 1.0, 4, 2)

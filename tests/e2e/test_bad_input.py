@@ -113,6 +113,7 @@ SETTINGS = {
     "rollout.max_staleness=1": "cannot work with engine.process=trainer: the engine generates with the trainer's own weights",
     "engine.max_model_len=1000": "is longer than the 256 positions of the model; lower it, or leave it out",
     "rollout.max_new_tokens=256": "leaves no room for a prompt in the window of 256 tokens",
+    "rollout.routing_replay=true": "the routers of a mixture of experts choose, and Qwen3Model has no routers of experts that sluice can tell",
     "trainer.updates_per_batch=17": "is more than the 16 samples of a step (4 groups × 4)",
     "model.path=modell": "the model folder modell does not exist",
     "data.path=prompt.jsonl": "prompt.jsonl does not exist; did you mean 'prompts.jsonl'?",
@@ -162,6 +163,30 @@ def test_a_wrong_setting(failure, setting: str):
     assert code == 2
     assert SETTINGS[setting] in error
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["engine.name=scripted", "engine.script=users_code:x", "algorithm.old_logprobs=recomputed"],
+            "engine.name=scripted, which has no routers",
+        ),
+        (["trainer.compile=true"], "trainer.compile=true: the experts of a token come from outside"),
+        (
+            ["trainer.name=fsdp", "engine.process=own", "trainer.tensor_parallel=2"],
+            "trainer.tensor_parallel=2, which divides no layers",
+        ),
+        (
+            ["trainer.name=fsdp", "engine.process=own", "trainer.context_parallel=2"],
+            "trainer.context_parallel=2: the experts",
+        ),
+    ],
+)
+def test_what_cannot_replay_routing(failure, words: list[str], said: str):
+    code, error = failure("train", "config.yaml", "rollout.routing_replay=true", *words)
+    assert code == 2
+    assert f"rollout.routing_replay=true cannot work with {said}" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from makers import make_char_tokenizer
-from models import CONFIGS
+from models import CONFIGS, MIXTURES
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.engines.server import ServerEngine
 from sluice.engines.sglang import Sglang, SglangServer
@@ -40,11 +41,19 @@ WINDOW = 200
 T = TypeVar("T")
 
 
-def model(seed: int, tied: bool = False) -> PolicyModel:
+def model(seed: int, tied: bool = False, architecture: str = "qwen3") -> PolicyModel:
     """Of a shape that vLLM's kernels for CPUs take."""
     torch.manual_seed(seed)
-    config = CONFIGS["qwen3"]()
-    config.update({"head_dim": 32, "hidden_size": 64, "tie_word_embeddings": tied})
+    config = CONFIGS[architecture]()
+    heads = (
+        {"head_dim": 32}
+        if architecture.startswith(("qwen3", "glm4"))
+        else {"num_attention_heads": 2, "num_key_value_heads": 2}
+    )
+    config.update({"hidden_size": 64, "tie_word_embeddings": tied, **heads})
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"):
+        if architecture in MIXTURES and hasattr(config, name):
+            setattr(config, name, 64)
     made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -91,7 +100,7 @@ class Served:
 def dialect(kind: str, folder: Path, **changes: Any) -> Any:
     shared = {
         "model": str(folder / "model"),
-        "architecture": "Qwen3ForCausalLM",
+        "architecture": json.loads((folder / "model/config.json").read_text())["architectures"][0],
         "dtype": "float32",
         "num_threads": 1,
         "max_model_len": WINDOW,

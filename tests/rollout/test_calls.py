@@ -57,6 +57,19 @@ def test_an_attempt_that_is_played_again_is_answered_what_it_was_answered():
     assert calls.begin(3, PROMPT, SAMPLING) == (None, False)
 
 
+def test_the_experts_of_what_was_begun_stay():
+    """What goes on computes all before it again, perhaps with other weights; the last token that was there is fed in only then."""
+    first = replace(completion(1, 2), routed_experts=[b"p", b"q", b"a", b""])
+    rest = replace(completion(3, version=4), routed_experts=[b"P", b"Q", b"A", b"B", b""])
+    assert joined(first, rest).routed_experts == [b"p", b"q", b"a", b"B", b""]
+    assert joined(first, completion(3)).routed_experts == [b"p", b"q", b"a", b"", b""]
+    assert joined(completion(1, 2), rest).routed_experts == rest.routed_experts
+    whole = replace(completion(*range(8)), routed_experts=[bytes([t]) for t in range(9)] + [b""])
+    found = begun(whole)
+    assert found is not None
+    assert found.routed_experts == whole.routed_experts[: len(PROMPT) + 7]
+
+
 def test_a_text_to_stop_at_may_begin_in_what_is_there():
     """Its last tokens are made again, since texts are searched in what is made anew."""
     made = completion(*range(10, 30))

@@ -155,7 +155,14 @@ def keeps(completion: Completion, foreign: int) -> None:
     completion.kept_ids = [[token, foreign] for token in completion.token_ids]
 
 
+def routes(turn: Turn, *experts: bytes) -> None:
+    """The first tokens of a turn, by a model whose tokens take two experts of four."""
+    turn.completion.routed_experts = [*experts, *[b""] * (len(turn.prompt_ids) + len(turn.completion.token_ids))]
+    del turn.completion.routed_experts[-len(experts) :]
+
+
 VOCAB_SIZE = 259
+ROUTING = (2, 4)
 EDITS = [
     ("an empty prompt", lambda turns: turns[0].prompt_ids.clear(), "turn 1 cannot be trained on: its prompt is empty"),
     ("a foreign id", lambda turns: turns[1].prompt_ids.append(VOCAB_SIZE), "turn 2 .* prompt_ids hold 259"),
@@ -176,6 +183,18 @@ EDITS = [
     ),
     ("no temperature", lambda turns: setattr(turns[0].completion, "temperature", 0.0), "temperature is 0.0"),
     ("a foreign kept id", lambda turns: keeps(turns[0].completion, 999), "kept_ids hold 999"),
+    (
+        "a foreign expert",
+        lambda turns: routes(turns[0], bytes([1, 0, 4, 0])),
+        "routed_experts hold 4, and a layer has 4 experts",
+    ),
+    ("an expert too few", lambda turns: routes(turns[1], bytes([1, 0])), "2 experts as bytes, or none"),
+    ("experts of no bytes", lambda turns: routes(turns[1], (1, 2)), "2 experts as bytes, or none"),
+    (
+        "experts of a longer prompt",
+        lambda turns: (routes(turns[0], bytes(4)), turns[0].prompt_ids.append(5)),
+        "routed_experts are not [0-9]+ times, for each token of prompt and response",
+    ),
     ("no text", lambda turns: setattr(turns[0].completion, "text", None), "text is of type NoneType"),
     ("too much", lambda turns: turns[0].prompt_ids.extend([5] * 300), "more than the 256 positions"),
     ("no turn", lambda turns: turns.append("turn"), "turns are not a list of Turn"),  # type: ignore[arg-type]
@@ -185,7 +204,8 @@ EDITS = [
 @pytest.mark.parametrize(("edit", "text"), [case[1:] for case in EDITS], ids=[case[0] for case in EDITS])
 def test_what_cannot_be_trained_on_is_an_error_of_its_attempt(workshop: Workshop, edit: Callable[..., Any], text: str):
     """Z9, Z15: in the trainer, the ledger or the metrics it would be an error of the whole step, and end the run."""
-    run = workshop.run(environment=edits(edit), group_size=3, vocab_size=VOCAB_SIZE, max_length=256, num_steps=2)
+    sizes = {"vocab_size": VOCAB_SIZE, "max_length": 256, "routing": ROUTING}
+    run = workshop.run(environment=edits(edit), group_size=3, num_steps=2, **sizes)
     finish(train(run))
     notes: Notes = run.tracker  # type: ignore[assignment]
     group = notes.groups[1][0]
@@ -199,6 +219,13 @@ def test_what_cannot_be_trained_on_is_an_error_of_its_attempt(workshop: Workshop
     assert [s.index for s in notes.samples[1][:2]] == [1, 2]
     assert len(notes.samples[1]) == 3 * GROUPS_PER_STEP - 1
     assert run.step == 2
+
+
+def test_experts_without_replay_are_an_error(workshop: Workshop):
+    environment = edits(lambda turns: routes(turns[0], bytes(4)))
+    run = workshop.run(environment=environment, group_size=3, vocab_size=VOCAB_SIZE, max_length=256)
+    failed, *_ = played(run).trajectories
+    assert "rollout.routing_replay is off" in failed.error
 
 
 def test_a_sound_conversation_passes(workshop: Workshop):

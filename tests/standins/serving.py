@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -41,6 +40,8 @@ class Sampler:
         self.has_adapter = False
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.version = "default"
+        self.asks = {"output_router_logits": True} if "--enable-return-routed-experts" in sys.argv else {}
+        self.top_k = getattr(self.model.config, "num_experts_per_tok", 0)
         self.asleep: set[str] = set()
         self.running = asyncio.Event()
         self.running.set()
@@ -56,10 +57,10 @@ class Sampler:
                 parameter.zero_()
 
     def load(self, folder: str) -> None:
-        weights: dict[str, Any] = {}
-        for file in Path(folder).glob("*.safetensors"):
-            weights |= load_file(file)
-        self.take(weights.items())
+        assert "weights" not in self.asleep
+        published, about = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        self.model.load_state_dict(published.state_dict())
 
     def take(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         weights = dict(named)
@@ -104,7 +105,14 @@ class Sampler:
     ) -> dict[str, Any]:
         """Token ids, their log-probs, those of the ids that were kept, the version of each, and why it ended."""
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        found: dict[str, Any] = {"ids": [], "logprobs": [], "kept": [], "versions": [], "reason": "length"}
+        found: dict[str, Any] = {
+            "ids": [],
+            "logprobs": [],
+            "kept": [],
+            "versions": [],
+            "routed": [],
+            "reason": "length",
+        }
         number = object()
         given_up = self.active[number] = asyncio.Event()
         try:
@@ -124,12 +132,20 @@ class Sampler:
             del self.active[number]
         return found
 
+    def _routed(self, output: Any) -> list[Any]:
+        """By token, the experts of each layer."""
+        if not self.asks:
+            return []
+        return torch.stack([logits.topk(self.top_k).indices for logits in output.router_logits], 1).tolist()
+
     @torch.inference_mode()
     def _draw(
         self, prompt: Sequence[int], found: dict[str, Any], temperature: float, top_k: int, generator: Any
     ) -> None:
         assert not self.asleep
-        logits = self.model(torch.tensor([[*prompt, *found["ids"]]])).logits[0, -1] / temperature
+        output = self.model(torch.tensor([[*prompt, *found["ids"]]]), **self.asks)
+        found["routed"] += self._routed(output)[len(found["routed"]) :]
+        logits = output.logits[0, -1] / temperature
         if top_k > 0:
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         logp = logits.log_softmax(-1)

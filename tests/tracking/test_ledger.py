@@ -40,7 +40,7 @@ def trained(group: int, index: int) -> Sample:
     sample.ratios, sample.clipped = [1, 1, 0.99, 1.35], [False, False, False, True]
     sample.ref_logprobs, sample.values, sample.returns = [0, 0, -0.4, -0.7], [0, 0, 0.25, 0.5], [0, 0, 1, 0.75]
     sample.turn_ids, sample.kept_ids = [-1, -1, 0, 0], [[], [], [5, 9], [4, 6, 8]]
-    sample.turn_rewards = [1.0]
+    sample.turn_rewards, sample.routed_experts = [1.0], [b"\x01\0", b"", b"\xff\1", b""]
     return sample
 
 
@@ -85,6 +85,7 @@ def test_a_trained_sample_is_recorded_with_all_that_its_tokens_saw(rundir: RunDi
         "turn_rewards": [1.0],
         "turn_ids": [-1, -1, 0, 0],
         "kept_ids": [[], [], [5, 9], [4, 6, 8]],
+        "routed_experts": [b"\x01\0", b"", b"\xff\1", b""],
         "clipped": [False, False, False, True],
     }
     expected = {
@@ -144,6 +145,7 @@ def test_a_broken_history_gives_several_rows_trained_or_not(rundir: RunDir):
     """Two turns that go on from each other are one row; the third edited the history and starts another."""
     turns = [turn([1], [2]), turn([1, 2, 3], [4], version=5), turn([9], [8])]
     turns[1].completion.kept_ids = [[4, 7]]
+    turns[0].completion.routed_experts, turns[1].completion.routed_experts = [b"a", b""], [b"A", b"B", b"C", b""]
     groups = [Group(1, Prompt("p", []), [scored(*turns), scored(turn([1, 2], [5, 6]))], rejected="filter")]
     write_step(rundir, 17, groups, [], pieces)
     first, second, other = rows(rundir)
@@ -154,6 +156,7 @@ def test_a_broken_history_gives_several_rows_trained_or_not(rundir: RunDir):
     ]
     assert first["policy_versions"] == [-1, 3, -1, 5]
     assert [row["kept_ids"] for row in (first, second, other)] == [[[], [], [], [4, 7]], [], []]
+    assert [row["routed_experts"] for row in (first, second, other)] == [[b"a", b"B", b"C", b""], [], []]
     assert first["logprobs"] == pytest.approx([0, -0.2, 0, -0.4])
 
     groups[0].rejected = ""

@@ -48,6 +48,8 @@ class Setup:
     recompute: bool = False
     compile: bool = False
     """Of the ranks."""
+    routing: bool = False
+    """Whether what the engine's routers chose is replayed."""
     adapters: dict[str, Any] | None = None
     """What is trained, when it is not the weights: of `LoraModel`."""
     layout: Layout = "packed"
@@ -69,7 +71,7 @@ def outline(architecture: str, dtype: torch.dtype) -> PolicyModel:
 
 def rank_trainer(setup: Setup, parallel: ParallelState) -> LocalTrainer:
     torch.set_num_threads(1)
-    model = _sharded(setup, parallel, seed=0, learns=True, adapters=setup.adapters)
+    model = _sharded(setup, parallel, seed=0, learns=True, adapters=setup.adapters, routing=setup.routing)
     if setup.recompute:
         model.recompute_activations()
     if setup.compile:
@@ -88,6 +90,8 @@ def local_trainer(setup: Setup, weights: Sequence[tuple[str, Tensor]] | None = N
     model = tiny_model(setup.architecture, setup.dtype)
     if weights is not None:
         model.model.load_state_dict(dict(weights), strict=False)
+    if setup.routing:
+        model.replay_routing()
     if setup.adapters:
         model = LoraModel(model, **setup.adapters)
     if setup.recompute:
@@ -122,13 +126,17 @@ def _sharded(
     learns: bool,
     with_head: bool = True,
     adapters: dict[str, Any] | None = None,
+    routing: bool = False,
 ) -> ShardedModel:
     dtype = torch.float32 if learns and not adapters else setup.dtype
     whole = None
     if parallel.rank == 0:
         whole = tiny_model(setup.architecture, setup.dtype, seed)
         whole.model.to(dtype)  # rounded as the local trainer's are, from which its masters are made
-    parts = (outline(setup.architecture, dtype), whole, parallel, setup.dtype)
+    shapes = outline(setup.architecture, dtype)
+    if routing:
+        shapes.replay_routing()
+    parts = (shapes, whole, parallel, setup.dtype)
     if adapters:
         return ShardedLoraModel(*parts, **adapters)
     model = ShardedModel(*parts, with_head=with_head)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from models import tiny_model
+from models import MIXTURES, tiny_model
+from sluice.trainers.model import weights_of
+from sluice.weights.disk import fingerprint_of_folder
 from sluice.weights.fingerprint import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
@@ -52,3 +57,19 @@ def test_a_tied_head_is_read_once_and_an_update_shows():
     with torch.no_grad():
         next(iter(model.named_weights()))[1][0, 0] += 1e-3
     assert before != fingerprint(model.named_weights())
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_are_one_by_one_in_files_and_together_where_they_compute(architecture: str, tmp_path: Path):
+    """More than ten, so that their names are not in the order of their numbers."""
+    config = MIXTURES[architecture]()
+    names = {"mixtral": "num_local_experts", "glm4_moe": "n_routed_experts"}
+    config.update({names.get(architecture, "num_experts"): 12})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    before = fingerprint(weights_of(model))
+    assert fingerprint_of_folder(tmp_path) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[7, 3, 2] += 1
+    model.save_pretrained(tmp_path)
+    assert fingerprint_of_folder(tmp_path) == fingerprint(weights_of(model)) != before

@@ -56,6 +56,9 @@ class MicroBatch:
     kept_ids: Tensor
     """Ids that top-p and top-k left to draw each token from, token after token; empty where they never dropped one."""
     kept_counts: Tensor  # [T] how many of `kept_ids` are the token's, 0 where none was dropped; empty as they are
+    routed_experts: Tensor
+    """[B · L, layers · k] the experts that the engine's routers chose for each token of the input, -1 where that is not known; empty
+    where nothing is."""
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -100,7 +103,7 @@ _FLOATS = (
     *("loss_weights", "coefficients", "advantages", "logprobs", "old_logprobs", "ref_logprobs", "values", "returns"),
     "temperatures",
 )
-_NOT_PER_TOKEN = {"input_ids", "position_ids", "kept_ids"}
+_NOT_PER_TOKEN = {"input_ids", "position_ids", "kept_ids", "routed_experts"}
 
 
 @dataclass
@@ -276,6 +279,7 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
         ),
         kept_ids=torch.from_numpy(_flat(kept, np.int64)),
         kept_counts=torch.tensor([len(ids) for ids in kept], dtype=torch.int64),
+        routed_experts=_routed_experts(samples, places, input_ids.numel()),
     )
 
 
@@ -292,6 +296,7 @@ def nothing() -> MicroBatch:
         sequence_ids=index,
         kept_ids=index,
         kept_counts=index,
+        routed_experts=index,
         **dict.fromkeys(_FLOATS, empty),
     )
 
@@ -311,3 +316,15 @@ def _kept_ids(samples: Sequence[Sample], own: np.ndarray) -> list[list[int]]:
         return []
     every = [ids for sample in samples for ids in (sample.kept_ids or [[]] * len(sample))]
     return [every[t] for t in np.flatnonzero(own)]
+
+
+def _routed_experts(samples: Sequence[Sample], places: Sequence[np.ndarray], num_positions: int) -> Tensor:
+    """[positions, layers · k], from where in the input the tokens of each sample lie."""
+    chosen = [own for sample in samples for own in (sample.routed_experts or [b""] * len(sample))]
+    known = np.array([bool(own) for own in chosen])
+    if not known.any():
+        return torch.empty(0, dtype=torch.int16)
+    numbers = np.frombuffer(b"".join(chosen), "<u2").astype(np.int16).reshape(int(known.sum()), -1)
+    routed = np.full((num_positions, numbers.shape[1]), -1, np.int16)
+    routed[np.concatenate(places)[known]] = numbers
+    return torch.from_numpy(routed)

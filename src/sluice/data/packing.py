@@ -61,10 +61,16 @@ def pack_row(samples: Sequence[Sample]) -> PackedRow:
 
 
 def shared_length(group: Sequence[Sample]) -> int:
-    """Tokens that all of these samples begin with, while each keeps one of its own; 0 for a single sample."""
+    """Tokens that all of these samples begin with, by the same experts where these are known, while each keeps one of its own; 0 for a
+    single sample."""
     if len(group) == 1:
         return 0
     ids = [sample.token_ids for sample in group]
     first, last = min(ids), max(ids)  # all others lie between them, so they begin with what these two begin with
     differs = (t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return min(next(differs, len(first)), min(map(len, ids)) - 1)
+    shared = min(next(differs, len(first)), min(map(len, ids)) - 1)
+    routed = [sample.routed_experts[:shared] for sample in group]
+    if all(own == routed[0] for own in routed):
+        return shared
+    rows = zip(*(own or [b""] * shared for own in routed), strict=True)
+    return next((t for t, row in enumerate(rows) if len(set(row)) > 1), shared)

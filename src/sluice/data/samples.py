@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sluice.types import Group, Sample, Trajectory, Turn, join_kept_ids
+from sluice.types import Group, Sample, Trajectory, Turn, join_kept_ids, join_routed_experts
 
 
 def to_samples(groups: Sequence[Group]) -> list[Sample]:
@@ -70,5 +70,8 @@ def _extended(sample: Sample, turn: Turn, number: int) -> Sample:
         turn_ids=sample.turn_ids + [-1] * len(given) + [number] * len(completion.token_ids),
         kept_ids=join_kept_ids(
             (sample.kept_ids, len(sample)), ([], len(given)), (completion.kept_ids, len(completion.token_ids))
+        ),
+        routed_experts=join_routed_experts(
+            sample.routed_experts, completion.routed_experts, len(turn.prompt_ids) + len(completion.token_ids)
         ),
     )

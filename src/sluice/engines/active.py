@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sluice.engines.decoders import Decoder
+from sluice.engines.routed import as_entries
 from sluice.engines.slots import Prefix, SlotCache, SlotState, Span, spans
 from sluice.types import Completion, FinishReason, Sampling
 
@@ -31,14 +32,19 @@ class Request:
     """Grows with the tokens while any active request asks for top-p or top-k, and is empty otherwise."""
     versions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Of the weights: from which token on, which."""
+    prompt_routed: list[bytes] = field(default_factory=list[bytes])
+    """The experts that the tokens of the prompt took, where they are noted."""
 
     def policy_versions(self, count: int) -> list[int]:
         """Of each of the first `count` tokens."""
         ends = [*(first for first, _ in self.versions[1:]), count]
         return [v for (first, v), end in zip(self.versions, ends, strict=True) for _ in range(first, end)][:count]
 
-    def completion(self, tokens: Tensor, logprobs: Tensor, reason: FinishReason) -> Completion:
-        """Of these tokens ([T] each), the first that it has."""
+    def completion(
+        self, tokens: Tensor, logprobs: Tensor, reason: FinishReason, routed: Tensor | None = None
+    ) -> Completion:
+        """Of these tokens ([T] each), the first that it has. `routed` [T, layers · k] are the experts that they took when they were fed
+        in, which the last one was not."""
         kept_ids = self.kept_ids[: len(tokens)]
         return Completion(
             token_ids=tokens.tolist(),
@@ -47,6 +53,9 @@ class Request:
             policy_versions=self.policy_versions(len(tokens)),
             temperature=self.sampling.temperature,
             kept_ids=kept_ids if any(kept_ids) else [],
+            routed_experts=[]
+            if routed is None
+            else [*self.prompt_routed, *as_entries(routed[:-1].cpu().numpy(), len(tokens))],
         )
 
     def asks(self) -> Iterator[str]:
@@ -63,8 +72,10 @@ class Request:
 
 
 class ActiveSlots:
-    def __init__(self, device: torch.device, vocab_size: int, decoder: Decoder, cache_bytes: int | None) -> None:
-        """`cache_bytes` bounds the cache; a single sequence may pass it."""
+    def __init__(
+        self, device: torch.device, vocab_size: int, decoder: Decoder, cache_bytes: int | None, num_routed: int
+    ) -> None:
+        """`cache_bytes` bounds the cache; a single sequence may pass it. `num_routed` experts are noted of each token."""
         self.device = device
         self.cache_bytes = cache_bytes
         self._position_bytes = 0
@@ -72,7 +83,7 @@ class ActiveSlots:
         self.vocab_size = vocab_size
         self.decoder = decoder
         self.cache = SlotCache(decoder.by_token)
-        self.state = SlotState(device)
+        self.state = SlotState(device, num_routed)
         self.requests: list[Request] = []  # by slot
         self.asks: Counter[str] = Counter()
         self._clock = 0
@@ -171,6 +182,7 @@ class ActiveSlots:
             row[: s.max_new_tokens] = drawn[s.num_drawn :]
         self.state["uniform"][first:last, : draws.shape[1]] = draws.to(self.device)
         for request in new:
+            request.prompt_routed = prefixes[request.key].routed_experts
             self.requests.append(request)
             self._born.append(len(request.prompt) + 1 - self._clock)
             self.asks.update(request.asks())
@@ -234,6 +246,15 @@ class ActiveSlots:
         """The last `window` tokens of a sequence."""
         count = int(self.state["count"][slot])
         return self.state["tokens"][slot, max(0, count - window) : count].tolist()
+
+    def route(self, experts: Tensor) -> None:
+        """Note what the token that each sequence ended with took, [n, layers · k]; of one that is done nobody asks."""
+        rows = torch.arange(len(experts), device=self.device)
+        self.state["routed"][rows, self.state["count"][: len(experts)] - 1] = experts
+
+    def routed(self, slot: int, count: int) -> Tensor | None:
+        """[count, layers · k] of a sequence's tokens, where they are noted."""
+        return self.state["routed"][slot, :count] if self.state.num_routed else None
 
     def advance(self, first: int, tokens: Tensor, logprobs: Tensor) -> None:
         """Note one token of each sequence from slot `first` on; those that are done stay as they are."""

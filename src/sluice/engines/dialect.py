@@ -33,6 +33,7 @@ class ServerSetting:
     memory_fraction: float | None = None
     quantization: str | None = None
     can_sleep: bool = False
+    reports_experts: bool = False
     gpus: Sequence[int] = ()
     arguments: Sequence[str] = ()
 
@@ -48,6 +49,8 @@ class Reply:
     policy_versions: list[int] | None = None
     """None: all by the weights that the server had when it was asked."""
     kept_ids: list[list[int]] = field(default_factory=list[list[int]])
+    routed_experts: list[bytes] = field(default_factory=list[bytes])
+    """Of all that it was given and made."""
 
 
 class Dialect(Protocol):

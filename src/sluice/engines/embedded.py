@@ -128,7 +128,8 @@ class EmbeddedEngine:
         for slot, request in enumerate(self._active.requests):
             if count := counts[slot]:  # the last token of one that is done is drawn again, and ends it again
                 tokens, logprobs = (self._active.state[name][slot, :count] for name in ("tokens", "logprobs"))
-                made[request.sampling.seed] = request.completion(tokens, logprobs, "abort")
+                routed = self._active.routed(slot, count)
+                made[request.sampling.seed] = request.completion(tokens, logprobs, "abort", routed)
         return made
 
     async def finish_active(self) -> None:
@@ -162,7 +163,8 @@ class EmbeddedEngine:
     def _empty(self) -> None:
         """No sequences, and no memory for any."""
         self._none_active.set()
-        self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder, self.cache_bytes)
+        num_routed = self.model.routers.num_chosen if self.model.routers else 0
+        self._active = ActiveSlots(self.model.device, self.vocab_size, self._decoder, self.cache_bytes, num_routed)
         self._unseen: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         """Where it lags: which sequences were done after the last step, on its way to the host."""
 
@@ -273,9 +275,11 @@ class EmbeddedEngine:
         cache = DynamicCache()
         with self._threads.work(ids.numel() * self._decoder.largest_product):
             hidden = self.model.hidden_states(ids, positions, cache=cache)
+        routed = self.model.routers.chosen().view(*ids.shape, -1) if self.model.routers else None
         for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             last = hidden[row, len(prompt) - 1]
-            self._prefixes[key] = Prefix(cache, row, len(prompt), last, self._decoder.key_order)
+            own = None if routed is None else routed[row, : len(prompt)]
+            self._prefixes[key] = Prefix(cache, row, len(prompt), last, self._decoder.key_order, own)
 
     # -- decoding --
 
@@ -287,6 +291,8 @@ class EmbeddedEngine:
         spans = self._active.next_step()
         n, state = len(self._active), self._active.state
         hidden = self._decoder.hidden(state["last"][:n], state["position"][:n], self._active.cache, spans)
+        if self.model.routers:
+            self._active.route(self.model.routers.chosen())
         self._accept(0, hidden)
 
     def _accept(self, first: int, hidden: Tensor) -> None:
@@ -353,7 +359,8 @@ class EmbeddedEngine:
             request, count = self._active.requests[slot], counts[i]
             if not request.done.done():
                 reason: FinishReason = "stop" if stopped[i] else "length"
-                request.done.set_result(request.completion(tokens[i, :count], logprobs[i, :count], reason))
+                routed = self._active.routed(slot, count)
+                request.done.set_result(request.completion(tokens[i, :count], logprobs[i, :count], reason, routed))
         for slot in reversed(slots):  # from the end, so that a move never fills a slot still to be freed
             self._active.free(slot)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sluice.engines.dialect import Reply
-from sluice.types import Completion, FinishReason, Sampling
+from sluice.types import Completion, FinishReason, Sampling, join_routed_experts
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -18,6 +18,9 @@ def extend(done: Completion, reply: Reply, version: int, sampling: Sampling, dec
     done.logprobs += reply.logprobs
     done.policy_versions += reply.policy_versions or [version] * count
     done.kept_ids += reply.kept_ids or [[]] * count
+    done.routed_experts = join_routed_experts(
+        done.routed_experts, reply.routed_experts, len(done.routed_experts) + count
+    )
     done.finish_reason = reply.finish_reason
     if sampling.stop:
         end = _stopped_at(done.token_ids, sampling, joint, reply.finish_reason, decode)
@@ -25,6 +28,7 @@ def extend(done: Completion, reply: Reply, version: int, sampling: Sampling, dec
         done.finish_reason = "stop" if end < joint + count else "length"
     for column in (done.token_ids, done.logprobs, done.policy_versions, done.kept_ids):
         del column[end:]
+    del done.routed_experts[len(done.routed_experts) - (joint + count - end) :]
 
 
 def _stopped_at(token_ids: list[int], sampling: Sampling, joint: int, reason: FinishReason, decode: Decode) -> int:

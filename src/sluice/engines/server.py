@@ -156,14 +156,7 @@ class ServerEngine:
 
     async def unfinished(self) -> dict[int, Completion]:
         """Of those that were given back at a publication, what they had then; the server does not say more."""
-        copied = {
-            seed: (list(c.token_ids), list(c.logprobs), list(c.policy_versions), list(c.kept_ids), c.temperature)
-            for seed, c in self._begun.items()
-        }
-        return {
-            seed: Completion(tokens, logprobs, "abort", versions, temperature, kept_ids=kept if any(kept) else [])
-            for seed, (tokens, logprobs, versions, kept, temperature) in copied.items()
-        }
+        return {seed: _copied(c) for seed, c in self._begun.items()}
 
     # -- weights --
 
@@ -299,3 +292,16 @@ class ServerEngine:
             f"the {self._dialect.name} server at {server.http.url}: {self._num_open} completions are asked for, {self._num_asked} of "
             f"which it has; {weights}{asleep}"
         )
+
+
+def _copied(begun: Completion) -> Completion:
+    """With lists of its own, since it grows."""
+    return replace(
+        begun,
+        token_ids=list(begun.token_ids),
+        logprobs=list(begun.logprobs),
+        policy_versions=list(begun.policy_versions),
+        kept_ids=list(begun.kept_ids) if any(begun.kept_ids) else [],
+        routed_experts=list(begun.routed_experts),
+        finish_reason="abort",
+    )

@@ -10,14 +10,18 @@ import asyncio
 import json
 import math
 import os
+from base64 import b64decode
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from sluice.engines.dialect import POLL_S, STATUS_LIMIT_S, Reply, ServerSetting
 from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.routed import Routed
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
 from sluice.weights.broadcast import Broadcast, ServerLink
@@ -67,6 +71,8 @@ class SglangServer(ServerSetting):
             words += ["--enable-memory-saver"]
         if self.deterministic:
             words += ["--enable-deterministic-inference"]
+        if self.reports_experts:
+            words += ["--enable-return-routed-experts"]
         variables = {
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "OMP_NUM_THREADS": str(self.num_threads),
@@ -124,14 +130,25 @@ def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
     return [int(version)] * count if version else None
 
 
+def _experts(routed: Routed, about: Mapping[str, Any], length: int) -> list[bytes]:
+    """Of all but the last of so many tokens."""
+    text = about.get("routed_experts")
+    if text is None:
+        raise ValueError(
+            "it does not say which experts it took; it has to be started with --enable-return-routed-experts"
+        )
+    return routed.entries(np.frombuffer(b64decode(text), "<i4"), length)
+
+
 class Sglang:
     """The dialect."""
 
     name = "SGLang"
 
-    def __init__(self, server: SglangServer | None, deterministic: bool) -> None:
-        """Without a `server` it cannot be started. `deterministic`: it obeys seeds."""
+    def __init__(self, server: SglangServer | None, deterministic: bool, routed: Routed | None = None) -> None:
+        """Without a `server` it cannot be started. `deterministic`: it obeys seeds. `routed`: which experts it has to report."""
         self._server = server
+        self._routed = routed
         self._deterministic = deterministic
         self._layout = Layout(1, "cpu", True)
         """Of the server that was checked last."""
@@ -163,6 +180,8 @@ class Sglang:
         if self._deterministic:
             params["sampling_seed"] = sampling.seed % 2**31
         body = {"input_ids": list(prompt_ids), "sampling_params": params, "return_logprob": True}
+        if self._routed:
+            body["return_routed_experts"] = True
         answer = await http.post("/generate", body)
         try:
             about = answer["meta_info"]
@@ -172,6 +191,9 @@ class Sglang:
                 logprobs=[logprob for logprob, *_ in drawn],
                 finish_reason=REASONS[about["finish_reason"]["type"]],
                 policy_versions=_versions(about, len(drawn)),
+                routed_experts=_experts(self._routed, about, len(prompt_ids) + len(drawn))
+                if self._routed and drawn
+                else [],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang's answer is none: {type(error).__name__}: {error}") from error

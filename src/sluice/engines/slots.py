@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sluice.engines.routed import as_entries
+
 
 class SlotCache:
     """Keys [num_slots, heads, head size, capacity] and values [num_slots, heads, capacity, head size] per layer.
@@ -84,14 +86,24 @@ class SlotCache:
 class Prefix:
     """A prompt, computed once for all samples of its group: keys and values per layer, and the last hidden state."""
 
-    def __init__(self, cache: Any, row: int, length: int, hidden: Tensor, key_order: Tensor | None) -> None:
-        """`key_order` is the order in which the decoder keeps the elements of a key; None: that of the model."""
+    def __init__(
+        self,
+        cache: Any,
+        row: int,
+        length: int,
+        hidden: Tensor,
+        key_order: Tensor | None,
+        routed: Tensor | None = None,
+    ) -> None:
+        """`key_order` is the order in which the decoder keeps the elements of a key; None: that of the model. `routed`
+        [length, layers · k] are the experts that its tokens took."""
         self.length = length
         self.keys = [layer.keys[row, :, :length].mT for layer in cache.layers]  # [heads, head size, length]
         if key_order is not None:
             self.keys = [keys[:, key_order] for keys in self.keys]
         self.values = [layer.values[row, :, :length] for layer in cache.layers]  # [heads, length, head size]
         self.hidden = hidden  # [H]
+        self.routed_experts = [] if routed is None else as_entries(routed.cpu().numpy(), length)
 
     @property
     def position_bytes(self) -> int:
@@ -131,8 +143,10 @@ def spans(lengths: list[int], cost: float) -> list[Span]:
 class SlotState:
     """One row per slot of everything that sampling needs, as tensors."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_routed: int) -> None:
+        """`num_routed` experts are noted of each token; 0 for none."""
         self.device = device
+        self.num_routed = num_routed
         self.columns: dict[str, Tensor] = {}
         self.width = 0
 
@@ -151,9 +165,12 @@ class SlotState:
         self.columns |= {
             k: torch.zeros(num_slots, self.width + 1, dtype=d, device=self.device) for k, d in wide.items()
         }
+        if self.num_routed:
+            shape = (num_slots, self.width + 1, self.num_routed)
+            self.columns["routed"] = torch.zeros(shape, dtype=torch.int16, device=self.device)
         for name, values in old.items():
             target = self.columns[name]
-            (target[: len(values), : values.shape[1]] if values.dim() == 2 else target[: len(values)]).copy_(values)
+            (target[: len(values), : values.shape[1]] if values.dim() > 1 else target[: len(values)]).copy_(values)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]

@@ -7,18 +7,23 @@ Written for, and run with, vLLM 0.32. It wants `VLLM_SERVER_DEV_MODE=1`, `--enab
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sluice.engines.dialect import STATUS_LIMIT_S, Reply, ServerSetting
 from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
 from sluice.engines.http import HttpClient, HttpError
+from sluice.engines.routed import Routed
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
 from sluice.weights.broadcast import Broadcast, BroadcastLink
@@ -80,6 +85,8 @@ class VllmServer(ServerSetting):
             words += ["--enable-sleep-mode"]
         if not self.compiles:
             words += ["--enforce-eager"]
+        if self.reports_experts:
+            words += ["--enable-return-routed-experts"]
         return Command([*words, *self.arguments], self._variables() | {"VLLM_API_KEY": key}, python_path=str(INSIDE))
 
     def _variables(self) -> dict[str, str]:
@@ -99,6 +106,7 @@ class VllmServer(ServerSetting):
                 "OMP_NUM_THREADS": str(max(1, self.num_threads // self.tensor_parallel)),
                 "HF_HUB_OFFLINE": "1",
             }
+            | ({"VLLM_USE_V2_MODEL_RUNNER": "1"} if self.reports_experts else {})  # the other one does not
         )
 
     def _cores(self) -> str:
@@ -117,11 +125,17 @@ class Vllm:
     name = "vLLM"
 
     def __init__(
-        self, server: VllmServer | None, repetition: Mapping[str, int] | None = None, *, adapter: bool = False
+        self,
+        server: VllmServer | None,
+        repetition: Mapping[str, int] | None = None,
+        routed: Routed | None = None,
+        *,
+        adapter: bool = False,
     ) -> None:
         """Without a `server` it cannot be started. `repetition`: of what size a pattern and how many times in a row end a completion.
-        `adapter`: what is published is that alone."""
+        `routed`: which experts it has to report. `adapter`: what is published is that alone."""
         self._server = server
+        self._routed = routed
         self._repetition, self._adapter = repetition, adapter
         self._quantized = server is not None and server.quantization is not None
         self._loaded: list[Any] = []
@@ -162,7 +176,11 @@ class Vllm:
             body["model"] = ADAPTER
         answer = await http.post("/inference/v1/generate", body)
         try:
-            return _reply(answer["choices"][0], sampling.top_k > 0)
+            reply = _reply(answer["choices"][0], sampling.top_k > 0)
+            if self._routed and reply.token_ids:
+                numbers = _array(answer["choices"][0]["routed_experts"])
+                reply.routed_experts = self._routed.entries(numbers, len(prompt_ids) + len(reply.token_ids))
+            return reply
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EngineError(f"vLLM's answer is none: {type(error).__name__}: {error}") from error
 
@@ -237,6 +255,14 @@ def _reply(choice: Mapping[str, Any], truncated: bool) -> Reply:
         if truncated
         else [],
     )
+
+
+def _array(text: str | None) -> NDArray[Any]:
+    if text is None:
+        raise ValueError(
+            "it does not say which experts it took; it has to be started with --enable-return-routed-experts"
+        )
+    return np.load(io.BytesIO(b64decode(text)), allow_pickle=False)
 
 
 def _added(ranks: Sequence[Sequence[Sequence[Any]]]) -> list[tuple[str, tuple[int, ...], str, int]]:

@@ -53,6 +53,8 @@ class Parts:
     """Of the model; None without one."""
     max_length: int | None
     """Positions of the model."""
+    routing: tuple[int, int] | None
+    """With routing replay: experts that a token takes in all layers, and those that a layer has."""
 
 
 def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placement: Placement) -> Parts:
@@ -77,8 +79,10 @@ def engine_and_trainer(config: TrainConfig, checked: Checked, chat: Chat, placem
         # what it does not say itself, it asks the trainer
         trainer = cast("Trainer", ColocatedTrainer(trainer, cast("Router", engine).engines, on_gpu=on_gpu))
     if model is None:
-        return Parts(engine, trainer, packing, chat.eos_ids, None, None)
-    return Parts(engine, trainer, packing, chat.eos_ids | model.eos_ids, model.config.vocab_size, model.max_length)
+        return Parts(engine, trainer, packing, chat.eos_ids, None, None, None)
+    routing = (model.routers.num_chosen, model.routers.num_experts) if model.routers else None
+    vocab_size, eos_ids = model.config.vocab_size, chat.eos_ids | model.eos_ids
+    return Parts(engine, trainer, packing, eos_ids, vocab_size, model.max_length, routing)
 
 
 def _engine(
@@ -178,6 +182,8 @@ def engine_apart(config: TrainConfig) -> Embedded:
     chat = Chat(load_tokenizer(config.model.path))
     architecture = config.model.model_copy(update={"random_weights": True})
     model = load_policy(config.model_copy(update={"model": architecture}), chat)
+    if config.rollout.routing_replay:
+        model.replay_routing()
     return embedded_engine(config.engine, model, chat)
 
 
@@ -197,8 +203,10 @@ def policy_trainer(config: TrainConfig, algorithm: Algorithm, chat: Chat, packin
 
     settings, critic = config.trainer, config.critic
     assert isinstance(settings, LocalTrainer)
-    base = load_policy(config, chat)
-    model = trained(adapted(base, settings, config.run.seed, apart=config.publishes_adapters()), settings)
+    policy = load_policy(config, chat)
+    if config.rollout.routing_replay:
+        policy.replay_routing()
+    model = trained(adapted(policy, settings, config.run.seed, apart=config.publishes_adapters()), settings)
     reference = _reference(config, chat, model) if algorithm.needs_reference else None
     has_own = algorithm.needs_values and critic.model == "own"
     own = trained(_second(config, chat, "critic.path", critic.path, model), settings) if has_own else None

@@ -58,6 +58,8 @@ def ranked_trainer(
     check_vocabulary(f"model.path={config.model.path}", len(chat.tokenizer), outline.config.vocab_size)
     check_heads(config, *outline.num_heads)
     check_layers(outline, degrees_of(settings))
+    if config.rollout.routing_replay:
+        outline.replay_routing()
     if settings.lora_rank is not None:
         check_adapters(outline, settings)
     trainer = RankedTrainer(
@@ -121,6 +123,8 @@ def _sharded(
         own, theirs = (outline.config.vocab_size, outline.max_length), (policy.config.vocab_size, policy.max_length)
         check_second(config, key, path, chat, own, theirs)
         check_layers(outline, parallel.degrees)
+    elif config.rollout.routing_replay:
+        outline.replay_routing()
     whole = None
     if parallel.rank == 0:
         in_ram = config.model.model_copy(update={"device": "cpu", "dtype": dtype})

@@ -200,6 +200,7 @@ def _assembled(
         engine_retries=rollout.engine_retries,
         vocab_size=parts.vocab_size,
         max_length=parts.max_length,
+        routing=parts.routing,
         stop_at_reward=config.run.stop_at_reward,
         checkpoints=_checkpoints(config, rundir, tracker),
         meters=[engine.drain_metrics] if isinstance(engine, Router) else [],

@@ -16,6 +16,7 @@ from sluice.processes import address_towards
 
 if TYPE_CHECKING:
     from sluice.engines.dialect import Dialect
+    from sluice.engines.routed import Routed
     from sluice.engines.router import Router
     from sluice.launch.placing import Placement
     from sluice.trainers.model import PolicyModel
@@ -33,7 +34,7 @@ def servers(
     publication = publication_afar(config, model, host)
     engines = [
         Engine(
-            _dialect(config, settings, type(model.model).__name__, window, k),
+            _dialect(config, settings, model, window, k),
             publication,
             name=f"engine-{k}" if settings.replicas > 1 else "engine",
             url=settings.url,
@@ -61,13 +62,18 @@ def _host_for(url: str) -> str:
         raise ConfigError(f"engine.url={url}: there is no way to {host} ({error})") from None
 
 
-def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, window: int, k: int) -> Dialect:
+def _dialect(config: TrainConfig, settings: ServerEngine, model: PolicyModel, window: int, k: int) -> Dialect:
     """Of the k-th replica."""
+    from sluice.engines.routed import Routed
+
+    routed = None
+    if model.routers:
+        routed = Routed(model.config.num_hidden_layers, model.routers.layers, model.routers.top_k)
     of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,
         "model": config.model.path,
-        "architecture": architecture,
+        "architecture": type(model.model).__name__,
         "dtype": config.model.dtype,
         "max_model_len": window,
         "max_num_seqs": settings.num_slots,
@@ -76,16 +82,17 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         "memory_fraction": settings.memory_fraction,
         "quantization": settings.quantization,
         "can_sleep": settings.sleep,
+        "reports_experts": routed is not None,
         "gpus": settings.gpus[k * of_each : (k + 1) * of_each],
         "arguments": settings.arguments,
     }
     if isinstance(settings, SglangEngine):
-        return _sglang(settings, shared)
+        return _sglang(settings, shared, routed)
     assert isinstance(settings, VllmEngine)
     from sluice.engines.vllm import Vllm, VllmServer
 
     if settings.url:
-        return Vllm(None, _repetition(settings), adapter=config.publishes_adapters())
+        return Vllm(None, _repetition(settings), routed, adapter=config.publishes_adapters())
     server = VllmServer(
         **shared,
         top_k=config.rollout.top_k,
@@ -96,14 +103,14 @@ def _dialect(config: TrainConfig, settings: ServerEngine, architecture: str, win
         speculative=_drafting(settings),
         compiles=settings.compile,
     )
-    return Vllm(server, _repetition(settings), adapter=config.publishes_adapters())
+    return Vllm(server, _repetition(settings), routed, adapter=config.publishes_adapters())
 
 
-def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
+def _sglang(settings: SglangEngine, shared: dict[str, Any], routed: Routed | None) -> Dialect:
     from sluice.engines.sglang import Sglang, SglangServer
 
     if settings.url:
-        return Sglang(None, settings.deterministic)
+        return Sglang(None, settings.deterministic, routed)
     server = SglangServer(
         **shared,
         speculative=settings.speculative,
@@ -111,7 +118,7 @@ def _sglang(settings: SglangEngine, shared: dict[str, Any]) -> Dialect:
         draft_path=settings.draft_path,
         deterministic=settings.deterministic,
     )
-    return Sglang(server, settings.deterministic)
+    return Sglang(server, settings.deterministic, routed)
 
 
 def _drafting(settings: VllmEngine) -> dict[str, str | int] | None:

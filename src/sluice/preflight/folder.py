@@ -112,11 +112,18 @@ def count_parameters(config: Any) -> int:
     attention = 2 * hidden * heads * _head_size(config)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     matrices = 2 if config.model_type in UNGATED else 3
-    feed_forward = matrices * hidden * _inner_size(config) * max(1, experts) + experts * hidden
+    inner = _inner_size(config) * max(1, experts) + _shared_size(config)
+    feed_forward = matrices * hidden * inner + experts * hidden
     embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     if config.model_type in POSITIONED:
         embeddings += config.max_position_embeddings * hidden
     return embeddings + layers * (attention + feed_forward + 4 * hidden)
+
+
+def _shared_size(config: Any) -> int:
+    """Of what every token takes beside its experts."""
+    own = getattr(config, "shared_expert_intermediate_size", None)
+    return own or (getattr(config, "n_shared_experts", None) or 0) * _inner_size(config)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from sluice.types import Completion, Sampling, join_kept_ids
+from sluice.types import Completion, Sampling, join_kept_ids, join_routed_experts
 
 
 @dataclass
@@ -82,6 +82,9 @@ def joined(begun: Completion | None, rest: Completion) -> Completion:
         logprobs=begun.logprobs + rest.logprobs,
         policy_versions=begun.policy_versions + rest.policy_versions,
         kept_ids=join_kept_ids((begun.kept_ids, len(begun.token_ids)), (rest.kept_ids, len(rest.token_ids))),
+        routed_experts=join_routed_experts(
+            begun.routed_experts, rest.routed_experts, len(begun.routed_experts) + len(rest.token_ids)
+        ),
     )
 
 
@@ -100,10 +103,12 @@ def _resumable(made: Completion, sampling: Sampling) -> Completion | None:
 
 def _copied(completion: Completion, num: int | None = None) -> Completion:
     """With lists of its own, of the first `num` tokens: an environment may edit what it is given."""
+    dropped = 0 if num is None else max(0, len(completion.token_ids) - num)
     return replace(
         completion,
         token_ids=completion.token_ids[:num],
         logprobs=completion.logprobs[:num],
         policy_versions=completion.policy_versions[:num],
         kept_ids=completion.kept_ids[:num],
+        routed_experts=completion.routed_experts[: len(completion.routed_experts) - dropped],
     )

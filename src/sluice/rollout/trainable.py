@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sluice.run import Run
 from sluice.types import Completion, Trajectory, Turn
 
@@ -56,6 +58,7 @@ def _check_turn(run: Run, turn: Turn) -> None:
         _check_ids(name, ids, run.vocab_size)
     for ids in completion.kept_ids:
         _check_ids("kept_ids", ids, run.vocab_size)
+    _check_routing(run, turn)
     length = len(turn.prompt_ids) + len(completion.token_ids)
     if run.max_length is not None and length > run.max_length:
         raise ValueError(f"its {length} tokens are more than the {run.max_length} positions of the model")
@@ -65,6 +68,23 @@ def _check_turn(run: Run, turn: Turn) -> None:
         raise ValueError(f"its policy_versions hold {wrong[0]!r}; there were the versions 0 to {run.step}")
     if not (math.isfinite(completion.temperature) and completion.temperature > 0):
         raise ValueError(f"its temperature is {completion.temperature}; training needs a number above 0")
+
+
+def _check_routing(run: Run, turn: Turn) -> None:
+    routed = turn.completion.routed_experts
+    if not routed:
+        return
+    if run.routing is None:
+        raise ValueError("its routed_experts say what routers chose, and rollout.routing_replay is off")
+    num_chosen, num_experts = run.routing
+    length = len(turn.prompt_ids) + len(turn.completion.token_ids)
+    sizes = {len(chosen) if isinstance(chosen, bytes) else -1 for chosen in routed}
+    if len(routed) != length or sizes - {0, 2 * num_chosen}:
+        raise ValueError(
+            f"its routed_experts are not {length} times, for each token of prompt and response, {num_chosen} experts as bytes, or none"
+        )
+    if (largest := np.frombuffer(b"".join(routed), "<u2").max(initial=0)) >= num_experts:
+        raise ValueError(f"its routed_experts hold {largest}, and a layer has {num_experts} experts")
 
 
 def _check_ids(name: str, ids: Any, vocab_size: int | None) -> None:

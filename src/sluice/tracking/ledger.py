@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sluice.errors import DataError
 from sluice.tracking.rundir import RunDir, finite, write_atomically
-from sluice.types import Group, Sample, Trajectory, join_kept_ids
+from sluice.types import Group, Sample, Trajectory, join_kept_ids, join_routed_experts
 
 Pieces = Callable[[Sequence[int]], list[str]]
 """Token ids → one readable text per token."""
@@ -50,6 +50,11 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         pa.list_(pa.list_(pa.int32())),
         "[T] the ids that top-p and top-k left to draw the token from; an empty list where they dropped none or the "
         "policy did not write, and empty altogether where they never did.",
+    ),
+    "routed_experts": (
+        pa.list_(pa.binary()),
+        "[T] with rollout.routing_replay the experts that the engine's routers chose for the token: little-endian 16-bit numbers, layer "
+        "after layer; no bytes where that is not known, and empty altogether without.",
     ),
     "loss_weights": (_TOKEN_FLOATS, "[T] weight in the loss, 0 for none; empty (as all below) when not trained on."),
     "advantages": (_TOKEN_FLOATS, "[T] advantage."),
@@ -206,7 +211,9 @@ def _histories(trajectory: Trajectory) -> list[dict[str, Any]]:
     for turn in trajectory.turns:
         completion = turn.completion
         if not histories or turn.prompt_ids[: len(histories[-1]["token_ids"])] != histories[-1]["token_ids"]:
-            histories.append({"token_ids": [], "policy_versions": [], "logprobs": [], "kept_ids": []})
+            histories.append(
+                {"token_ids": [], "policy_versions": [], "logprobs": [], "kept_ids": [], "routed_experts": []}
+            )
         history = histories[-1]
         given = turn.prompt_ids[len(history["token_ids"]) :]
         history["temperature"] = completion.temperature
@@ -214,6 +221,9 @@ def _histories(trajectory: Trajectory) -> list[dict[str, Any]]:
             (history["kept_ids"], len(history["token_ids"])),
             ([], len(given)),
             (completion.kept_ids, len(completion.token_ids)),
+        )
+        history["routed_experts"] = join_routed_experts(
+            history["routed_experts"], completion.routed_experts, len(turn.prompt_ids) + len(completion.token_ids)
         )
         history["token_ids"] = history["token_ids"] + given + completion.token_ids
         history["policy_versions"] = history["policy_versions"] + [-1] * len(given) + completion.policy_versions

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from sluice.data.packing import Piece
 from sluice.errors import ConfigError
 from sluice.trainers.attention import PackedAttention
-from sluice.trainers.model import PolicyModel, check_compiler
+from sluice.trainers.model import PolicyModel, check_compiler, weights_of
 from sluice.trainers.split_rows import Gather, SplitAttention, padded, share_of
 from sluice.trainers.tensor_parallel import divide_layer, refuse_undividable
 
@@ -132,6 +132,7 @@ class ShardedModel(PolicyModel):
         """Weights and buffers are those of the `whole` of rank 0, in RAM; elsewhere it is None. Shards have the outline's dtypes, and what
         is computed with has `dtype`. Heads and layers can be divided as `parallel` says (`check_layers`)."""
         super().__init__(outline.model)
+        self.routers = outline.routers
         self.parallel, self.device, self.dtype = parallel, parallel.device, dtype
         self.layers = _layers_of(self.body)
         self.num_heads = (self.num_heads[0] // parallel.degrees.tensor, self.num_heads[1] // parallel.degrees.tensor)
@@ -185,11 +186,12 @@ class ShardedModel(PolicyModel):
         visible: Tensor | None = None,
         cache: Any = None,
         pieces: Sequence[Piece] | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """[B, L] ids and positions → [B, L, H] on each of the ranks that divide the tokens."""
         group = self.parallel.context
         if group is None:
-            return super().hidden_states(input_ids, position_ids, visible, cache, pieces)
+            return super().hidden_states(input_ids, position_ids, visible, cache, pieces, experts)
         shape = input_ids.shape
         if pieces is None:
             pieces = [Piece(row * shape[1], shape[1], None) for row in range(shape[0])]
@@ -210,7 +212,7 @@ class ShardedModel(PolicyModel):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole, one after the other. All ranks take part."""
-        return ((name, whole(shard)) for name, shard in self.published(self.model.named_parameters()))
+        return ((name, whole(shard)) for name, shard in self.published(weights_of(self.model)))
 
     @torch.no_grad()
     def take_weights(self, other: PolicyModel) -> None:

@@ -111,10 +111,12 @@ class LocalTrainer:
         """Add the gradient of one micro-batch; what its loss tokens saw, if there is a loss. Raises NonFiniteError, which says `where`."""
         batch = micro_batch.to(self.model.device)
         hidden = self._states(batch, loss)
-        metrics, seen = Metrics(), None
+        metrics = self.model.routers.mismatch() if self.model.routers and hidden is not None else Metrics()
+        seen = None
         if loss:
             assert hidden is not None
-            metrics, seen = self._policy_backward(batch, hidden, loss, where)
+            added, seen = self._policy_backward(batch, hidden, loss, where)
+            metrics += added
         if self.critic:
             metrics += self.critic.forward_backward(batch, hidden, self.refuse)
         return metrics, seen

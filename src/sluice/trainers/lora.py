@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sluice.errors import ConfigError
-from sluice.trainers.model import PolicyModel, check_finite, copied
+from sluice.trainers.model import PolicyModel, check_finite, copied, weights_of
 from sluice.weights.disk import ADAPTER_FOLDER
 from sluice.weights.fingerprint import fingerprint
 
@@ -42,12 +42,13 @@ class LoraModel(PolicyModel):
         """
         super().__init__(base.model)
         self._apart = apart
+        self.routers = base.routers
         self._base_fingerprint = fingerprint(base.named_weights())
         self.settings = add_adapters(base, rank, alpha, targets, seed)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        parameters = self.model.named_parameters()
-        return weights_apart(self.model, parameters) if self._apart else self._merged(parameters)
+        weights = weights_of(self.model)
+        return weights_apart(self.model, weights) if self._apart else self._merged(weights)
 
     def export(self) -> Callable[[str], None]:
         weights, write_adapter = copied(dict(self._merged(self.model.state_dict().items()))), self.export_adapter()

@@ -21,6 +21,7 @@ from sluice.errors import ConfigError, NonFiniteError, boundary
 from sluice.trainers.attention import NAME, PackedAttention, register
 from sluice.trainers.linears import use_fast_linears
 from sluice.trainers.norms import use_own_norms
+from sluice.trainers.routing import Routers
 from sluice.types import Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,6 +45,8 @@ class PolicyModel:
         self._recomputed: list[Any] = []
         self.num_heads = (self.config.num_attention_heads, _kv_heads(self.config))
         """Of queries, and of keys and values."""
+        self.routers: Routers | None = None
+        """Those of a mixture of experts, where what they choose is recorded or replayed."""
         self._own_attention: str = self.config._attn_implementation
         use_own_norms(self.body)
         use_fast_linears(self.body)
@@ -60,13 +63,16 @@ class PolicyModel:
         visible: Tensor | None = None,
         cache: Any = None,
         pieces: Sequence[Piece] | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """[B, L] ids and positions → [B, L, H].
 
         `visible` [B, L, K] says which keys each position may look at; left out, all before it in its row. With a
         `cache` the keys are those at positions 0 … K - 1, else those of the input itself. `pieces` say what a packed row is
-        made of, and so who looks at whom.
+        made of, and so who looks at whom. `experts` [B · L, layers · k] are those that the routers take, if they are to be replayed.
         """
+        if self.routers:
+            self.routers.begin(experts)
         mask: Any = None
         packed: dict[str, Any] = {}
         if pieces is not None:
@@ -90,6 +96,11 @@ class PolicyModel:
 
     def _packed_attention(self, pieces: Sequence[Piece]) -> PackedAttention:
         return PackedAttention(pieces, *self.num_heads, self.device)
+
+    def replay_routing(self) -> None:
+        """From now on it says which experts its routers chose, and takes those that it is given. Raises ConfigError for a model without
+        experts, or one whose routers are of another kind."""
+        self.routers = Routers(self.body)
 
     def compile(self) -> None:
         """Forwards that have a backward go through `torch.compile` from now on. Raises ConfigError without a C++ compiler."""
@@ -181,7 +192,7 @@ class PolicyModel:
         return {kind: masks[kind] for kind in set(kinds)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.model.named_parameters()
+        return weights_of(self.model)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return self.model.named_modules()
@@ -213,7 +224,7 @@ class PolicyModel:
         whoever holds these sees them, and so that they lie in memory as before (on it depends the last bit of a product).
         """
         other = type(self.model).from_pretrained(folder, dtype=self.dtype, local_files_only=True)
-        for mine, theirs in zip(self.model.parameters(), other.parameters(), strict=True):
+        for (_, mine), (_, theirs) in zip(weights_of(self.model), weights_of(other), strict=True):
             mine.copy_(theirs)
 
     @torch.no_grad()
@@ -252,6 +263,13 @@ class PolicyModel:
                 )
 
 
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a checkpoint holds, once: parameters, and such buffers as the bias by which a router chooses."""
+    yield from model.named_parameters()
+    held = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in held)
+
+
 def check_compiler() -> None:
     """Raises ConfigError without one of C++."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -286,7 +304,7 @@ def copied(state: Any) -> Any:
 
 def hidden_states_of(model: PolicyModel, batch: MicroBatch) -> Tensor:
     """[T, H] the states from which the batch's loss tokens are predicted."""
-    hidden = model.hidden_states(batch.input_ids, batch.position_ids, pieces=batch.pieces)
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids, pieces=batch.pieces, experts=batch.routed_experts)
     return hidden.flatten(0, 1)[batch.hidden_index]
 
 

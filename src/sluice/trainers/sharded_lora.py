@@ -24,7 +24,7 @@ from sluice.trainers.lora import (
     weights_apart,
     write_adapter,
 )
-from sluice.trainers.model import PolicyModel
+from sluice.trainers.model import PolicyModel, weights_of
 from sluice.weights.fingerprint import fingerprint
 
 
@@ -73,7 +73,7 @@ class ShardedLoraModel(ShardedModel):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         if not self._apart:
             return super().named_weights()
-        shards = weights_apart(self.model, super().published(self.model.named_parameters()))
+        shards = weights_apart(self.model, super().published(weights_of(self.model)))
         return ((name, whole(shard)) for name, shard in shards)
 
     def export(self) -> Callable[[str], None]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_OF_ALL = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+_OF_ALL |= {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+"""What a weight of one expert is a part of, among those of all experts of a layer."""
 
 Part = tuple[str, Sequence[int], str, int]
 """Of one tensor: name, shape, dtype, and the sum of its bits."""
@@ -34,8 +40,24 @@ def parts(weights: Iterable[tuple[str, Tensor]]) -> list[Part]:
 
 def combined(found: Iterable[Part]) -> str:
     """The fingerprint of which these are the parts, each name once."""
-    text = "".join(f"{name} {tuple(shape)} {dtype} {total}\n" for name, shape, dtype, total in sorted(found))
+    parts = sorted(_joined(found))
+    text = "".join(f"{name} {tuple(shape)} {dtype} {total}\n" for name, shape, dtype, total in parts)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _joined(found: Iterable[Part]) -> list[Part]:
+    """With the weights of all experts of a layer as one, as `transformers` has them where it computes; in its files it has them apart."""
+    whole: dict[str, Part] = {}
+    for name, shape, dtype, total in found:
+        name = name.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
+        if match := _EXPERT.fullmatch(name):
+            layer, expert, own = match.groups()
+            name = f"{layer}.{_OF_ALL[own]}"
+            _, (num, rows, _), _, before = whole.get(name, (name, (0, 0, 0), dtype, 0))
+            rows += shape[0] if expert == "0" else 0  # of gate and up
+            shape, total = (max(num, int(expert) + 1), rows, shape[1]), (before + total + 2**63) % 2**64 - 2**63
+        whole[name] = name, shape, dtype, total
+    return list(whole.values())
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

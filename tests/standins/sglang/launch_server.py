@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,6 +56,7 @@ async def generate(body: dict[str, Any]) -> tuple[int, Any]:
         ends=set(wanted["stop_token_ids"]),
     )
     said = [[logprob, token, None] for token, logprob in zip(found["ids"], found["logprobs"], strict=True)]
+    routed = np.array(found["routed"], "<i4")
     return 200, {
         "text": SAMPLER.tokenizer.decode(found["ids"]),
         "output_ids": found["ids"],
@@ -61,6 +65,11 @@ async def generate(body: dict[str, Any]) -> tuple[int, Any]:
             "completion_tokens": len(said),
             "weight_version": SAMPLER.version,
             **({"output_token_logprobs": said} if body.get("return_logprob") else {}),
+            **(
+                {"routed_experts": b64encode(routed.tobytes()).decode()}
+                if SAMPLER.asks and body.get("return_routed_experts")
+                else {}
+            ),
         },
     }
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_EXPERTS = ("w13_weight", "w2_weight")
 _READ_ROWS = 1024
 """Columns of a packed weight that are computed at once."""
 
@@ -75,6 +76,9 @@ class Weights:
                 yield pair
 
         runner.reload_weights(weights_iterator=noted())
+        for module in runner.get_model().modules():
+            if kernel := _packing_kernel(module):
+                kernel.process_weights_after_loading(module)  # which vLLM does for the first weights only
         return came
 
     def sluice_parts(self) -> list[Any]:
@@ -111,7 +115,13 @@ def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tenso
     packed = getattr(model, "packed_modules_mapping", {})
     for path, module in model.named_modules():
         path = path.removesuffix(".base_layer")  # under an adapter
+        path = path.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
         for kind, weight in module.named_parameters(recurse=False):
+            if hasattr(module, "global_num_experts"):
+                if kind in _EXPERTS:  # else it is the router's
+                    name, shape = _experts(module, kind)
+                    yield path.removesuffix("routed_experts") + name, unpacked(module, weight), shape
+                continue
             ranks: Any = getattr(module, "tp_size", 1)
             if ranks == 1 and rank > 0:
                 continue
@@ -163,6 +173,41 @@ def adapter_tensors(runner: Any, rank: int) -> Iterator[tuple[str, Tensor, list[
                     shape[dim] = shape[dim] * base.tp_size // copies_of
                 if rank % copies_of == 0 if is_sharded else rank == 0:
                     yield f"{parent}.{name}.{kind}.weight", tensor, shape
+
+
+def _experts(module: Any, kind: str) -> tuple[str, list[int]]:
+    """Of the weights of all experts of a layer: the name, and the shape of the whole, of which ranks have shares of every expert, or
+    experts of their own. Padding is not in it, and adds nothing to a sum."""
+    config = module.moe_config
+    inner = config.intermediate_size_per_partition_unpadded * config.moe_parallel_config.tp_size
+    if kind == "w13_weight":
+        return "gate_up_proj", [module.global_num_experts, 2 * inner, config.hidden_dim_unpadded]
+    return "down_proj", [module.global_num_experts, config.hidden_dim_unpadded, inner]
+
+
+def _packing_kernel(module: nn.Module) -> Any:
+    """What has put a layer's experts into an order of its own, as vLLM does for CPUs; else None."""
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    experts: Any = getattr(kernel, "fused_experts", None)
+    return experts if hasattr(experts, "isa") and not experts._use_zentorch else None
+
+
+def unpacked(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weights of experts in their own order. Where each number went is seen from numbers that are put into order in the same way,
+    digit by digit, since BF16 has whole ones up to 256 only."""
+    kernel = _packing_kernel(module)
+    if kernel is None:
+        return weight
+    from vllm._custom_ops import cpu_prepack_moe_weight  # pyright: ignore[reportMissingImports]
+
+    numbers = torch.arange(weight[0].numel()).view_as(weight[:1])
+    places = torch.zeros_like(numbers)
+    for shift in range(0, int(numbers.max()).bit_length(), 8):
+        digits = (numbers >> shift & 255).to(weight.dtype)
+        places += cpu_prepack_moe_weight(digits, kernel.isa).long() << shift
+    whole = torch.empty_like(weight)
+    whole.flatten(1)[:, places.flatten()] = weight.flatten(1)
+    return whole
 
 
 def _rows_of_parts(module: Any) -> list[tuple[int, int]]:

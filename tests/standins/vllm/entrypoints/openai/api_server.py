@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pickle
 import sys
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
@@ -17,6 +20,7 @@ import torch
 from serving import Sampler, option, serve
 
 from sluice.errors import SluiceError
+from sluice.weights.disk import DiskInlet
 from sluice.weights.fingerprint import parts
 
 SAMPLER = Sampler(option("--model"), random_weights=option("--load-format") == "dummy")
@@ -60,7 +64,12 @@ async def generate(body: dict[str, Any]) -> tuple[int, Any]:
         for token, logprob, kept in zip(found["ids"], found["logprobs"], found["kept"], strict=True)
     ]
     choice = {"index": 0, "finish_reason": found["reason"], "stop_reason": None, "token_ids": found["ids"]}
-    return 200, {"choices": [choice | {"weight_versions": spans, "logprobs": {"content": content}}]}
+    choice |= {"weight_versions": spans, "logprobs": {"content": content}, "routed_experts": None}
+    if SAMPLER.asks:
+        numbers = io.BytesIO()
+        np.save(numbers, np.array(found["routed"], np.uint8), allow_pickle=False)
+        choice["routed_experts"] = b64encode(numbers.getvalue()).decode()
+    return 200, {"choices": [choice]}
 
 
 async def pause(body: dict[str, Any]) -> tuple[int, Any]:
@@ -91,6 +100,13 @@ async def update_weight_version(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "new_version": body["new_version"]}
 
 
+def _load(inlet: Any, version: int) -> None:
+    if isinstance(inlet, DiskInlet):  # where experts have other names than in the model
+        SAMPLER.load(str(inlet.of(version)))
+    else:
+        SAMPLER.take(inlet.tensors(version, torch.device("cpu"), 0))
+
+
 async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
     if "--worker-extension-cls" not in sys.argv:
         return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
@@ -102,7 +118,7 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
             if inlet not in INLETS:
                 INLETS[inlet] = pickle.loads(b64decode(inlet))
             try:
-                SAMPLER.take(INLETS[inlet].tensors(int(version), torch.device("cpu"), 0))
+                _load(INLETS[inlet], int(version))
             except SluiceError as error:
                 return 200, {"results": [{"error": str(error)}]}
             return 200, {"results": [{"value": parts(SAMPLER.named_weights())}]}

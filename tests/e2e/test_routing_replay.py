@@ -1,0 +1,89 @@
+"""`sluice train` with a mixture of experts whose trainer replays what the engine's routers chose."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from sluice.viewer import report
+from small_runs import finished, ledger_of, metrics_of, set_up, sluice, workplace
+
+STANDINS = ROOT / "tests/standins"
+REPLAY = ("rollout.routing_replay=true", "trainer.updates_per_batch=2")
+APART = ("engine.process=own", "engine.num_threads=1")
+SERVER = (f"engine.python={sys.executable}", "engine.num_threads=1", "rollout.max_staleness=1")
+"""A stand-in."""
+LAYERS, TOP_K, EXPERTS = 2, 2, 8
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(report, "write_report", lambda run: None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    with workplace(tmp_path, monkeypatch):
+        set_up(tmp_path, "qwen3_moe")
+        yield tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (*APART, "rollout.max_staleness=1"),
+        (*APART, "trainer.name=fsdp", "trainer.num_ranks=2", "trainer.activation_checkpointing=true"),
+        ("trainer.layout=rows", "algorithm.kl_coef=0.1", "algorithm.old_logprobs=recomputed"),
+        ("trainer.lora_rank=2",),
+        (*SERVER, "engine.name=vllm"),
+        (*SERVER, "engine.name=sglang", "engine.deterministic=true"),
+    ],
+    ids=["one_process", "asynchronous", "ranks", "rows_with_a_reference", "adapters", "vllm", "sglang"],
+)
+def test_the_experts_of_every_token_are_on_record_and_replayed(ready: Path, words: tuple[str, ...]):
+    """Only the last token of a sample was never fed in. All checks of the run are on: engine and trainer compute one policy."""
+    run = finished("train", "config.yaml", *REPLAY, *words)
+    for step, line in enumerate(metrics_of(run), start=1):
+        assert 0 <= line["train/router_mismatch"] < 0.4
+        if "rollout.max_staleness=1" not in words:
+            assert line["train/engine_logprob_diff/max"] < 1e-4
+        for row in ledger_of(run, step):
+            *known, last = row["routed_experts"]
+            assert len(known) == len(row["token_ids"]) - 1
+            assert last == b""
+            experts = np.frombuffer(b"".join(known), "<u2").reshape(-1, LAYERS, TOP_K)
+            assert experts.max() < EXPERTS
+            assert (experts[..., 0] != experts[..., 1]).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("engine.publication=disk",), ("trainer.name=fsdp", "trainer.num_ranks=2")],
+    ids=["disk", "ranks"],
+)
+def test_the_bias_by_which_a_router_chooses_gets_to_the_engine(ready: Path, words: tuple[str, ...]):
+    """It is no parameter. Without it the engine would choose other experts."""
+    set_up(ready, "glm4_moe")
+    run = finished("train", "config.yaml", *APART, *words, "run.num_steps=2")
+    assert all(line["train/engine_logprob_diff/max"] < 1e-4 for line in metrics_of(run))
+
+
+def test_a_run_goes_on_with_the_experts_of_what_was_begun(ready: Path):
+    """Its checkpoint holds completions, finished and not."""
+    words = (*REPLAY, *APART, "rollout.max_staleness=1", "checkpoint.every_steps=1")
+    run = finished("train", "config.yaml", *words)
+    assert sluice("train", "--resume", run, "run.num_steps=5") == 0
+    for row in ledger_of(run, 4):
+        assert [len(chosen) for chosen in row["routed_experts"]] == [2 * LAYERS * TOP_K] * (
+            len(row["token_ids"]) - 1
+        ) + [0]
+
+
+def test_a_recorded_step_is_made_again_by_the_recorded_experts(ready: Path, capsys: pytest.CaptureFixture[str]):
+    run = finished("train", "config.yaml", *REPLAY)
+    assert sluice("replay", run, "--step", "3") == 0
+    assert capsys.readouterr().out.endswith("step 3: identical (16 samples)\n")
