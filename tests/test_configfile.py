@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from sluice.config import CustomReward, DryTrainer, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
+from sluice.config import DryTrainer, LocalTrainer, ScriptedEngine, SftConfig, TrainConfig
 from sluice.configfile import Resolved, dump, load, reference
+from sluice.configrewards import CustomReward
 from sluice.errors import ConfigError
 
 BASE = """\

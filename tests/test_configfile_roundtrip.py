@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from sluice.config import (
     AlgorithmSection,
     CheckpointSection,
-    FormatReward,
     LocalTrainer,
     ModelSection,
     PromptData,
@@ -28,6 +27,7 @@ from sluice.config import (
     TrainRun,
 )
 from sluice.configfile import dump, load
+from sluice.configrewards import FormatReward
 from sluice.errors import ConfigError
 
 ASCII = st.characters(max_codepoint=127)

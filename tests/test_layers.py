@@ -28,7 +28,7 @@ LEVELS = [
         "interfaces",
         "hooks",
         "processes+connection",
-        "config+configbase+configengines+configplacement+configsafety+configtraining+configtree+configfile",
+        "config+configbase+configengines+configplacement+configrewards+configsafety+configtraining+configtree+configfile",
     ],
     ["tracking"],
     ["run", "watchdog+dump"],

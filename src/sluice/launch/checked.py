@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sluice.algorithms import Algorithm
-from sluice.config import AnyReward, FileData, FsdpTrainer, SftConfig, TrainConfig
+from sluice.config import FileData, FsdpTrainer, SftConfig, TrainConfig
 from sluice.config import reward_label as label_of
 from sluice.configengines import ServerEngine
+from sluice.configrewards import AnyReward
 from sluice.data.chat import Chat, load_tokenizer
 from sluice.data.prompts import PromptSet, SftSet, load_prompts, load_sft_rows
 from sluice.data.sources import Rows, open_rows

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sluice.config import AnyReward, CustomReward, FormatReward, MatchReward, TrainConfig
+from sluice.config import TrainConfig
+from sluice.configrewards import AnyReward, CustomReward, FormatReward, MatchReward
 from sluice.data.chat import Chat
 from sluice.data.prompts import PromptSet
 from sluice.launch.checked import checked_reward
