@@ -101,11 +101,11 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
         (["engine.process=own"], "engines    1 in a process of its own; weights go by shared_memory\n"),
         (
             ["engine={name: vllm, python: p, publication_folder: /dev/shm/w}"],
-            "engines    1 vllm server; weights go through /dev/shm/w\n",
+            "engines    1 vllm server; weights go by disk\n",
         ),
         (
             ["engine={name: vllm, url: 'http://127.0.0.1:1'}"],
-            "engines    the vllm server at http://127.0.0.1:1; weights go through a folder in the run folder\n",
+            "engines    the vllm server at http://127.0.0.1:1; weights go by disk\n",
         ),
     ],
 )

@@ -29,10 +29,10 @@ from sluice.rollout.buffer import BufferState
 from sluice.rollout.calls import Call
 from sluice.run import Run
 from sluice.tracking.rundir import RunDir, patiently, sync_folder
-from sluice.types import Completion, Group, Trajectory, Turn
+from sluice.types import Completion, Group, Trajectory, Turn, pack_routed_experts, unpack_routed_experts
 
 STATE, POSITION, CHECKSUMS = "trainer_state.pt", "run_state.json", "checksums.json"
-FORMAT = 2
+FORMAT = 3
 """Of these files; another one means another sluice."""
 Write = Callable[[str], dict[str, Any]]
 """What a trainer's snapshot returns."""
@@ -304,7 +304,8 @@ def _saved(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _saved_completion(completion: Any) -> dict[str, Any]:
-    return _own(completion, Completion, routed_experts=[b64encode(own).decode() for own in completion.routed_experts])
+    routed = completion.routed_experts
+    return _own(completion, Completion, routed_experts=[len(routed), b64encode(pack_routed_experts(routed)).decode()])
 
 
 def _own(value: Any, kind: type, **others: Any) -> dict[str, Any]:
@@ -318,7 +319,8 @@ def _trajectory(saved: dict[str, Any]) -> Trajectory:
 
 
 def _completion(saved: dict[str, Any]) -> Completion:
-    return Completion(**{**saved, "routed_experts": [b64decode(own) for own in saved["routed_experts"]]})
+    count, routed = saved["routed_experts"]
+    return Completion(**{**saved, "routed_experts": unpack_routed_experts(b64decode(routed), count)})
 
 
 def _metric_of(folder: Path) -> float | None:

@@ -119,7 +119,8 @@ class RolloutSection(Section):
     """Token ids that end a completion, besides the model's own end-of-sequence ids."""
     routing_replay: bool = False
     """Of a mixture of experts: the trainer takes, for each token and layer, the experts that the engine's router chose, and weighs them by
-    its own router's logits (rollout routing replay, R3). The engine has to report them, which costs little; they are in the ledger."""
+    its own router's logits (rollout routing replay, R3). The engine has to report them, and they are in the ledger: 2 bytes for each token,
+    layer and expert."""
     max_staleness: NonNegativeInt = 0
     """How many versions of the policy, of which each step makes one, a token may be older than what it trains; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"

@@ -23,8 +23,9 @@ class EmbeddedEngine(Section):
     """What becomes of completions that are unfinished when weights are published. continue: later tokens are by the new ones.
     finish: they end with those that they began with, and the publication waits for them."""
     publication: Literal["shared_memory", "broadcast", "disk"] | None = None
-    """How weights reach its own process. shared_memory: through memory of this machine. broadcast: by NCCL or gloo, in buckets, without a
-    copy in between. disk: as a model folder. Left out, shared_memory, or broadcast with placement.name=ray."""
+    """How weights reach its own process. shared_memory: through memory of this machine. broadcast: by NCCL between GPUs, by memory of the GPU
+    that both are on, else by gloo; in buckets, without a copy in between. disk: as a model folder. Left out, shared_memory, or broadcast
+    with placement.name=ray."""
     publication_folder: str | None = None
     """Where publication=disk puts that folder; left out, `weights` in the run folder."""
     max_restarts: NonNegativeInt = 3
@@ -100,7 +101,8 @@ class ServerEngine(Section):
     """Servers, each with its own copy of the weights, between which requests are shared out."""
     publication: Literal["broadcast", "disk"] | None = None
     """How weights reach the server. broadcast: by NCCL between GPUs, by memory of the GPU that trainer and server are both on (vLLM only), else
-    by gloo; in buckets, without a copy in between. disk: as a model folder. Left out, disk, or broadcast with placement.name=ray."""
+    by gloo; in buckets, without a copy in between. disk: as a model folder. Left out, disk, or with placement.name=ray broadcast where
+    that works and no publication_folder is named."""
     publication_folder: str | None = None
     """Where publication=disk puts that folder, which the server sees under the same path (`/dev/shm` is memory of this machine); left out,
     `weights` in the run folder."""

@@ -16,7 +16,7 @@ from sluice.interfaces import Trainer
 from sluice.rollout.metrics import annotation_metrics, first_update_metrics
 from sluice.tracking import ledger
 from sluice.tracking.rundir import RunDir, read_lines
-from sluice.types import Completion, Prompt, Sample, Trajectory, Turn
+from sluice.types import Completion, Prompt, Sample, Trajectory, Turn, unpack_routed_experts
 from sluice.update import prepare, update
 
 COLUMNS = (
@@ -32,7 +32,7 @@ COLUMNS = (
 )
 """What is compared of each sample, in the order in which it is computed."""
 SAMPLED = (
-    *("token_ids", "loss_weights", "logprobs", "policy_versions", "kept_ids", "routed_experts", "turn_ids"),
+    *("token_ids", "loss_weights", "logprobs", "policy_versions", "kept_ids", "turn_ids"),
     "turn_rewards",
 )
 """What is taken from the ledger as it is."""
@@ -117,6 +117,7 @@ def disagreement(recorded: dict[str, Any], now: Trajectory) -> str:
 def _sample(row: dict[str, Any]) -> Sample:
     return Sample(
         **{name: row[name] for name in SAMPLED},
+        routed_experts=unpack_routed_experts(row["routed_experts"], len(row["token_ids"])),
         temperature=row["temperature"],
         group=row["group"],
         index=row["index"],

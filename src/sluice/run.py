@@ -91,9 +91,9 @@ class Run:
     vocab_size: int | None
     """Of the model; token ids from it on are foreign. None without a model."""
     max_length: int | None
+    """Positions of the model."""
     routing: tuple[int, int] | None
     """With routing replay, of the model: experts that a token takes in all layers, and those that a layer has."""
-    """Positions of the model."""
     stop_at_reward: float | None
     checkpoints: Any
     """`await checkpoints.after_step(run, metrics)` copies the state when it is time, and writes it while the run goes on."""

@@ -220,6 +220,21 @@ def join_routed_experts(first: Sequence[bytes], then: Sequence[bytes], length: i
     return [a or b for a, b, _ in zip_longest(first, then, range(length), fillvalue=b"")]
 
 
+def pack_routed_experts(entries: Sequence[bytes]) -> bytes:
+    """`routed_experts` as one: as many bytes for each entry, which are all set where nothing is known; none where nothing is at all."""
+    width = max(map(len, entries), default=0)
+    return b"".join(entry or b"\xff" * width for entry in entries)
+
+
+def unpack_routed_experts(packed: bytes, count: int) -> list[bytes]:
+    """The entries again, of which there are so many."""
+    if not packed:
+        return []
+    width = len(packed) // count
+    entries = (packed[start : start + width] for start in range(0, len(packed), width))
+    return [b"" if entry == b"\xff" * width else entry for entry in entries]
+
+
 def _same_length(owner: str, **columns: Sequence[Any]) -> None:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:

@@ -50,7 +50,7 @@ def test_nothing_is_left(ends_first: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("TMPDIR", str(long))
     guard = Process("sluice.engines.guard", path=sys.path, folder=str(tmp_path), log=None, variables={})
     try:
-        start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER, SCRATCH], {}), str(tmp_path)))
+        start = pickle.dumps(Start(Command([sys.executable, "-c", SERVER, SCRATCH], {}), tmp_path))
         guard.socket.sendall(len(start).to_bytes(8) + start)
         wait_until((tmp_path / "ready").exists)
         server, name, scratch = (tmp_path / "ready").read_text().split()

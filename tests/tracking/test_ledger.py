@@ -85,7 +85,7 @@ def test_a_trained_sample_is_recorded_with_all_that_its_tokens_saw(rundir: RunDi
         "turn_rewards": [1.0],
         "turn_ids": [-1, -1, 0, 0],
         "kept_ids": [[], [], [5, 9], [4, 6, 8]],
-        "routed_experts": [b"\x01\0", b"", b"\xff\1", b""],
+        "routed_experts": b"\x01\0\xff\xff\xff\1\xff\xff",
         "clipped": [False, False, False, True],
     }
     expected = {
@@ -156,7 +156,7 @@ def test_a_broken_history_gives_several_rows_trained_or_not(rundir: RunDir):
     ]
     assert first["policy_versions"] == [-1, 3, -1, 5]
     assert [row["kept_ids"] for row in (first, second, other)] == [[[], [], [], [4, 7]], [], []]
-    assert [row["routed_experts"] for row in (first, second, other)] == [[b"a", b"B", b"C", b""], [], []]
+    assert [row["routed_experts"] for row in (first, second, other)] == [b"aBC\xff", b"", b""]
     assert first["logprobs"] == pytest.approx([0, -0.2, 0, -0.4])
 
     groups[0].rejected = ""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models import MIXTURES, tiny_model
 from sluice.trainers.model import weights_of
-from sluice.weights.disk import fingerprint_of_folder
+from sluice.weights.disk import tensors_of
 from sluice.weights.fingerprint import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
@@ -68,8 +68,18 @@ def test_experts_are_one_by_one_in_files_and_together_where_they_compute(archite
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     before = fingerprint(weights_of(model))
-    assert fingerprint_of_folder(tmp_path) == before
+    assert fingerprint(tensors_of(tmp_path)) == before
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[7, 3, 2] += 1
     model.save_pretrained(tmp_path)
-    assert fingerprint_of_folder(tmp_path) == fingerprint(weights_of(model)) != before
+    now = fingerprint(tensors_of(tmp_path))
+    assert now == fingerprint(weights_of(model)) != before
+    with torch.no_grad():
+        experts = model.model.layers[1].mlp.experts
+        experts.down_proj.copy_(experts.down_proj.flip(0))
+    assert fingerprint(weights_of(model)) != now, "experts in each other's places"
+    with torch.no_grad():
+        experts.down_proj.copy_(experts.down_proj.flip(0))
+        gate, up = experts.gate_up_proj.chunk(2, 1)
+        experts.gate_up_proj.copy_(torch.cat([up, gate], 1))
+    assert fingerprint(weights_of(model)) != now, "gate and up exchanged"

@@ -109,7 +109,7 @@ class ActiveSlots:
 
     def room(self, new: list[Request], prefix: Prefix) -> int:
         """Of the `new` requests, in their order, how many the cache has room for beside those that are active."""
-        self._position_bytes = prefix.position_bytes
+        self._position_bytes = prefix.position_bytes + 2 * self.state.num_routed
         fits, longest, limit = 0, max(self.lengths(), default=0), self._limit
         for request in new:
             longest = max(longest, len(request.prompt) + 1)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from sluice.engines.guard import Command
 from sluice.engines.http import HttpClient
 from sluice.types import FinishReason, Sampling
-from sluice.weights.broadcast import Broadcast, BroadcastLink, ServerLink
+from sluice.weights.broadcast import Broadcast, BroadcastLink
 from sluice.weights.disk import Disk, DiskLink
 
 STATUS_LIMIT_S = 10.0
@@ -72,7 +72,7 @@ class Dialect(Protocol):
         """Returns when nothing is computed any more. What is unfinished is kept, or given back as it is."""
         ...
 
-    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink | ServerLink:
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink[Any]:
         """With the server that was checked last."""
         ...
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sluice.engines.deaths import Deaths
 from sluice.engines.dialect import POLL_S, Dialect, Reply
@@ -25,7 +26,7 @@ from sluice.errors import EngineError, EngineLostError
 from sluice.interfaces import Weights
 from sluice.processes import Died, Launch
 from sluice.types import Completion, Sampling
-from sluice.weights.broadcast import Broadcast, BroadcastLink, ServerLink
+from sluice.weights.broadcast import Broadcast, BroadcastLink
 from sluice.weights.disk import Disk, DiskLink
 
 BROKEN_ANSWERS = 3
@@ -62,7 +63,7 @@ class ServerEngine:
             dialect, self._deaths, url=url, launch=launch, start_limit_s=start_limit_s, hang_timeout_s=hang_timeout_s
         )
         self._server: Server | None = None
-        self._link: DiskLink | BroadcastLink | ServerLink
+        self._link: DiskLink | BroadcastLink[Any]
         """With the server that runs."""
         self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
         self._may_begin = asyncio.Event()
@@ -248,7 +249,11 @@ class ServerEngine:
                 self._may_begin.clear()  # it has no weights yet
                 try:
                     server = await self._servers.next(number, self._publication.folder, self._ended)
-                    self._link = self._dialect.link(self._publication, self._name)
+                    try:
+                        self._link = self._dialect.link(self._publication, self._name)
+                    except BaseException:
+                        await server.stop()
+                        raise
                     self._server = server
                 except BaseException as error:
                     self._may_begin.set()  # who waits is told

@@ -102,9 +102,11 @@ class _Server:
             await self.engine.finish_active()
         async with self.engine.paused():
             self.is_updating = True  # which has a limit of its own
-            await asyncio.to_thread(self.inlet.read, self.engine.model, version)
-            await self.engine.update_weights(InProcessWeights(self.engine.model), version)
-            self.is_updating = False
+            try:
+                await asyncio.to_thread(self.inlet.read, self.engine.model, version)
+                await self.engine.update_weights(InProcessWeights(self.engine.model), version)
+            finally:
+                self.is_updating = False
 
     async def _answered(self, work: Awaitable[Any]) -> None:
         try:

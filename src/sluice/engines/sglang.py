@@ -24,7 +24,7 @@ from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.routed import Routed
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.broadcast import Broadcast, ServerLink
+from sluice.weights.broadcast import Broadcast, BroadcastLink
 from sluice.weights.disk import Disk, DiskInlet, DiskLink
 from sluice.weights.publication import PUBLISH_LIMIT_S
 from sluice.weights.server_group import ServerInlet
@@ -103,8 +103,9 @@ def _layout(about: Any) -> Layout:
 async def _order(http: HttpClient, path: str, body: Mapping[str, Any]) -> None:
     """About its weights."""
     answer = await http.post(path, body, PUBLISH_LIMIT_S)
-    if not answer["success"]:
-        raise EngineError(f"SGLang did not take the weights: {answer['message']}")
+    if not isinstance(answer, dict) or not answer.get("success"):
+        said = answer.get("message", answer) if isinstance(answer, dict) else answer
+        raise EngineError(f"SGLang did not take the weights: {said}")
 
 
 def _portions(tensors: Sequence[Any]) -> Iterator[list[Any]]:
@@ -133,11 +134,7 @@ def _versions(about: Mapping[str, Any], count: int) -> list[int] | None:
 def _experts(routed: Routed, about: Mapping[str, Any], length: int) -> list[bytes]:
     """Of all but the last of so many tokens."""
     text = about.get("routed_experts")
-    if text is None:
-        raise ValueError(
-            "it does not say which experts it took; it has to be started with --enable-return-routed-experts"
-        )
-    return routed.entries(np.frombuffer(b64decode(text), "<i4"), length)
+    return routed.entries(None if text is None else np.frombuffer(b64decode(text), "<i4"), length)
 
 
 class Sglang:
@@ -209,7 +206,7 @@ class Sglang:
                 except HttpError:
                     await asyncio.sleep(POLL_S)
 
-    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | ServerLink:
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink[ServerInlet]:
         if isinstance(publication, Disk):
             return publication.link(engine)
         return publication.server_link(engine, self._layout.num_workers, self._layout.device)
@@ -229,7 +226,7 @@ class Sglang:
             await self._join(http, inlet)
         try:
             await self._take(http, inlet, last)
-        except HttpError:  # it lives, and the trainer is not to wait for it
+        except (HttpError, EngineError):  # it lives, and the trainer is not to wait for it
             await self._leave(http, inlet)
             raise
 
@@ -257,6 +254,7 @@ class Sglang:
         inlet.joined()
 
     async def _leave(self, http: HttpClient, inlet: ServerInlet) -> None:
+        inlet.has_joined = False
         with suppress(HttpError):  # there may be none
             await http.post("/destroy_weights_update_group", {"group_name": inlet.group_name}, PUBLISH_LIMIT_S)
 

@@ -26,7 +26,7 @@ from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.routed import Routed
 from sluice.errors import EngineError
 from sluice.types import FinishReason, Sampling
-from sluice.weights.broadcast import Broadcast, BroadcastLink
+from sluice.weights.broadcast import Broadcast, BroadcastInlet, BroadcastLink
 from sluice.weights.disk import ADAPTER_FOLDER, Disk, DiskInlet, DiskLink
 from sluice.weights.fingerprint import combined
 from sluice.weights.publication import PUBLISH_LIMIT_S, Stream
@@ -140,7 +140,8 @@ class Vllm:
         self._quantized = server is not None and server.quantization is not None
         self._loaded: list[Any] = []
         """The parts of what it was given last."""
-        self.num_workers = 1
+        self._num_workers, self._is_plain = 1, True
+        """Of the server that was checked last: workers that tensor parallelism makes, and whether these are all."""
 
     def command(self, key: str) -> Command:
         assert self._server
@@ -149,7 +150,7 @@ class Vllm:
     async def check(self, http: HttpClient) -> None:
         try:
             await http.get("/weight_info", STATUS_LIMIT_S)
-            self.num_workers = len(await self._call(http, "sluice_ready"))
+            ((self._num_workers, self._is_plain), *_) = await self._told(http, "sluice_ready")
         except (HttpError, ValueError) as error:
             raise EngineError(
                 f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
@@ -188,8 +189,13 @@ class Vllm:
         """What is unfinished is kept; its keys and values are dropped with all that are cached, and computed again later."""
         await http.post("/pause?mode=keep", limit_s=PUBLISH_LIMIT_S)
 
-    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink:
-        return publication.link(engine, self.num_workers)
+    def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink[BroadcastInlet]:
+        if isinstance(publication, Broadcast) and not self._is_plain:
+            raise EngineError(
+                "weights cannot be broadcast to a vLLM server with pipeline or data parallelism, several of whose workers would have one "
+                "rank; leave these out, or set engine.publication=disk"
+            )
+        return publication.link(engine, self._num_workers)
 
     async def load(self, http: HttpClient, inlet: Stream, version: int) -> None:
         if self._adapter:
@@ -197,7 +203,8 @@ class Vllm:
             await self._load_adapter(http, str(inlet.of(version) / ADAPTER_FOLDER))
         else:
             pickled = b64encode(pickle.dumps(inlet)).decode()
-            self._loaded = await self._told(http, "sluice_load", pickled, str(version))
+            asked = "parts" if self._quantized else ""
+            (self._loaded, *_) = await self._told(http, "sluice_load", pickled, str(version), asked)
         await http.post("/update_weight_version", {"new_version": str(version)}, PUBLISH_LIMIT_S)
 
     async def _load_adapter(self, http: HttpClient, folder: str) -> None:
@@ -217,7 +224,7 @@ class Vllm:
         it is of what it loaded last, whatever that is."""
         if self._quantized:
             return combined(map(tuple, self._loaded))
-        return combined(_added(await self._call(http, "sluice_parts")))
+        return combined(_added(await self._told(http, "sluice_parts")))
 
     async def sleep(self, http: HttpClient) -> None:
         await http.post("/sleep?level=2", limit_s=PUBLISH_LIMIT_S)
@@ -225,19 +232,14 @@ class Vllm:
     async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
         await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
 
-    async def _told(self, http: HttpClient, method: str, *arguments: str) -> Any:
-        """As `_call`, of a method that tells its errors: what its first worker gives."""
-        results = await self._call(http, method, *arguments)
-        if error := next((said["error"] for said in results if "error" in said), None):
-            raise ValueError(f"it did not take the weights: {error}")
-        return results[0]["value"]
-
-    async def _call(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
-        """Of all its workers: what each of them answers."""
+    async def _told(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
+        """By all its workers. Raises ValueError for what one of them could not do."""
         answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, PUBLISH_LIMIT_S)
         if not isinstance(answer, dict) or "results" not in answer:
             raise ValueError(f"vLLM answers {method} with {answer!r}")
-        return answer["results"]
+        if error := next((said["error"] for said in answer["results"] if "error" in said), None):
+            raise ValueError(f"{method}: {error}")
+        return [said["value"] for said in answer["results"]]
 
 
 def _reply(choice: Mapping[str, Any], truncated: bool) -> Reply:
@@ -257,12 +259,8 @@ def _reply(choice: Mapping[str, Any], truncated: bool) -> Reply:
     )
 
 
-def _array(text: str | None) -> NDArray[Any]:
-    if text is None:
-        raise ValueError(
-            "it does not say which experts it took; it has to be started with --enable-return-routed-experts"
-        )
-    return np.load(io.BytesIO(b64decode(text)), allow_pickle=False)
+def _array(text: str | None) -> NDArray[Any] | None:
+    return None if text is None else np.load(io.BytesIO(b64decode(text)), allow_pickle=False)
 
 
 def _added(ranks: Sequence[Sequence[Sequence[Any]]]) -> list[tuple[str, tuple[int, ...], str, int]]:

@@ -70,16 +70,26 @@ class EnvironmentProcesses:
 
     async def __call__(self, prompt: Prompt, policy: RepeatingPolicy) -> Trajectory:
         """Raises what `play` would raise here, and EnvironmentError_ too when its process dies in every try, or none can be started."""
-        for tries_left in reversed(range(TRIES)):
-            worker = min(self._workers, key=lambda worker: worker.num_attempts)
+        num_died = 0
+        while True:  # until one of so many tries ends it, or no worker is left
+            worker = self._least_busy()
             try:
-                return await worker.play(prompt, policy, is_last_try=not tries_left)
+                return await worker.play(prompt, policy, is_last_try=num_died == TRIES - 1)
+            except _GaveUp:
+                pass
             except Died as death:
-                if not tries_left:
+                num_died += 1
+                if num_died == TRIES:
                     what = f"rollout.environment, on prompt {prompt.id}: {death}, {TRIES} times"
                     raise EnvironmentError_(what) from None
             policy.begin_again()
-        raise AssertionError("the last try returns or raises")
+
+    def _least_busy(self) -> _Worker:
+        """Raises EnvironmentError_ when none of them can be started any more."""
+        able = [worker for worker in self._workers if worker.failure is None]
+        if not able:
+            raise EnvironmentError_(str(self._workers[-1].failure))
+        return min(able, key=lambda worker: worker.num_attempts)
 
     def status(self) -> str:
         """What each process does at the moment, for people."""
@@ -89,6 +99,10 @@ class EnvironmentProcesses:
         """Kill all processes; none is started again."""
         for worker in self._workers:
             worker.close()
+
+
+class _GaveUp(Exception):
+    """A worker whose process cannot be started again."""
 
 
 class _Attempt:
@@ -137,7 +151,9 @@ class _Worker:
         self._environment, self._log, self._launch, self._tell = environment, log, launch, tell
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._starting: asyncio.Task[Connection] | None = None
+        self.failure: EnvironmentError_ | None = None
+        """Why its process cannot be started; then it is used no more."""
         self._last_try = asyncio.Lock()
         """One at a time: of attempts with which two processes have died, the one that is to blame spoils no other's last try."""
         self._numbers = count()
@@ -148,7 +164,7 @@ class _Worker:
         self._closed = False
 
     async def play(self, prompt: Prompt, policy: Policy, is_last_try: bool) -> Trajectory:
-        """Raises Died when the process does before the attempt ends."""
+        """Raises Died when the process does before the attempt ends, and _GaveUp when there is none any more."""
         self.num_attempts += 1
         try:
             async with self._last_try if is_last_try else nullcontext():
@@ -162,7 +178,10 @@ class _Worker:
         return trajectory
 
     async def _played(self, prompt: Prompt, policy: Policy) -> bytes:
-        connection = await self.connected()
+        try:
+            connection = await self.connected()
+        except EnvironmentError_:
+            raise _GaveUp from None
         number = next(self._numbers)
         attempt = self._attempts[number] = _Attempt(number, policy, connection)
         try:
@@ -188,7 +207,7 @@ class _Worker:
     def status(self) -> str:
         connection, attempts = self._connection, [*self._attempts.values()]
         if connection is None:
-            return "a process that is starting" if self._connecting.locked() else "no process"
+            return "a process that is starting" if self._starting else "no process"
         num_asking = sum(bool(attempt.calls) for attempt in attempts)
         return (
             f"{connection.process}: {len(attempts)} attempts, {num_asking} of them wait for the policy; "
@@ -197,6 +216,8 @@ class _Worker:
 
     def close(self) -> None:
         self._closed = True
+        if self._starting:
+            self._starting.cancel()
         if self._connection:
             self._connection.end("the environment was closed")
 
@@ -204,18 +225,29 @@ class _Worker:
 
     async def connected(self) -> Connection:
         """With a process that has imported the environment; starts one if there is none. Raises EnvironmentError_ when that cannot be."""
-        async with self._connecting:
+        if self._closed:
+            raise EnvironmentError_("the environment was closed")
+        if self._connection:
+            return self._connection
+        if self._starting is None:  # for all that wait for it, and longer than one that is cancelled
+            self._starting = asyncio.create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> Connection:
+        try:
             for tries_left in reversed(range(START_TRIES)):
-                if self._closed:
-                    raise EnvironmentError_("the environment was closed")
                 try:
-                    self._connection = self._connection or await self._started()
+                    self._connection = await self._started()
                     return self._connection
                 except (SluiceError, OSError) as error:
                     if not (isinstance(error, Died) and tries_left):
                         see = f"; see {self._log}" if self._log else ""
-                        raise EnvironmentError_(f"an environment process could not start: {error}{see}") from None
-        raise AssertionError("the last try returns or raises")
+                        self.failure = EnvironmentError_(f"an environment process could not start: {error}{see}")
+                        self._tell("environment_died", f"{self.failure}; it is given up")
+                        raise self.failure from None
+            raise AssertionError("the last try returns or raises")
+        finally:
+            self._starting = None
 
     async def _started(self) -> Connection:
         process = self._launch(

@@ -68,7 +68,8 @@ def _dialect(config: TrainConfig, settings: ServerEngine, model: PolicyModel, wi
 
     routed = None
     if model.routers:
-        routed = Routed(model.config.num_hidden_layers, model.routers.layers, model.routers.top_k)
+        routers = model.routers
+        routed = Routed(model.config.num_hidden_layers, routers.layers, routers.top_k, routers.num_experts)
     of_each = settings.tensor_parallel
     shared: dict[str, Any] = {
         "python": settings.python,

@@ -39,8 +39,11 @@ class SamplingPolicy:
         chat = self._run.chat
         messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
         prompt_ids = chat.encode_next(*self._last, messages) if self._last else None
+        num_fed = len(self._last[0]) - 1 if self._last and prompt_ids else 0
         prompt_ids = prompt_ids or chat.encode(messages)
         completion = await self._generate(prompt_ids)
+        if completion.routed_experts:  # those of the turns before are with these
+            completion.routed_experts[:num_fed] = [b""] * num_fed
         completion.text = chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))
         reply = {"role": "assistant", "content": completion.text}

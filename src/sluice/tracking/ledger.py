@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sluice.errors import DataError
 from sluice.tracking.rundir import RunDir, finite, write_atomically
-from sluice.types import Group, Sample, Trajectory, join_kept_ids, join_routed_experts
+from sluice.types import Group, Sample, Trajectory, join_kept_ids, join_routed_experts, pack_routed_experts
 
 Pieces = Callable[[Sequence[int]], list[str]]
 """Token ids → one readable text per token."""
@@ -52,9 +52,9 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         "policy did not write, and empty altogether where they never did.",
     ),
     "routed_experts": (
-        pa.list_(pa.binary()),
-        "[T] with rollout.routing_replay the experts that the engine's routers chose for the token: little-endian 16-bit numbers, layer "
-        "after layer; no bytes where that is not known, and empty altogether without.",
+        pa.binary(),
+        "[T · layers · k] with rollout.routing_replay the experts that the engine's routers chose: little-endian 16-bit numbers, token after "
+        "token and layer after layer; 65535 where that is not known, and empty without.",
     ),
     "loss_weights": (_TOKEN_FLOATS, "[T] weight in the loss, 0 for none; empty (as all below) when not trained on."),
     "advantages": (_TOKEN_FLOATS, "[T] advantage."),
@@ -111,6 +111,7 @@ def write_step(
     texts = dict(zip(ids, map(_text, pieces(ids)), strict=True))
     for row in rows:
         row["tokens"] = [texts[i] for i in row["token_ids"]]
+        row["routed_experts"] = pack_routed_experts(row["routed_experts"])
     rundir.ledger.mkdir(exist_ok=True)
     path = _path(rundir, step)
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"fingerprint": fingerprint} if fingerprint else None))

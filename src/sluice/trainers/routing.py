@@ -40,6 +40,8 @@ class Gates:
         g_i = I_i exp(s_i) / Σ_j I_j exp(s_j). Otherwise g_i = scale · I_i f(s)_i, over Σ_j I_j f(s)_j where it is normalised.
         """
         logits = logits.float()
+        if self.score == "softmax" and self.normalised:
+            return torch.softmax(logits.gather(-1, experts), -1) * self.scale
         scores = torch.softmax(logits, -1) if self.score == "softmax" else torch.sigmoid(logits)
         gates = scores.gather(-1, experts)
         if self.normalised:
@@ -117,9 +119,9 @@ def gates_of(name: str, router: Any) -> Gates:
     for weight in tried.parameters():
         weight.copy_(torch.randn(weight.shape, generator=generator))
     for buffer in tried.buffers():
-        buffer.zero_()
-    width = router.weight.shape[-1]
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))  # a bias that is in the gates is to show
     with suppress(Exception):  # one that wants more than the states
+        width = router.weight.shape[-1]
         logits, scores, experts = tried(torch.randn(64, width, generator=generator) / width**0.5)
         scale = float(getattr(router, "routed_scaling_factor", 1.0))
         for score, normalised in product(("softmax", "sigmoid"), (True, False)):

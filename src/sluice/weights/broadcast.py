@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,14 +55,14 @@ class Broadcast:
         self._weights, self.version = weights, version
         return self._num_bytes
 
-    def link(self, engine: str, receivers: int = 1) -> BroadcastLink:
+    def link(self, engine: str, receivers: int = 1) -> BroadcastLink[BroadcastInlet]:
         return BroadcastLink(BroadcastInlet(self._address(engine, receivers)), self)
 
-    def server_link(self, engine: str, receivers: int, device: str) -> ServerLink:
+    def server_link(self, engine: str, receivers: int, device: str) -> BroadcastLink[ServerInlet]:
         """With receivers that have no code of ours; they are on `cuda` or `cpu`."""
         rendezvous, port = _new_store(self._host)
         address = replace(self._address(engine, receivers), workers=Workers(port, device))
-        return ServerLink(ServerInlet(address, rendezvous), self)
+        return BroadcastLink(ServerInlet(address, rendezvous), self)
 
     def _address(self, engine: str, receivers: int) -> Address:
         process = next(self._processes)
@@ -107,18 +107,12 @@ class Broadcast:
         self._store = None
 
 
-@dataclass(frozen=True)
-class BroadcastLink:
-    inlet: BroadcastInlet
-    publication: Broadcast
-
-    async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
-        await self.publication.deliver(self.inlet, version, take_over)
+AnyInlet = TypeVar("AnyInlet", "BroadcastInlet", ServerInlet)
 
 
 @dataclass(frozen=True)
-class ServerLink:
-    inlet: ServerInlet
+class BroadcastLink(Generic[AnyInlet]):
+    inlet: AnyInlet
     publication: Broadcast
 
     async def deliver(self, version: int, take_over: Callable[[], Awaitable[object]]) -> None:
@@ -170,10 +164,10 @@ class Sender:
         """Blocks until the engine has them all. Raises EngineError when it is gone."""
         engine = address.host, address.port, address.engine
         group = self._groups.pop(engine, None)
-        if group is None or group.address != address:
-            group = ServerGroup(address, device) if address.workers else Group(address, SENDER)
-        group.meet(version)
         with _told(version):
+            if group is None or group.address != address:
+                group = ServerGroup(address, device) if address.workers else Group(address, SENDER)
+            group.meet(version)
             group.join(device)
             group.send(weights)
         self._groups[engine] = group  # one that failed is not used again

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-_OF_ALL = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
-_OF_ALL |= {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-"""What a weight of one expert is a part of, among those of all experts of a layer."""
+_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(w1|w2|w3)\.weight")
+_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Of the matrices of an expert, by Mixtral's names."""
 
 Part = tuple[str, Sequence[int], str, int]
 """Of one tensor: name, shape, dtype, and the sum of its bits."""
@@ -32,32 +31,32 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 def parts(weights: Iterable[tuple[str, Tensor]]) -> list[Part]:
     """What the fingerprint is made of. The sum over a tensor is that of the sums over its shards, modulo 2**64."""
     seen = [
-        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in weights
+        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in _one_by_one(weights)
     ]  # which may exist one at a time only
     sums: list[int] = torch.stack([total for *_, total in seen]).tolist() if seen else []
     return [(name, shape, dtype, total) for (name, shape, dtype, _), total in zip(seen, sums, strict=True)]
 
 
+def _one_by_one(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """With each expert of a layer for itself, as `transformers` has them in files, and not all as one, as it has them where it computes."""
+    for name, weight in weights:
+        name = name.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
+        layer, _, own = name.rpartition(".")
+        if layer.endswith(".experts") and own in ("gate_up_proj", "down_proj") and weight.dim() == 3:
+            for number, expert in enumerate(weight):
+                names = ("gate_proj", "up_proj") if own == "gate_up_proj" else ("down_proj",)
+                for part, matrix in zip(names, expert.chunk(len(names)), strict=True):
+                    yield f"{layer}.{number}.{part}.weight", matrix
+        elif match := _EXPERT.fullmatch(name):
+            yield f"{match[1]}.{_NAMES[match[2]]}.weight", weight
+        else:
+            yield name, weight
+
+
 def combined(found: Iterable[Part]) -> str:
     """The fingerprint of which these are the parts, each name once."""
-    parts = sorted(_joined(found))
-    text = "".join(f"{name} {tuple(shape)} {dtype} {total}\n" for name, shape, dtype, total in parts)
+    text = "".join(f"{name} {tuple(shape)} {dtype} {total}\n" for name, shape, dtype, total in sorted(found))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _joined(found: Iterable[Part]) -> list[Part]:
-    """With the weights of all experts of a layer as one, as `transformers` has them where it computes; in its files it has them apart."""
-    whole: dict[str, Part] = {}
-    for name, shape, dtype, total in found:
-        name = name.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
-        if match := _EXPERT.fullmatch(name):
-            layer, expert, own = match.groups()
-            name = f"{layer}.{_OF_ALL[own]}"
-            _, (num, rows, _), _, before = whole.get(name, (name, (0, 0, 0), dtype, 0))
-            rows += shape[0] if expert == "0" else 0  # of gate and up
-            shape, total = (max(num, int(expert) + 1), rows, shape[1]), (before + total + 2**63) % 2**64 - 2**63
-        whole[name] = name, shape, dtype, total
-    return list(whole.values())
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class Publication(Protocol):
         ...
 
     async def publish(self, weights: Weights, version: int) -> int:
-        """Take these over: they are what links deliver from now on. Says how many bytes are moved for it; for a version that it
-        has, 0."""
+        """Take these over: they are what links deliver from now on. Says how many bytes are moved for it; for a version that all engines read
+        in one place, 0 but for the first of them."""
         ...
 
     def link(self, engine: str) -> Link:

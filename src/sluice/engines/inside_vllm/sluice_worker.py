@@ -41,54 +41,70 @@ from sluice.weights.fingerprint import parts  # noqa: E402
 
 
 class Weights:
-    """Becomes a base of vLLM's worker class."""
+    """Becomes a base of vLLM's worker class. What its methods give is told as `_outcome` says."""
 
     _inlet: tuple[str, Any] = "", None
     """What weights come through, behind what it was made of."""
 
-    def sluice_ready(self) -> list[Any]:
-        """That it is there."""
-        return []
+    def sluice_ready(self) -> dict[str, Any]:
+        """How many workers tensor parallelism makes, and whether these are all."""
+        return _outcome(self._layout)
 
-    def sluice_load(self, inlet: str, version: str) -> dict[str, Any]:
+    def sluice_load(self, inlet: str, version: str, asked: str) -> dict[str, Any]:
         """Take over the weights of a version, which come through a `sluice.weights.publication.Stream`, pickled. Gives the parts of the
-        fingerprint of what came."""
-        return _outcome(lambda: self._load(inlet, int(version)))
+        fingerprint of what came, if it is `asked` for them."""
+        return _outcome(lambda: self._load(inlet, int(version), asked == "parts"))
 
     def sluice_load_adapter(self, folder: str) -> dict[str, Any]:
         """Put the adapter of a folder in the place of the one that it has."""
+        return _outcome(lambda: self._load_adapter(folder))
+
+    def sluice_parts(self) -> dict[str, Any]:
+        """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
+        the ranks are to be added."""
+        return _outcome(self._parts)
+
+    def _layout(self) -> list[Any]:
+        parallel: Any = self.parallel_config  # type: ignore[attr-defined]
+        is_plain = parallel.pipeline_parallel_size == parallel.data_parallel_size == 1
+        return [parallel.tensor_parallel_size, is_plain]
+
+    def _load_adapter(self, folder: str) -> None:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         manager: Any = self.model_runner.lora_manager  # type: ignore[attr-defined]
         (number,) = manager.list_adapters()
-        return _outcome(lambda: manager.add_adapter(LoRARequest("adapter", number, folder, load_inplace=True)))
+        manager.add_adapter(LoRARequest("adapter", number, folder, load_inplace=True))
 
-    def _load(self, inlet: str, version: int) -> list[Any]:
+    def _load(self, inlet: str, version: int, wants_parts: bool) -> list[Any]:
         if inlet != self._inlet[0]:  # else it goes on with the group that it is in
             self._inlet = inlet, pickle.loads(b64decode(inlet))
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        weights = self._inlet[1].tensors(version, runner.device, _rank())
         came: list[Any] = []
 
-        def noted() -> Iterator[tuple[str, Tensor]]:
+        def noted(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
             for pair in weights:
-                came.extend(parts([pair]))
+                if wants_parts:
+                    came.extend(parts([pair]))
                 yield pair
 
-        runner.reload_weights(weights_iterator=noted())
+        try:
+            weights = self._inlet[1].tensors(version, runner.device, _rank())
+            runner.reload_weights(weights_iterator=noted(weights))
+        except BaseException:
+            self._inlet = "", None  # with the connections of its group, so that nobody waits for this worker
+            raise
         for module in runner.get_model().modules():
             if kernel := _packing_kernel(module):
                 kernel.process_weights_after_loading(module)  # which vLLM does for the first weights only
         return came
 
-    def sluice_parts(self) -> list[Any]:
-        """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
-        the ranks are to be added."""
+    def _parts(self) -> list[Any]:
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         own = [*checkpoint_tensors(runner.get_model(), _rank()), *adapter_tensors(runner, _rank())]
         found: list[Any] = []
         for name, tensor, shape in own:
-            ((_, _, dtype, total),) = parts([(name, tensor)])
+            ((name, _, dtype, total),) = parts([(name, tensor)])
             found.append([name, shape, dtype, total])
         return found
 
@@ -115,12 +131,10 @@ def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tenso
     packed = getattr(model, "packed_modules_mapping", {})
     for path, module in model.named_modules():
         path = path.removesuffix(".base_layer")  # under an adapter
-        path = path.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral
         for kind, weight in module.named_parameters(recurse=False):
             if hasattr(module, "global_num_experts"):
                 if kind in _EXPERTS:  # else it is the router's
-                    name, shape = _experts(module, kind)
-                    yield path.removesuffix("routed_experts") + name, unpacked(module, weight), shape
+                    yield from _experts(path.removesuffix("routed_experts"), module, unpacked(module, weight), kind)
                 continue
             ranks: Any = getattr(module, "tp_size", 1)
             if ranks == 1 and rank > 0:
@@ -175,14 +189,20 @@ def adapter_tensors(runner: Any, rank: int) -> Iterator[tuple[str, Tensor, list[
                     yield f"{parent}.{name}.{kind}.weight", tensor, shape
 
 
-def _experts(module: Any, kind: str) -> tuple[str, list[int]]:
-    """Of the weights of all experts of a layer: the name, and the shape of the whole, of which ranks have shares of every expert, or
-    experts of their own. Padding is not in it, and adds nothing to a sum."""
-    config = module.moe_config
+def _experts(path: str, module: Any, weight: Tensor, kind: str) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """Of a layer's experts, one by one: ranks have shares of every one, or some of their own. Padding adds nothing to a sum, and is not in
+    the shape of the whole."""
+    config: Any = module.moe_config
+    first = config.moe_parallel_config.ep_rank * len(weight)
     inner = config.intermediate_size_per_partition_unpadded * config.moe_parallel_config.tp_size
-    if kind == "w13_weight":
-        return "gate_up_proj", [module.global_num_experts, 2 * inner, config.hidden_dim_unpadded]
-    return "down_proj", [module.global_num_experts, config.hidden_dim_unpadded, inner]
+    hidden = config.hidden_dim_unpadded
+    for number, own in enumerate(weight, first):
+        if kind == "w13_weight":
+            gate, up = own.chunk(2)
+            yield f"{path}{number}.gate_proj.weight", gate, [inner, hidden]
+            yield f"{path}{number}.up_proj.weight", up, [inner, hidden]
+        else:
+            yield f"{path}{number}.down_proj.weight", own, [hidden, inner]
 
 
 def _packing_kernel(module: nn.Module) -> Any:

@@ -112,8 +112,8 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
         return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
     match body["method"], body.get("args", []):
         case "sluice_ready", []:
-            return 200, {"results": [[]]}
-        case "sluice_load", [inlet, version]:
+            return 200, {"results": [{"value": [int(option("--tensor-parallel-size", "1")), True]}]}
+        case "sluice_load", [inlet, version, asked]:
             assert not SAMPLER.running.is_set()
             if inlet not in INLETS:
                 INLETS[inlet] = pickle.loads(b64decode(inlet))
@@ -121,13 +121,13 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
                 _load(INLETS[inlet], int(version))
             except SluiceError as error:
                 return 200, {"results": [{"error": str(error)}]}
-            return 200, {"results": [{"value": parts(SAMPLER.named_weights())}]}
+            return 200, {"results": [{"value": parts(SAMPLER.named_weights()) if asked else []}]}
         case "sluice_load_adapter", [folder]:
             assert SAMPLER.has_adapter
             SAMPLER.take_adapter(folder, int(option("--max-lora-rank")))
             return 200, {"results": [{"value": True}]}
         case "sluice_parts", []:
-            return 200, {"results": [parts(SAMPLER.named_weights())]}
+            return 200, {"results": [{"value": parts(SAMPLER.named_weights())}]}
     return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
 
 
