@@ -312,7 +312,8 @@ def test_a_process_that_does_not_heed_a_cancellation_is_killed(
         return groups, held_up
 
     (first, *later), held_up = through(run, work())
-    assert held_up == [True] + 4 * [name == "blocking_once"]
+    assert held_up[0]
+    assert any(held_up[1:]) == (name == "blocking_once"), "those in its process"
     assert sorted(t.outcome for t in first.trajectories) == ["scored", "timeout"]
     assert all(t.outcome == "scored" for group in later for t in group.trajectories)
     (died,) = [message for kind, message in events if kind == "environment_died"]

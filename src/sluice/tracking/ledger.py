@@ -73,6 +73,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 SCHEMA = pa.schema([pa.field(name, type, metadata={"meaning": text}) for name, (type, text) in COLUMNS.items()])
 
 _OF_SAMPLE = [name for name, (type, _) in COLUMNS.items() if pa.types.is_list(type) and name != "tokens"]
+_OF_SAMPLE += ["routed_experts"]
 """What a sample holds under the column's own name."""
 
 _REPEATING = [name for name, (type, _) in COLUMNS.items() if type == pa.string()] + [

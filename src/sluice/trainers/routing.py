@@ -40,8 +40,6 @@ class Gates:
         g_i = I_i exp(s_i) / Σ_j I_j exp(s_j). Otherwise g_i = scale · I_i f(s)_i, over Σ_j I_j f(s)_j where it is normalised.
         """
         logits = logits.float()
-        if self.score == "softmax" and self.normalised:
-            return torch.softmax(logits.gather(-1, experts), -1) * self.scale
         scores = torch.softmax(logits, -1) if self.score == "softmax" else torch.sigmoid(logits)
         gates = scores.gather(-1, experts)
         if self.normalised:
