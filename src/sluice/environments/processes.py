@@ -66,6 +66,9 @@ class EnvironmentProcesses:
                 for worker in self._workers:
                     tasks.create_task(worker.connected())
         except BaseExceptionGroup as errors:
+            starting = [worker.starting for worker in self._workers if worker.starting]
+            self.close()
+            await asyncio.gather(*starting, return_exceptions=True)
             raise first_error(errors) from None
 
     async def __call__(self, prompt: Prompt, policy: RepeatingPolicy) -> Trajectory:
@@ -151,7 +154,7 @@ class _Worker:
         self._environment, self._log, self._launch, self._tell = environment, log, launch, tell
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
         self._connection: Connection | None = None
-        self._starting: asyncio.Task[Connection] | None = None
+        self.starting: asyncio.Task[Connection] | None = None
         self.failure: EnvironmentError_ | None = None
         """Why its process cannot be started; then it is used no more."""
         self._last_try = asyncio.Lock()
@@ -207,7 +210,7 @@ class _Worker:
     def status(self) -> str:
         connection, attempts = self._connection, [*self._attempts.values()]
         if connection is None:
-            return "a process that is starting" if self._starting else "no process"
+            return "a process that is starting" if self.starting else "no process"
         num_asking = sum(bool(attempt.calls) for attempt in attempts)
         return (
             f"{connection.process}: {len(attempts)} attempts, {num_asking} of them wait for the policy; "
@@ -216,8 +219,8 @@ class _Worker:
 
     def close(self) -> None:
         self._closed = True
-        if self._starting:
-            self._starting.cancel()
+        if self.starting:
+            self.starting.cancel()
         if self._connection:
             self._connection.end("the environment was closed")
 
@@ -229,9 +232,10 @@ class _Worker:
             raise EnvironmentError_("the environment was closed")
         if self._connection:
             return self._connection
-        if self._starting is None:  # for all that wait for it, and longer than one that is cancelled
-            self._starting = asyncio.create_task(self._start())
-        return await asyncio.shield(self._starting)
+        if self.starting is None:  # for all that wait for it, and longer than one that is cancelled
+            self.starting = asyncio.create_task(self._start())
+            self.starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # if none waits any more
+        return await asyncio.shield(self.starting)
 
     async def _start(self) -> Connection:
         try:
@@ -247,7 +251,7 @@ class _Worker:
                         raise self.failure from None
             raise AssertionError("the last try returns or raises")
         finally:
-            self._starting = None
+            self.starting = None
 
     async def _started(self) -> Connection:
         process = self._launch(
