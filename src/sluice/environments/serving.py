@@ -174,7 +174,12 @@ class _Policy:
         if self._is_over:
             raise RuntimeError("the attempt has ended")
         call, reply = next(self._calls), asyncio.get_running_loop().create_future()
-        self._say(Ask(call, pickle.dumps(list(messages))))
+        try:
+            asked = pickle.dumps(list(messages))
+        except Exception as error:
+            what = "what is said to the policy cannot be sent to the process of the run (rollout.environment_workers)"
+            raise TypeError(f"{what}: {type(error).__name__}: {error}") from error
+        self._say(Ask(call, asked))
         self._replies[call] = reply
         try:
             return await reply

@@ -17,6 +17,8 @@ FURTHER_COLUMN_BYTES = 3.2
 """A log-prob or value of a token in FP32, which compresses badly."""
 KEPT_ID_BYTES = 1.9
 """One id that top-k kept for a token."""
+EXPERT_BYTES = 2
+"""The number of one that a token took, which compresses as well as routers are undecided."""
 PROMPT_TOKEN_BYTES = 1
 """The samples of a group repeat it."""
 ROW_BYTES = 200
@@ -64,12 +66,13 @@ def check_disk(config: TrainConfig | SftConfig, checkpoint_bytes: float, num_che
     return item
 
 
-def ledger_bytes(config: TrainConfig, algorithm: Algorithm, longest_prompt: int) -> float:
-    """Of all steps, when every response has rollout.max_new_tokens."""
+def ledger_bytes(config: TrainConfig, algorithm: Algorithm, longest_prompt: int, experts: int = 0) -> float:
+    """Of all steps, when every response has rollout.max_new_tokens. So many `experts` are noted of each token."""
     rollout = config.rollout
     per_token = SAMPLED_TOKEN_BYTES + KEPT_ID_BYTES * rollout.top_k
     per_token += FURTHER_COLUMN_BYTES * sum(_further_columns(config, algorithm))
     per_row = ROW_BYTES + PROMPT_TOKEN_BYTES * longest_prompt + per_token * rollout.max_new_tokens
+    per_row += EXPERT_BYTES * experts * (longest_prompt + rollout.max_new_tokens)
     return config.run.num_steps * (STEP_BYTES + rollout.groups_per_step * rollout.group_size * per_row)
 
 

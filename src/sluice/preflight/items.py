@@ -231,5 +231,8 @@ def _engine(config: TrainConfig) -> Item:
 def _disk(
     config: TrainConfig, algorithm: Algorithm | None, models: dict[str, ModelFolder], longest_prompt: int
 ) -> Item:
-    ledger = ledger_bytes(config, algorithm, longest_prompt) if algorithm else 0
+    experts = 0
+    if config.rollout.routing_replay and (policy := models.get("policy")):
+        experts = policy.config.num_hidden_layers * getattr(policy.config, "num_experts_per_tok", 0)
+    ledger = ledger_bytes(config, algorithm, longest_prompt, experts) if algorithm else 0
     return check_disk(config, checkpoint_bytes(config, models), num_checkpoints(config) if models else 0, ledger)
