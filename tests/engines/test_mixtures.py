@@ -22,7 +22,7 @@ from sluice.weights.in_process import InProcessWeights
 from small_runs import ALPHABET
 
 PROMPT = [5, 6, 7, 8]
-BOTH = Routed(2, (0, 1), 2)
+BOTH = Routed(2, (0, 1), 2, 8)
 each_server = pytest.mark.parametrize("kind", ["vllm", "sglang"])
 
 
@@ -113,7 +113,8 @@ def test_a_server_that_does_not_tell_is_an_error(kind: str, tmp_path: Path):
 
 def test_servers_speak_of_all_layers_and_engines_of_those_with_experts():
     numbers = np.arange(3 * 4 * 2).reshape(3, 4, 2)
-    entries = Routed(4, (1, 3), 2).entries(numbers, 4)
+    routed = Routed(4, (1, 3), 2, 24)
+    entries = routed.entries(numbers, 4)
     assert [np.frombuffer(entry, "<u2").tolist() for entry in entries] == [
         [2, 3, 6, 7],
         [10, 11, 14, 15],
@@ -121,4 +122,20 @@ def test_servers_speak_of_all_layers_and_engines_of_those_with_experts():
         [],
     ]
     with pytest.raises(ValueError, match=r"it tells 24 experts, and \(tokens, layers, experts each\) are \(4, 4, 2\)"):
-        Routed(4, (1, 3), 2).entries(numbers, 5)
+        routed.entries(numbers, 5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "complaint"),
+    [
+        ([0, 0], "the same expert twice"),
+        ([1, 8], "a layer has 8"),
+        ([-1, 2], "tells experts -1 to 2"),
+        (None, "does not say"),
+    ],
+)
+def test_what_no_router_chose_is_refused(chosen: list[int] | None, complaint: str):
+    """As a server says whose kernels note nothing; in layers without experts it may say what it likes."""
+    numbers = None if chosen is None else np.array([[[0, 0], chosen]] * 3)
+    with pytest.raises(ValueError, match=complaint):
+        Routed(2, (1,), 2, 8).entries(numbers, 4)
