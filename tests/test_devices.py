@@ -35,7 +35,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SETTINGS = OptimizerSettings(1e-4, 0, "constant", 0.0, (0.9, 0.95), 1e-15, 0.0, 1.0)
 CISPO = resolve("cispo")
 MEAN_PROB_DIFFERENCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-"""Of engine and trainer, at most: less than half of what other weights make."""
+"""Of engine and trainer, at most: less than a third of what other weights make."""
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -110,7 +110,7 @@ def test_engine_and_trainer_agree_before_and_after_new_weights(
     with torch.no_grad():
         for weight in model.model.parameters():
             weight.mul_(1.5)
-    assert fmean(prob_differences(model, first)) > 2 * MEAN_PROB_DIFFERENCE[dtype], "the weights should matter"
+    assert fmean(prob_differences(model, first)) > 3 * MEAN_PROB_DIFFERENCE[dtype], "the weights should matter"
     asyncio.run(engine.update_weights(InProcessWeights(model), 1))
     assert fmean(prob_differences(model, samples_of(engine))) < MEAN_PROB_DIFFERENCE[dtype]
 
