@@ -88,13 +88,14 @@ def servers() -> list[int]:
 @pytest.mark.parametrize(
     ("kind", "way", "staleness"),
     [
+        ("vllm", "", 0),
         ("vllm", "broadcast", 0),
         ("vllm", "adapter", 2),
         ("sglang", "", 2),
-        in_proof("vllm", "", 0),
         in_proof("vllm", "", 2),
         in_proof("sglang", "", 0),
         in_proof("real vllm", "", 0),
+        in_proof("real vllm", "", 2),
         in_proof("real vllm", "broadcast", 2),
         in_proof("real vllm", "adapter", 2),
     ],
@@ -129,12 +130,14 @@ def test_it_trains_and_says_which_weights_made_each_token(ready: Path, kind: str
 @pytest.mark.parametrize(
     ("kind", "way", "staleness"),
     [
-        ("vllm", "broadcast", 1),
+        ("vllm", "", 1),
+        in_proof("vllm", "broadcast", 1),
         in_proof("vllm", "", 0),
         in_proof("vllm", "adapter", 1),
         in_proof("sglang", "", 0),
         in_proof("sglang", "", 1),
         in_proof("real vllm", "", 0),
+        in_proof("real vllm", "", 1),
         in_proof("real vllm", "broadcast", 1),
         in_proof("real vllm", "adapter", 1),
     ],

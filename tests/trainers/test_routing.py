@@ -462,6 +462,8 @@ def test_engine_and_trainer_differ_less_with_it(what: str):
     without, replayed = mismatch(without_routing(samples)), mismatch(samples)
     assert trainer.routers
     share = trainer.routers.mismatch()["train/router_mismatch"].value()
+    for name, found in (("without", without), ("with replay", replayed)):
+        print(f"{what}, routers differ at {share:.1%}, {name}: at most {found.max():.3f}, mean {found.mean():.4f}")
     assert 0 < share < 0.3
     assert replayed.mean() < 0.85 * without.mean()
     assert replayed.max() < 0.5 * without.max()
