@@ -107,6 +107,11 @@ def test_config_explain_says_the_arithmetic_and_the_loss(output):
             ["engine={name: vllm, url: 'http://127.0.0.1:1'}"],
             "engines    the vllm server at http://127.0.0.1:1; weights go by disk\n",
         ),
+        (
+            ["rollout.environment=envs:play", "rollout.environment_workers=2"],
+            "sampled by the newest weights\n           played in 2 environment processes\n",
+        ),
+        (["rollout.routing_replay=true"], "experts    of each token are those that the engine chose"),
     ],
 )
 def test_config_explain_follows_the_config(output, settings: list[str], part: str):

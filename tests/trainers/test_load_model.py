@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load(tmp_path)
     assert model.head.weight is model.body.get_input_embeddings().weight
+
+
+def test_a_head_is_still_tied_after_several_were_loaded_at_once(tmp_path: Path) -> None:
+    """As engines in threads do, with weights that come by a folder."""
+    tiny_model("gemma2").model.save_pretrained(tmp_path)
+    models = [tiny_model("gemma2") for _ in range(8)]
+    with ThreadPoolExecutor(len(models)) as threads:
+        list(threads.map(lambda model: model.load_weights(str(tmp_path)), 8 * models))
+    after = tiny_model("gemma2")
+    assert after.head.weight is after.body.get_input_embeddings().weight
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:

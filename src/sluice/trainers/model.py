@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from sluice.trainers.routing import Routers
 from sluice.types import Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_LOADING = threading.Lock()
+"""transformers changes its own classes while it loads a model. After two at once some stay changed, and no model made later has a tied head."""
 
 
 class PolicyModel:
@@ -223,7 +227,8 @@ class PolicyModel:
         """Take the weights of a model folder of the same architecture: copied into the tensors that are there, so that
         whoever holds these sees them, and so that they lie in memory as before (on it depends the last bit of a product).
         """
-        other = type(self.model).from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+        with _LOADING:
+            other = type(self.model).from_pretrained(folder, dtype=self.dtype, local_files_only=True)
         for (_, mine), (_, theirs) in zip(weights_of(self.model), weights_of(other), strict=True):
             mine.copy_(theirs)
 
@@ -325,7 +330,7 @@ def load_model(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, but torch sees no CUDA device; set model.device=auto or cpu")
     target = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    with boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
+    with _LOADING, boundary(ConfigError, f"{key}={path}: transformers cannot load it"):
         if random_weights:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **settings)
