@@ -15,7 +15,7 @@ import pytest
 from sluice.viewer import report
 from small_runs import events_of, finished, ledger_of, metrics_of, set_up, without_timings, workplace
 
-NUM_STEPS = 8
+NUM_STEPS, NUM_WORKERS = 8, 2
 REWARD = """\
 import os, time
 from pathlib import Path
@@ -61,8 +61,8 @@ def stopped(pid: int) -> bool:
 
 
 class Killer:
-    """Kills every reward process that it meets, but no two starts in a row, and not in its first sample: that may be one with which
-    another process was killed, and twice is the limit."""
+    """Kills every reward process that it meets; but no start before both have started since the last one that it killed, and not in its
+    first sample: that may be one with which another process was killed, and twice is the limit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +85,10 @@ class Killer:
         while not self._end.wait(0.01):  # some states last for a few hundredths of a second
             looks += 1
             rarest = min(self.kills, key=self.kills.__getitem__)
-            for pid in reward_processes():
+            pids = reward_processes()
+            if len(pids) == NUM_WORKERS and all(self._state(pid) != "starting" for pid in pids):
+                self._may_kill_start = True
+            for pid in pids:
                 if looks % 15 and self._state(pid) != rarest:
                     continue
                 with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -102,14 +105,15 @@ class Killer:
         state = self._state(pid)
         if state not in self.kills or (state == "starting" and not self._may_kill_start):
             return
-        self._may_kill_start = state != "starting"
+        if state == "starting":
+            self._may_kill_start = False
         self.kills[state] += 1
         os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_whose_reward_processes_are_killed_all_the_time_is_the_same_run(ready: Path):
     """Shown from the ledger: every sample of every ticket is there once and trained once, and every number is the same."""
-    words = ["rewards=[{name: slow_reward:slow_share}]", "reward_workers=2", f"run.num_steps={NUM_STEPS}"]
+    words = ["rewards=[{name: slow_reward:slow_share}]", f"reward_workers={NUM_WORKERS}", f"run.num_steps={NUM_STEPS}"]
     undisturbed = finished("train", "config.yaml", *words, name="undisturbed")
     killer = Killer(ready)
     with killer.at_work():
