@@ -163,8 +163,7 @@ class TrainConfig(Section):
     checks: ChecksSection = ChecksSection()
 
     @model_validator(mode="after")
-    def _rooms_fit(self) -> TrainConfig:
-        samples = self.rollout.groups_per_step * self.rollout.group_size
+    def _engine_fits(self) -> TrainConfig:
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.check_process(self.rollout.max_staleness)
         if isinstance(self.placement, RayPlacement):
@@ -184,12 +183,21 @@ class TrainConfig(Section):
                     f"engine.publication=broadcast with engine.name={self.engine.name} cannot work with {why}; set "
                     "engine.publication=disk"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> TrainConfig:
         if self.rollout.environment_workers and self.rollout.environment == "single_turn":
             raise ValueError(
                 "rollout.environment_workers has no effect with rollout.environment=single_turn, which computes nothing; leave it out"
             )
         if self.rollout.routing_replay and (why := self._no_routing_replay()):
             raise ValueError(f"rollout.routing_replay=true cannot work with {why}; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _trainer_fits(self) -> TrainConfig:
+        samples = self.rollout.groups_per_step * self.rollout.group_size
         if self.trainer.updates_per_batch > samples:
             raise ValueError(
                 f"trainer.updates_per_batch={self.trainer.updates_per_batch} is more than the {samples} samples of a step "
@@ -209,10 +217,6 @@ class TrainConfig(Section):
                 "engine.name=scripted says log-prob 0 for every token, so ratios against it mean nothing; set "
                 "algorithm.old_logprobs=recomputed, or trainer.name=dry"
             )
-        if self.checkpoint.auto_resume and self.run.name is None:
-            raise ValueError(
-                "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
-            )
         if isinstance(self.engine, VllmEngine) and not isinstance(self.trainer, DryTrainer):
             self.engine.check_adapter(self.trainer.lora_rank, self.model.random_weights)
         if not isinstance(self.trainer, DryTrainer):
@@ -222,6 +226,10 @@ class TrainConfig(Section):
             self.trainer.check_ranks(
                 self.engine.process if isinstance(self.engine, EmbeddedEngine) else self.engine.name
             )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> TrainConfig:
         self.critic.check_schedule("critic")
         if self.critic.model == "head" and self.critic.path is not None:
             raise ValueError(
@@ -231,6 +239,14 @@ class TrainConfig(Section):
             raise ValueError(
                 f"critic.pretrain_steps={self.critic.pretrain_steps} leaves the policy none of the {self.run.num_steps} steps "
                 "of run.num_steps to learn in"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoint_fits(self) -> TrainConfig:
+        if self.checkpoint.auto_resume and self.run.name is None:
+            raise ValueError(
+                "checkpoint.auto_resume needs run.name: without it every start makes a new folder; set run.name"
             )
         return self
 
