@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from sluice.processes import Process
+
 CHILD = """\
-import os, subprocess, time
+import os, re, subprocess, time
 from pathlib import Path
 from sluice.processes import belong_to
 
@@ -22,9 +24,9 @@ from sluice.processes import belong_to
 def serve(fd, parent):
     belong_to(parent, fd)
     own = subprocess.Popen(["sleep", "600"])
-    Path("pids.partial").write_text(f"{os.getpid()} {own.pid}")
+    Path("pids.partial").write_text(f"{{os.getpid()}} {{own.pid}}")
     os.rename("pids.partial", "pids")
-    time.sleep(600)
+    {then}
 """
 PARENT = """\
 import sys, threading, time
@@ -59,10 +61,18 @@ def within(limit_s: float, condition: Callable[[], bool]) -> bool:
     return holds
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-def test_it_ends_with_its_parent_and_takes_along_what_it_started(tmp_path: Path, stopped: bool):
+BLOCKED = "re.match('(a+)+$', 'a' * 45 + 'b')"
+"""In C code that lets no thread of Python run."""
+
+
+@pytest.mark.parametrize(
+    ("then", "stopped"),
+    [("time.sleep(600)", False), ("time.sleep(600)", True), (BLOCKED, False)],
+    ids=["running", "stopped", "blocked"],
+)
+def test_it_ends_with_its_parent_and_takes_along_what_it_started(tmp_path: Path, then: str, stopped: bool):
     """But not with the thread that started it: the kernel takes that for its parent."""
-    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "child.py").write_text(CHILD.format(then=then))
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path)
     try:
         assert within(60, (tmp_path / "the thread has ended").exists)
@@ -74,3 +84,32 @@ def test_it_ends_with_its_parent_and_takes_along_what_it_started(tmp_path: Path,
         parent.kill()
         parent.wait()
     assert within(20, lambda: not any(map(running, pids)))
+
+
+def started(folder: Path, code: str, log: Path) -> Process:
+    """A child whose `serve` does that after the beginning."""
+    lines = ["import os, time", "from sluice.processes import belong_to", "def serve(fd, parent):"]
+    body = ["pipe = belong_to(parent, fd)", *code.splitlines()]
+    (folder / "other.py").write_text("\n".join([*lines, *(f"    {line}" for line in body)]))
+    return Process("other", path=[str(folder), *sys.path], folder=str(folder), log=log, variables={})
+
+
+def test_its_end_is_seen_though_what_it_forked_lives_on(tmp_path: Path):
+    process = started(tmp_path, "if os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(600)", tmp_path / "log")
+    try:
+        pipe = process.connect()
+        pipe.settimeout(30)
+        assert pipe.recv(1) == b""
+    finally:
+        process.kill()
+
+
+def test_what_it_prints_on_a_full_disk_is_lost_and_no_error(tmp_path: Path):
+    says = 'print("x" * 5000)\nimport sys\nprint("y", file=sys.stderr)\npipe.sendall(b"well")'
+    process = started(tmp_path, says, Path("/dev/full"))
+    try:
+        pipe = process.connect()
+        pipe.settimeout(30)
+        assert pipe.recv(4) == b"well"
+    finally:
+        process.kill()

@@ -77,8 +77,14 @@ def serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter, asynci
     group too, ends the process, and the parent starts another."""
     try:
         asyncio.run(_serve(pipe, server_of))
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        leave(error)
+    os._exit(1)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """At once: while a group of tasks is cancelled, what is not to blame would say that it has failed."""
+    traceback.print_exception(error)
     os._exit(1)
 
 
@@ -91,7 +97,10 @@ async def _serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter,
                 message = await read(reader)
             except EOFError:  # the parent closed its end, or died
                 os.killpg(0, signal.SIGKILL)
-            await server.take(message)
+            try:
+                await server.take(message)
+            except Exception as error:
+                leave(error)
 
 
 class Connection:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
+import fcntl
+import io
 import json
 import os
 import signal
@@ -17,8 +20,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sluice.errors import EngineError, PlacementError, SluiceError
 
@@ -29,9 +34,19 @@ _PR_SET_PDEATHSIG = 1
 _ENTRY = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop())
+from sluice.processes import Parent
 from {module} import serve
-serve(fd={fd}, parent={parent})
+serve({fd}, {parent})
 """
+
+
+@dataclass(frozen=True)
+class Parent:
+    """As its child knows it."""
+
+    pid: int
+    lifeline: int
+    """Descriptor of a pipe whose other end it holds, and writes nothing to."""
 
 
 class Died(SluiceError):
@@ -69,7 +84,7 @@ class Child(Protocol):
 
 
 class Launch(Protocol):
-    """Starts one, and does not wait for it. Its module has `serve(fd, parent)`, which calls `belong_to(parent)` first and talks
+    """Starts one, and does not wait for it. Its module has `serve(fd: int, parent: Parent)`, which calls `belong_to(parent)` first and talks
     through the socket `fd`. What it prints goes to the file `log`, or nowhere."""
 
     def __call__(
@@ -137,10 +152,11 @@ def spawn(
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """A process of this one that runs `serve` of the module over the connection, and prints to the descriptor `output`."""
-    entry = _ENTRY.format(module=module, fd=connection.fileno(), parent=os.getpid())
+    parent = Parent(os.getpid(), _lifeline())
+    entry = _ENTRY.format(module=module, fd=connection.fileno(), parent=parent)
     return subprocess.Popen(
         [sys.executable, "-P", "-u", "-c", entry, json.dumps(list(path))],
-        pass_fds=[connection.fileno(), *pass_fds],
+        pass_fds=[connection.fileno(), parent.lifeline, *pass_fds],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -148,6 +164,12 @@ def spawn(
         env={**os.environ, **variables},
         start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
     )
+
+
+@cache
+def _lifeline() -> int:
+    """Of all children: its other end is open as long as this process lives."""
+    return os.pipe()[0]
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -172,15 +194,45 @@ def kill_own_group() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def belong_to(parent: int, fd: int, end: Callable[[], None] = kill_own_group) -> socket.socket:
+def belong_to(parent: Parent, fd: int, end: Callable[[], None] = kill_own_group) -> socket.socket:
     """In the process itself, first of all: when its parent is gone it calls `end`, and it leaves Ctrl-C to it. Gives the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
         faulthandler.register(signal.SIGUSR1)  # says in the log where it is
     _wake_with_parents_death()
-    threading.Thread(target=_end_with, args=(parent, end), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent.pid, end), daemon=True).start()
+    if end is kill_own_group:
+        _be_killed_with(parent)
+    os.close(parent.lifeline)
+    sys.stdout, sys.stderr = (_Output(stream.fileno()).as_text() for stream in (sys.stdout, sys.stderr))
     os.set_inheritable(fd, False)
+    # with a child that lives on, the parent would not see that this process has ended
+    os.register_at_fork(after_in_child=lambda: _close_in_place(fd))
     return socket.socket(fileno=fd)
+
+
+class _Output(io.FileIO):
+    """What is printed to a file on a full disk is lost, and no error of who printed it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "w", closefd=False)
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return memoryview(data).nbytes
+
+    def as_text(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)  # pyright: ignore[reportArgumentType]
+
+
+def _close_in_place(fd: int) -> None:
+    """Whoever closes it once more closes nothing else."""
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), fd, inheritable=False)
 
 
 def own_address(pipe: socket.socket) -> str:
@@ -204,6 +256,17 @@ def _wake_with_parents_death() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # another system
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def _be_killed_with(parent: Parent) -> None:
+    """On Linux: this process and all that it started, by the kernel. A thread of ours does not run while C code holds the interpreter, as
+    a regular expression does that finds no end."""
+    with contextlib.suppress(AttributeError, OSError):  # another system
+        # by a description of its own, since the one that was inherited is that of all children
+        line = os.open(f"/proc/self/fd/{parent.lifeline}", os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(line, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(line, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(line, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
 
 
 def _end_with(parent: int, end: Callable[[], None]) -> None:

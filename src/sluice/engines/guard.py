@@ -21,7 +21,7 @@ from typing import Any
 
 from sluice.connection import Answer, failed, read, write
 from sluice.errors import EngineError
-from sluice.processes import belong_to, kill_own_group, own_address
+from sluice.processes import Parent, belong_to, kill_own_group, own_address
 
 STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
@@ -63,7 +63,7 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
 
 
-def serve(fd: int, parent: int) -> None:
+def serve(fd: int, parent: Parent) -> None:
     pipe = belong_to(parent, fd, _end)
     # wherever TMPDIR is: names of sockets may have 107 letters
     scratch = tempfile.mkdtemp(prefix="sluice-", dir="/tmp")

@@ -15,7 +15,7 @@ from sluice import connection
 from sluice.connection import Alive, Answer, Ping, failed, write
 from sluice.engines.embedded import EmbeddedEngine
 from sluice.errors import EngineError, SluiceError
-from sluice.processes import belong_to
+from sluice.processes import Parent, belong_to
 from sluice.types import Sampling
 from sluice.weights.in_process import InProcessWeights
 from sluice.weights.publication import Inlet
@@ -60,7 +60,7 @@ class Unfinished:
     """Asks for what is being made."""
 
 
-def serve(fd: int, parent: int) -> NoReturn:
+def serve(fd: int, parent: Parent) -> NoReturn:
     connection.serve(belong_to(parent, fd), _Server)
 
 

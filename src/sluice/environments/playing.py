@@ -25,8 +25,10 @@ async def play(environment: Environment, prompt: Prompt, policy: Policy) -> Any:
 async def _kept_running(environment: Environment, prompt: Prompt, policy: Policy) -> Any:
     try:
         return await environment(prompt, policy)
-    except (asyncio.CancelledError, SystemExit) as error:
-        if (task := asyncio.current_task()) and task.cancelling():
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit, a panic of Rust, what pytest.fail raises, a cancellation
+        if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
             raise
         # Not the end of the run but the environment's doing; as it is, it would end a worker or the process in silence.
         raise RuntimeError(repr(error)) from error

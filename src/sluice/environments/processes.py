@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sluice.connection import TICKS, Answer, Connection
 from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Play, Reply, sendable
@@ -131,7 +131,7 @@ class _Attempt:
     async def _respond(self, call: int, messages: bytes) -> None:
         answer = error = None
         try:
-            message = await self._policy.respond(pickle.loads(messages))
+            message = await self._policy.respond(_loaded(messages, "what it said to the policy"))
             answer = self._policy.turns[-1], message
         except Exception as raised:
             error = sendable(raised)
@@ -171,7 +171,7 @@ class _Worker:
         self.num_attempts += 1
         try:
             async with self._last_try if is_last_try else nullcontext():
-                trajectory, turns, error = pickle.loads(await self._played(prompt, policy))
+                trajectory, turns, error = _loaded(await self._played(prompt, policy), "what it returned")
         finally:
             self.num_attempts -= 1
         if turns is not None:  # which the environment may have given rewards
@@ -288,3 +288,12 @@ class _Worker:
             self._tell(
                 "environment_died", f"{connection.process}: {cause}; attempts that were played there: {len(lost)}"
             )
+
+
+def _loaded(pickled: bytes, what: str) -> Any:
+    """By which code of the user's may run: what it raises is an error of the attempt."""
+    try:
+        return pickle.loads(pickled)
+    except (Exception, SystemExit) as error:
+        cannot = f"{what} cannot be read in the process of the run (rollout.environment_workers)"
+        raise EnvironmentError_(f"{cannot}: {type(error).__name__}: {error}") from error

@@ -28,7 +28,7 @@ from sluice.errors import (
 )
 from sluice.hooks import resolve
 from sluice.interfaces import Environment
-from sluice.processes import belong_to
+from sluice.processes import Parent, belong_to
 from sluice.threads import DaemonThreads
 from sluice.types import Message, Prompt, Turn
 
@@ -98,7 +98,7 @@ def sendable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def serve(fd: int, parent: int) -> NoReturn:
+def serve(fd: int, parent: Parent) -> NoReturn:
     faulthandler.enable()  # a crash in C code says in the log where it was
     connection.serve(belong_to(parent, fd), _Server)
 
@@ -152,8 +152,8 @@ class _Server:
         policy.end()
         if task.cancelled():
             result = _pickled(None, policy.turns, RuntimeError("it was cancelled"))
-        elif task.exception():
-            return  # which ends the process
+        elif error := task.exception():
+            connection.leave(error)
         else:
             result = task.result()
         write(self._writer, Answer(number, Ended(result)))

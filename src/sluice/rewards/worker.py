@@ -16,14 +16,14 @@ from typing import Any
 from sluice.errors import RewardError, SluiceError
 from sluice.hooks import first_line, raised_at
 from sluice.interfaces import Reward
-from sluice.processes import belong_to
+from sluice.processes import Parent, belong_to
 from sluice.rewards.math import warm_up
 from sluice.rewards.spec import RewardSpec, build
 
 _ORPHAN_GRACE_S = 2.0
 
 
-def serve(fd: int, parent: int) -> None:
+def serve(fd: int, parent: Parent) -> None:
     """Read the specs, build the rewards, say so, then score one sample after the other until the parent is gone.
 
     For each sample there is one reply per part, in order, up to the first part that fails: whether it went well, and

@@ -28,6 +28,7 @@ class SamplingPolicy:
         self._num_calls = 0
         self._num_open = 0
         self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
+        self._routed: list[bytes] = []  # the experts of these ids
 
     def begin_again(self) -> None:
         """For an attempt that is played from its beginning once more: by the same seeds, what was asked is known."""
@@ -39,15 +40,16 @@ class SamplingPolicy:
         chat = self._run.chat
         messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
         prompt_ids = chat.encode_next(*self._last, messages) if self._last else None
-        num_fed = len(self._last[0]) - 1 if self._last and prompt_ids else 0
+        fed = self._routed[: len(self._last[0]) - 1] if self._last and prompt_ids else []
         prompt_ids = prompt_ids or chat.encode(messages)
         completion = await self._generate(prompt_ids)
-        if completion.routed_experts:  # those of the turns before are with these
-            completion.routed_experts[:num_fed] = [b""] * num_fed
+        if completion.routed_experts:  # a token keeps those that it took when it was fed in first
+            completion.routed_experts[: len(fed)] = fed
         completion.text = chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))
         reply = {"role": "assistant", "content": completion.text}
         self._last = prompt_ids + completion.token_ids, messages, dict(reply)
+        self._routed = list(completion.routed_experts)
         return reply
 
     async def _generate(self, prompt_ids: list[int]) -> Completion:

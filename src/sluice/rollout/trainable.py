@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +29,8 @@ def check_trainable(run: Run, trajectory: Any) -> None:
         raise ValueError("returned a Trajectory without a token of the policy")
 
 
-def sound_turns(run: Run, turns: Sequence[Turn]) -> list[Turn]:
-    """Those that can be kept on record, of an attempt that failed."""
+def sound_turns(run: Run, turns: Any) -> list[Turn]:
+    """Those that can be kept on record, of an attempt that failed; what an environment has put in their place is none."""
 
     def is_sound(turn: Turn) -> bool:
         try:
@@ -40,7 +39,7 @@ def sound_turns(run: Run, turns: Sequence[Turn]) -> list[Turn]:
             return False
         return True
 
-    return [turn for turn in turns if _is_turn(turn) and is_sound(turn)]
+    return [turn for turn in turns if _is_turn(turn) and is_sound(turn)] if isinstance(turns, list | tuple) else []
 
 
 def _is_turn(turn: Any) -> bool:

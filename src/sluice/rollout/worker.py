@@ -102,7 +102,9 @@ async def _played(run: Run, prompt: Prompt, policy: SamplingPolicy) -> Trajector
             check_trainable(run, trajectory)
         return trajectory
     except TimeoutError:
-        what = f"no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(policy.turns)} turns"
+        what = (
+            f"no end after {run.attempt_timeout_s:g} s (rollout.timeout_s), {len(sound_turns(run, policy.turns))} turns"
+        )
         return failed("timeout", f"prompt {prompt.id}: {what}", "timeout")
     except EnvironmentError_ as error:
         return failed("error", str(error))

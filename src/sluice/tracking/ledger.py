@@ -126,11 +126,16 @@ def read_step(rundir: RunDir, step: int, columns: Sequence[str] | None = None) -
     path = _path(rundir, step)
     try:
         with pq.ParquetFile(path) as file:
-            return file.read(columns)
+            table = file.read(columns)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: step {step} is not in the ledger") from None
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, error) from None
+    if missing := [name for name in columns or COLUMNS if name not in table.column_names]:
+        raise DataError(
+            f"{path} has no column {missing[0]}; it was written by another version of sluice, which can read it"
+        )
+    return table
 
 
 def read_fingerprint(rundir: RunDir, step: int) -> str | None:

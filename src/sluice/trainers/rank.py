@@ -27,7 +27,7 @@ from sluice.connection import Answer, failed, read, write
 from sluice.data.batch import MicroBatch, nothing
 from sluice.errors import NonFiniteError, SluiceError, TrainingError, boundary
 from sluice.interfaces import TrainerOutput
-from sluice.processes import belong_to, own_address
+from sluice.processes import Parent, belong_to, own_address
 from sluice.tracking.metrics import Metrics
 from sluice.trainers.fsdp import Degrees, ParallelState, ShardedModel
 from sluice.trainers.local import LocalTrainer, Seen
@@ -138,7 +138,7 @@ class WriteSnapshot:
     folder: str
 
 
-def serve(fd: int, parent: int) -> None:
+def serve(fd: int, parent: Parent) -> None:
     pipe = belong_to(parent, fd)
     try:
         asyncio.run(_serve(pipe))
