@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -72,14 +73,19 @@ class Server(Protocol):
     async def take(self, message: Any) -> None: ...
 
 
+class Finished(BaseException):
+    """By `Server.take`: the process is to end, and to tidy up before."""
+
+
 def serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter, asyncio.TaskGroup], Server]) -> NoReturn:
     """In the process itself: hand each message to the server, until the parent is gone. What goes wrong unforeseen, in any task of the
     group too, ends the process, and the parent starts another."""
     try:
         asyncio.run(_serve(pipe, server_of))
     except BaseException as error:
-        leave(error)
-    os._exit(1)
+        if not (isinstance(error, BaseExceptionGroup) and error.subgroup(Finished)):
+            leave(error)
+    sys.exit()
 
 
 def leave(error: BaseException) -> NoReturn:

@@ -53,7 +53,7 @@ def through(run: Run, work: Awaitable[T]) -> T:
             return await work
         finally:
             if isinstance(run.environment, EnvironmentProcesses):
-                run.environment.close()
+                await run.environment.close()
                 await asyncio.sleep(0.01)
 
     try:
@@ -106,7 +106,7 @@ def test_a_run_is_the_same_run_with_any_number_of_workers(workshop: Workshop, na
 
 MISBEHAVING = [
     *("raising", "raising_at_once", "exiting", "cancelling", "reporting", "returning_text", "without_a_turn"),
-    *("editing", "talking_on", "saying_nonsense"),
+    *("editing", "talking_on", "saying_nonsense", "panicking", "without_a_list", "with_no_list_at_last"),
 ]
 
 
@@ -287,6 +287,41 @@ def test_an_attempt_with_which_three_processes_die_is_an_error_and_spoils_no_oth
     said = log.read_text()
     assert "Fatal Python error: Segmentation fault" in said
     assert " in deadly" in said
+
+
+def test_one_that_ends_its_process_spoils_no_other(workshop: Workshop):
+    """However long those that it plays beside take to be cancelled, and though what they say then would be heard."""
+    run = run_of(workshop, "ending_all", 1)
+
+    async def work() -> list[Group]:
+        return await asyncio.gather(*(rollout_group(run, k, run.prompts[k]) for k in range(4)))
+
+    for group in through(run, work()):
+        wanted = "error" if group.prompt.id == "q11" else "scored"
+        assert [(t.outcome, t.error) for t in group.trajectories if t.outcome != wanted] == []
+    (died, *_) = [message for kind, message in run.tracker.events if kind == "environment_died"]  # type: ignore[attr-defined]
+    assert "its process ended with exit code 1" in died
+
+
+def test_what_cannot_be_read_here_is_an_error_of_its_sample(workshop: Workshop):
+    group = played(run_of(workshop, "returning_what_cannot_be_read", 1))
+    what = (
+        "what it returned cannot be read in the process of the run (rollout.environment_workers): ValueError: not twice"
+    )
+    assert all(what in t.error and "users_environments.py:" in t.error for t in group.trajectories)
+
+
+def test_they_tidy_up_at_the_end(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    played(run_of(workshop, "tidy", 1))
+    assert (tmp_path / "tidied up").exists()
+
+
+def test_one_that_does_not_end_by_itself_is_killed(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "FINISH_LIMIT_S", 0.5)
+    run = run_of(workshop, "blocking_once", 1, attempt_timeout_s=1.0)
+    played(run)
 
 
 @pytest.mark.parametrize("name", ["blocking_once", "deaf"])

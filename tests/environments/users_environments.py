@@ -1,10 +1,12 @@
 """Environments as users write them: good, wrong, and hostile."""
 
 import asyncio
+import atexit
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from sluice.types import Trajectory
@@ -157,4 +159,61 @@ async def deaf(prompt, policy):
 async def printing(prompt, policy):
     await policy.respond(prompt.messages)
     print("played", prompt.id)
+    return Trajectory(policy.turns)
+
+
+class Panic(BaseException):
+    """As those of Rust are, and what `pytest.fail` raises."""
+
+
+async def panicking(prompt, policy):
+    await policy.respond(prompt.messages)
+    raise Panic("no such state")
+
+
+async def without_a_list(prompt, policy):
+    policy.turns = ()
+    await policy.respond(prompt.messages)
+
+
+async def with_no_list_at_last(prompt, policy):
+    await policy.respond(prompt.messages)
+    policy.turns = 5
+    raise ValueError("bad state")
+
+
+async def ending_all(prompt, policy):
+    """For one prompt; others do not end at once when they are cancelled."""
+    await policy.respond(prompt.messages)
+    try:
+        await asyncio.sleep(0.1)
+        if prompt.id == "q11":
+            raise KeyboardInterrupt
+    except asyncio.CancelledError:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        raise
+    return Trajectory(policy.turns)
+
+
+class Unreadable:
+    """Where it was not made."""
+
+    def __init__(self, process):
+        if process != os.getpid():
+            raise ValueError("not twice")
+        self._process = process
+
+    def __reduce__(self):
+        return Unreadable, (self._process,)
+
+
+async def returning_what_cannot_be_read(prompt, policy):
+    await policy.respond(prompt.messages)
+    return Unreadable(os.getpid())
+
+
+async def tidy(prompt, policy):
+    await policy.respond(prompt.messages)
+    atexit.register(Path("tidied up").touch)
     return Trajectory(policy.turns)

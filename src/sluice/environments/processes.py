@@ -12,13 +12,13 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 from sluice.connection import TICKS, Answer, Connection
-from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Play, Reply, sendable
+from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Finish, Play, Reply, sendable
 from sluice.errors import EnvironmentError_, SluiceError, first_error
 from sluice.interfaces import Policy
 from sluice.processes import ONE_THREAD, Died, Launch, Process
@@ -32,6 +32,8 @@ START_TRIES = 3
 """Of a process that dies while it starts."""
 LEAVE_LIMIT_S = 10.0
 """For an attempt to end when it is cancelled."""
+FINISH_LIMIT_S = 5.0
+"""For a process to end by itself, and tidy up; then it is killed."""
 
 
 class RepeatingPolicy(Policy, Protocol):
@@ -67,7 +69,7 @@ class EnvironmentProcesses:
                     tasks.create_task(worker.connected())
         except BaseExceptionGroup as errors:
             starting = [worker.starting for worker in self._workers if worker.starting]
-            self.close()
+            await self.close()
             await asyncio.gather(*starting, return_exceptions=True)
             raise first_error(errors) from None
 
@@ -98,10 +100,9 @@ class EnvironmentProcesses:
         """What each process does at the moment, for people."""
         return "\n".join(worker.status() for worker in self._workers)
 
-    def close(self) -> None:
-        """Kill all processes; none is started again."""
-        for worker in self._workers:
-            worker.close()
+    async def close(self) -> None:
+        """End all processes, with all that they started; none is started again."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
 
 
 class _GaveUp(Exception):
@@ -217,12 +218,13 @@ class _Worker:
             f"last heard of {time.monotonic() - self._heard:.1f} s ago"
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._closed = True
         if self.starting:
             self.starting.cancel()
-        if self._connection:
-            self._connection.end("the environment was closed")
+        if connection := self._connection:
+            with suppress(Died):  # which is its answer
+                await connection.ask(Finish(), FINISH_LIMIT_S)
 
     # -- the process --
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import os
 import pickle
 import traceback
 from collections.abc import Sequence
@@ -56,6 +57,11 @@ class Play:
 @dataclass(frozen=True)
 class Cancel:
     number: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last message: the process is to end as Python does, with what is registered with `atexit`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class _Server:
             case Cancel(number):
                 if number in self._attempts:  # else it ended a moment ago
                     self._attempts[number][0].cancel()
+            case Finish():
+                # open until the process has ended: before that, the parent is not to take it for dead
+                os.dup(self._writer.get_extra_info("socket").fileno())
+                raise connection.Finished
             case _:
                 raise TypeError(f"a message that nobody sends: {message!r}")
 
@@ -197,8 +207,12 @@ class _Policy:
             waiting.set_exception(reply.error)
         else:
             turn, message = reply.answer
-            self.turns.append(turn)
-            waiting.set_result(message)
+            try:
+                self.turns.append(turn)
+            except Exception as error:  # the environment has put something else in their place
+                waiting.set_exception(error)
+            else:
+                waiting.set_result(message)
 
     def end(self) -> None:
         """Whatever the attempt has left behind gets no more answers."""

@@ -280,7 +280,7 @@ async def _whole(run: Run, config: TrainConfig) -> None:
                 await run.trainer.close()
                 run.rubric.close()
                 if isinstance(run.environment, EnvironmentProcesses):
-                    run.environment.close()
+                    await run.environment.close()
 
 
 async def _finish_checkpoint(run: Run) -> None:
