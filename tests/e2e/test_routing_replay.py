@@ -85,3 +85,24 @@ def test_a_recorded_step_is_made_again_by_the_recorded_experts(ready: Path, caps
     run = finished("train", "config.yaml", *REPLAY)
     assert sluice("replay", run, "--step", "3") == 0
     assert capsys.readouterr().out.endswith("step 3: identical (16 samples)\n")
+
+
+PARTS_OF_CONVERSATIONS = """\
+from sluice.types import Trajectory
+
+
+async def last_turn(prompt, policy):
+    messages = [*prompt.messages]
+    for _ in range(3):
+        messages.append(await policy.respond(messages))
+    return Trajectory(policy.turns[-1:])
+"""
+
+
+def test_a_turn_that_is_trained_alone_has_the_experts_of_all_that_was_said_before_it(ready: Path):
+    """As they were when it was fed in."""
+    Path("parts.py").write_text(PARTS_OF_CONVERSATIONS)
+    run = finished("train", "config.yaml", *REPLAY, "rollout.environment=parts:last_turn", "run.num_steps=1")
+    for row in ledger_of(run, 1):
+        chosen = np.frombuffer(row["routed_experts"], "<u2").reshape(len(row["token_ids"]), -1)
+        assert [(own == 65535).all() for own in chosen] == [False] * (len(chosen) - 1) + [True]
