@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from sluice.configbase import DottedPath, Fraction, NonNegativeInt, NumThreads, Section
+from sluice.configbase import DottedPath, Fraction, NonNegativeInt, NumProcesses, NumThreads, Section
 from sluice.configengines import EmbeddedEngine, ScriptedEngine, ServerEngine, SglangEngine, VllmEngine
 from sluice.configplacement import LocalPlacement, RayPlacement
 from sluice.configrewards import AnyReward, MatchReward, MathReward
@@ -125,7 +125,7 @@ class RolloutSection(Section):
     """How many versions of the policy, of which each step makes one, a token may be older than what it trains; 0 is synchronous."""
     environment: Literal["single_turn"] | DottedPath = "single_turn"
     """What plays an attempt: single_turn, or `module:function` with `async (prompt, policy) -> Trajectory`."""
-    environment_workers: NonNegativeInt = 0
+    environment_workers: Annotated[int, Field(ge=0, le=4096)] = 0
     """Processes that an environment of your own is played in, each with many attempts side by side; 0: it is played in the run's own."""
     timeout_s: PositiveFloat = 3600.0
     """Longest attempt at a prompt, generation included; one that takes longer has no score."""
@@ -154,7 +154,7 @@ class TrainConfig(Section):
     critic: CriticSection = CriticSection()
     rewards: tuple[AnyReward, ...] = Field(strict=False, min_length=1)
     """What a response is worth: the weighted sum of these."""
-    reward_workers: PositiveInt = 1
+    reward_workers: NumProcesses = 1
     """Processes that compute rewards."""
     trainer: Annotated[LocalTrainer | FsdpTrainer | DryTrainer, Field(discriminator="name")] = LocalTrainer()
     placement: Annotated[LocalPlacement | RayPlacement, Field(discriminator="name")] = LocalPlacement()

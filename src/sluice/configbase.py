@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Fraction = Annotated[float, Field(gt=0, le=1)]
 FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NumThreads = Annotated[int, Field(ge=1, le=1024)]
+NumProcesses = Annotated[int, Field(ge=1, le=4096)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, NumThreads, Section
+from sluice.configbase import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, NumProcesses, NumThreads, Section
 
 
 class EmbeddedEngine(Section):
@@ -15,7 +15,7 @@ class EmbeddedEngine(Section):
     process: Literal["trainer", "own"] = "trainer"
     """Where it generates. trainer: in the trainer's process, in turn with it. own: in a process of its own with its own copy of the
     weights, beside it; so rollout.max_staleness may be above 0."""
-    replicas: PositiveInt = 1
+    replicas: NumProcesses = 1
     """Engines, each in a process of its own with its own copy of the weights, between which requests are shared out."""
     num_threads: NumThreads | None = None
     """CPU threads of each process of its own; left out, these have half of the cores together."""
@@ -97,7 +97,7 @@ class ServerEngine(Section):
     """Python that has the server installed, which is started with it, e.g. `.venv-vllm/bin/python`. Either this or url."""
     url: Annotated[str, Field(pattern=r"^https?://[\w.\-\[\]:]+$")] | None = None
     """`http://host:port` of a server that runs already. What is said of starting one has then no effect."""
-    replicas: PositiveInt = 1
+    replicas: NumProcesses = 1
     """Servers, each with its own copy of the weights, between which requests are shared out."""
     publication: Literal["broadcast", "disk"] | None = None
     """How weights reach the server. broadcast: by NCCL between GPUs, by memory of the GPU that trainer and server are both on (vLLM only), else

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from sluice.configbase import Beta, FinitePositive, NonNegativeFloat, NonNegativeInt, NumThreads, Section
+from sluice.configbase import Beta, FinitePositive, NonNegativeFloat, NonNegativeInt, NumProcesses, NumThreads, Section
 
 Layout = Literal["rows", "packed"]
 AlgorithmName = Literal[
@@ -195,7 +195,7 @@ class LocalTrainer(BatchedOptimizer, AdapterFields):
 class FsdpTrainer(BatchedOptimizer, AdapterFields):
     name: Literal["fsdp"] = "fsdp"
     """Several processes, each with a shard of the model, its gradient and its optimiser state (torch FSDP2)."""
-    num_ranks: PositiveInt = 2
+    num_ranks: NumProcesses = 2
     """Processes; on GPUs one for each. tokens_per_micro_batch is for each of them."""
     num_threads: NumThreads | None = None
     """CPU threads of each; left out, those cores that the engine leaves, divided."""

@@ -211,6 +211,16 @@ def test_a_missing_or_broken_file_is_named(rundir: RunDir):
                 read(rundir, 5)
 
 
+def test_a_file_of_another_version_is_told_by_what_it_lacks(rundir: RunDir):
+    path = write_step(rundir, 5, [], [], pieces)
+    pq.write_table(pq.read_table(path).drop_columns(["routed_experts"]), path)
+    with pytest.raises(
+        DataError, match=r"step-000005\.parquet has no column routed_experts; it was written by another version"
+    ):
+        read_step(rundir, 5)
+    assert read_step(rundir, 5, ["group"]).column_names == ["group"]
+
+
 WRITER = """
 import sys
 from pathlib import Path
