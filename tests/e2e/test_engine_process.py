@@ -65,8 +65,13 @@ def test_it_is_given_what_adapters_make_of_the_weights(ready: Path):
 WAYS = {1: "broadcast", 2: "disk", 4: "shared_memory"}
 
 
-@pytest.mark.parametrize("on_new_weights", ["continue", "finish"])
-@pytest.mark.parametrize("staleness", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("staleness", "on_new_weights"),
+    [
+        *((1, "continue"), (2, "finish"), (4, "continue")),
+        *(pytest.param(*case, marks=pytest.mark.proof) for case in ((1, "finish"), (2, "continue"), (4, "finish"))),
+    ],
+)
 def test_staleness_is_bounded_and_each_token_has_its_version(ready: Path, staleness: int, on_new_weights: str):
     """Z11: with filtering, uneven lengths and environments that take their time; the check of the run itself is on."""
     (ready / "slow.py").write_text(
@@ -141,8 +146,11 @@ DIFFERENTLY = {
     ("asked for a fingerprint", 2): "disk",
 }
 """How weights are published where it is not through shared memory."""
-SLOW = {("taking over weights", 0), ("asked for a fingerprint", 0), ("asked for a fingerprint", 2)}
-"""A minute each."""
+SLOW = {
+    *(("taking over weights", 0), ("asked for a fingerprint", 0), ("asked for a fingerprint", 2)),
+    *(("decoding", 2), ("starting", 2)),
+}
+"""Up to a minute each."""
 
 
 def kill_when(monkeypatch: pytest.MonkeyPatch, kind: type, times: Container[int] = ()) -> list[int]:

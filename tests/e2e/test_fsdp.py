@@ -69,7 +69,8 @@ def test_two_ranks_make_the_run_of_one_process(ready: Path):
     assert not ranks_running()
 
 
-@pytest.mark.parametrize("publication", ["shared_memory", pytest.param("disk", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("publication", ["shared_memory", "disk"])
 def test_two_ranks_train_the_adapters_of_one_process(ready: Path, publication: str):
     """The engine has what the ranks merged: it samples what it does beside one process, and that its weights are theirs is a check."""
     words = (

@@ -52,7 +52,12 @@ RANKS = ("engine.process=own", "engine.num_threads=1", "trainer.name=fsdp", "tra
 
 
 @pytest.mark.parametrize(
-    ("every", "words"), [(1, ()), (1000, ()), pytest.param(1, RANKS, id="ranks", marks=pytest.mark.proof)]
+    ("every", "words"),
+    [
+        (1, ()),
+        pytest.param(1000, (), id="ledger", marks=pytest.mark.proof),
+        pytest.param(1, RANKS, id="ranks", marks=pytest.mark.proof),
+    ],
 )
 def test_room_that_is_made_in_time_is_all_that_it_needs(small_disk: Path, every: int, words: tuple[str, ...]):
     process, _, ballast = train_until_full(small_disk, 60, every, *words)

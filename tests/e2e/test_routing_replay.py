@@ -38,9 +38,9 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (*APART, "rollout.max_staleness=1"),
         (*APART, "trainer.name=fsdp", "trainer.num_ranks=2", "trainer.activation_checkpointing=true"),
         ("trainer.layout=rows", "algorithm.kl_coef=0.1", "algorithm.old_logprobs=recomputed"),
-        ("trainer.lora_rank=2",),
+        pytest.param(("trainer.lora_rank=2",), marks=pytest.mark.proof),
         (*SERVER, "engine.name=vllm"),
-        (*SERVER, "engine.name=sglang", "engine.deterministic=true"),
+        pytest.param((*SERVER, "engine.name=sglang", "engine.deterministic=true"), marks=pytest.mark.proof),
     ],
     ids=["one_process", "asynchronous", "ranks", "rows_with_a_reference", "adapters", "vllm", "sglang"],
 )
