@@ -151,6 +151,7 @@ class Killer(threading.Thread):
         return path.exists() and path.read_bytes().count(b"\n") >= number
 
 
+@pytest.mark.proof
 def test_killed_processes_and_killed_actors_cost_no_sample(ready: Path, cluster: tuple[str, str]):
     """Nothing is lost and nothing trained twice; the samples are those of the run without kills."""
     killer = Killer(Path("runs/killed"))
