@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.engines.dialect import STATUS_LIMIT_S, Reply, ServerSetting
-from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.routed import Routed
 from sluice.errors import EngineError
@@ -100,7 +100,6 @@ class VllmServer(ServerSetting):
                 "VLLM_SERVER_DEV_MODE": "1",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-                "VLLM_RPC_BASE_PATH": SCRATCH,  # for its sockets, which it leaves behind
                 "VLLM_CPU_OMP_THREADS_BIND": self._cores(),
                 "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
                 "OMP_NUM_THREADS": str(max(1, self.num_threads // self.tensor_parallel)),
