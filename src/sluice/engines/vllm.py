@@ -156,6 +156,9 @@ class Vllm:
                 "VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --worker-extension-cls sluice_worker.Weights"
             ) from error
 
+    async def pass_through(self, http: HttpClient, limit_s: float) -> None:
+        await self._told(http, "sluice_ready", limit_s=limit_s)
+
     async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
         params: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
@@ -231,9 +234,11 @@ class Vllm:
     async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
         await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
 
-    async def _told(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
+    async def _told(
+        self, http: HttpClient, method: str, *arguments: str, limit_s: float = PUBLISH_LIMIT_S
+    ) -> list[Any]:
         """By all its workers. Raises ValueError for what one of them could not do."""
-        answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, PUBLISH_LIMIT_S)
+        answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, limit_s)
         if not isinstance(answer, dict) or "results" not in answer:
             raise ValueError(f"vLLM answers {method} with {answer!r}")
         if error := next((said["error"] for said in answer["results"] if "error" in said), None):
