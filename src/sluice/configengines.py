@@ -96,7 +96,7 @@ class ServerEngine(Section):
     python: str | None = None
     """Python that has the server installed, which is started with it, e.g. `.venv-vllm/bin/python`. Either this or url."""
     url: Annotated[str, Field(pattern=r"^https?://[\w.\-\[\]:]+$")] | None = None
-    """`http://host:port` of a server that runs already. What is said of starting one has then no effect."""
+    """`http://host:port` of a server that runs already. What is said of how to start one has then no effect."""
     replicas: NumProcesses = 1
     """Servers, each with its own copy of the weights, between which requests are shared out."""
     publication: Literal["broadcast", "disk"] | None = None
@@ -115,9 +115,9 @@ class ServerEngine(Section):
     """Times in a run that a server is started again, or looked for again, after it was lost. One that is lost once more is given up, and
     the run ends when none is left."""
     hang_timeout_s: PositiveFloat = 300.0
-    """A server that does not answer for so long, when it is asked whether it is well, is killed and started again."""
+    """A server that does not answer for so long, when what computes in it is asked whether it is well, is killed and started again."""
     start_limit_s: PositiveFloat = 900.0
-    """Longest time until a server that is started answers."""
+    """Longest time until a server that is started answers, or one at `url` is there again."""
     num_slots: PositiveInt = 256
     """Completions decoded at once."""
     num_threads: NumThreads | None = None
@@ -156,7 +156,7 @@ class ServerEngine(Section):
             )
         if self.url:
             of_start = (
-                *("replicas", "hang_timeout_s", "start_limit_s", "num_slots", "num_threads", "tensor_parallel"),
+                *("replicas", "hang_timeout_s", "num_slots", "num_threads", "tensor_parallel"),
                 *("gpus", "memory_fraction", "quantization", "speculative", "sleep", "arguments"),
                 *("cache_gb", "compile"),
             )

@@ -398,8 +398,14 @@ def test_a_server_does_not_outlive_a_killed_driver(tmp_path: Path):
 KEY = "of the one that runs"
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
-def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
+def by_hand(kind: str, folder: Path, *left_out: str, port: int | None = None) -> Iterator[str]:
     """A server that a user has started, who wants `KEY` of all, without those words of our command: its URL."""
     with served(kind, folder) as made:
         command = made.engine._dialect.command(KEY)
@@ -407,9 +413,7 @@ def by_hand(kind: str, folder: Path, *left_out: str) -> Iterator[str]:
     if kind == "sglang":
         words[1:3] = ["-m", "sglang.launch_server", "--api-key", KEY]
     words = [word for word in words if word not in left_out]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port or free_port()
     words = [word.replace("{host}", "127.0.0.1").replace("{port}", str(port)) for word in words]
     environment = {**os.environ, **command.variables}
     environment["PYTHONPATH"] = os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])
@@ -438,8 +442,10 @@ def test_a_server_that_runs_is_used_and_left_alone(kind: str, tmp_path: Path, mo
                 assert same(said.logprobs, logprobs_of(model(version), PROMPT, said))
                 assert said.policy_versions == [version] * len(said.token_ids)
     with (
-        served(kind, tmp_path, url=url) as guest,
-        pytest.raises(EngineLostError, match=r"no .* server answers at engine\.url"),
+        served(kind, tmp_path, url=url, start_limit_s=0.5) as guest,
+        pytest.raises(
+            EngineError, match=r"no .* server answers at engine\.url=.* after 0\.5 s \(engine\.start_limit_s\): Conn"
+        ),
     ):
         guest.publish(model(2), 6)
 
@@ -478,7 +484,8 @@ def test_a_server_that_listens_no_more_is_over():
 
     async def work(web: ThreadingHTTPServer) -> str:
         ended = asyncio.get_running_loop().create_future()
-        server = Server(MagicMock(), 1, lambda server: ended.set_result(server.cause))
+        dialect = MagicMock(pass_through=lambda http, limit_s: http.get("/deep", limit_s))
+        server = Server(dialect, 1, lambda server: ended.set_result(server.cause))
         server._http = HttpClient(f"http://127.0.0.1:{web.server_port}")
         server.watch(20.0)
         await asyncio.sleep(0.5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -23,6 +24,9 @@ from transformers.utils import logging
 Handler = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 STEP_S = float(os.environ.get("STANDIN_STEP_S", "0"))
 """How long a token takes besides its computation."""
+COMPUTES = asyncio.Event()
+"""SIGUSR1 ends it, or begins it again: without it whoever asks waits, but for a sign of life from what listens."""
+COMPUTES.set()
 
 
 class Sampler:
@@ -118,6 +122,7 @@ class Sampler:
         try:
             while len(found["ids"]) < limit:
                 await asyncio.sleep(STEP_S)
+                await COMPUTES.wait()
                 if given_up.is_set():
                     found["reason"] = "abort"
                     break
@@ -182,7 +187,7 @@ async def serve(handlers: dict[str, Handler], key: str | None) -> None:
                     key is None or f"Authorization: Bearer {key}" in head or target.path in ("/health", "/metrics")
                 )
                 handler = handlers.get(target.path) if is_known else unauthorized
-                work = asyncio.ensure_future(handler(body)) if handler else None
+                work = asyncio.ensure_future(_answered(handler, body, target.path)) if handler else None
                 gone = asyncio.ensure_future(reader.read(1))
                 if work:
                     await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -201,9 +206,19 @@ async def serve(handlers: dict[str, Handler], key: str | None) -> None:
                 )
         writer.close()
 
+    def toggle() -> None:
+        COMPUTES.clear() if COMPUTES.is_set() else COMPUTES.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, toggle)
     server = await asyncio.start_server(answer, option("--host"), int(option("--port")))
     async with server:
         await server.serve_forever()
+
+
+async def _answered(handler: Handler, body: dict[str, Any], path: str) -> tuple[int, Any]:
+    if path not in ("/health", "/metrics"):
+        await COMPUTES.wait()
+    return await handler(body)
 
 
 async def unauthorized(body: dict[str, Any]) -> tuple[int, Any]:

@@ -66,6 +66,11 @@ class Dialect(Protocol):
         """Raises EngineError for a server that cannot serve a run."""
         ...
 
+    async def pass_through(self, http: HttpClient, limit_s: float) -> None:
+        """Ask what only the processes that compute can answer, between two of their steps: /health is another's word, who does not see
+        that they stand still."""
+        ...
+
     async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply: ...
 
     async def pause(self, http: HttpClient) -> None:

@@ -27,10 +27,16 @@ STOP_LIMIT_S = 10.0
 """For the server to end by itself, and tidy up; then it is killed."""
 TIDY_LIMIT_S = 3.0
 """For what removes the shared memory of a server that was killed."""
-LAST_WILL = ["sh", "-c", 'read line; kill -s KILL -- "-$1"; rm -rf "$2"', "last will"]
-"""When there is nothing more to read, it kills a process group and removes a folder."""
-HOST, PORT, SCRATCH = "{host}", "{port}", "{scratch}"
-"""Stand, in words and variables of a command, for where the server listens, and for a folder that goes with it."""
+LAST_WILL = """\
+read line
+kill -s KILL -- "-$1"
+for own in "$2"/vllm_dist_*; do rm -f "/dev/shm/${own##*/}"-*; done
+rm -rf "$2"
+"""
+"""When there is nothing more to read, it kills a process group and removes a folder, with the shared memory that vLLM's ranks on CPUs leave
+behind: it begins with the name of the file in that folder by which they have met."""
+HOST, PORT = "{host}", "{port}"
+"""Stand, in words of a command, for where the server listens."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Command:
 
     words: list[str]
     variables: dict[str, str]
-    """Of its environment, beside those that are there."""
+    """Of its environment, beside those that are there and a `TMPDIR` of its own."""
     python_path: str | None = None
     """Folder that its Python looks into first."""
 
@@ -65,11 +71,12 @@ def seen(gpus: Sequence[int]) -> dict[str, str]:
 
 def serve(fd: int, parent: Parent) -> None:
     pipe = belong_to(parent, fd, _end)
-    # wherever TMPDIR is: names of sockets may have 107 letters
+    # for all that the server leaves behind; wherever TMPDIR is: names of sockets may have 107 letters
     scratch = tempfile.mkdtemp(prefix="sluice-", dir="/tmp")
     # nobody else has the other end, so the group ends with this process, even if that and its parent are killed together
     theirs, _ = os.pipe()
-    subprocess.Popen([*LAST_WILL, str(os.getpgrp()), scratch], stdin=theirs, start_new_session=True)
+    will = ["sh", "-c", LAST_WILL, "last will", str(os.getpgrp()), scratch]
+    subprocess.Popen(will, stdin=theirs, start_new_session=True)
     code = asyncio.run(_serve(pipe, scratch))
     if code < 0:  # so that who started us is told the signal
         if -code != signal.SIGKILL:
@@ -85,7 +92,7 @@ async def _serve(pipe: socket.socket, scratch: str) -> int:
     port: int = holder.getsockname()[1]
     reader, writer = await asyncio.open_connection(sock=pipe)
     try:
-        server = await _started(await read(reader), {HOST: host, PORT: str(port), SCRATCH: scratch})
+        server = await _started(await read(reader), host, port, scratch)
     except EngineError as error:
         write(writer, failed(None, error))
         await writer.drain()
@@ -101,27 +108,23 @@ async def _serve(pipe: socket.socket, scratch: str) -> int:
         holder.close()
 
 
-async def _started(start: Start, known: dict[str, str]) -> asyncio.subprocess.Process:
+async def _started(start: Start, host: str, port: int, scratch: str) -> asyncio.subprocess.Process:
     if start.folder and not start.folder.is_dir():
         raise EngineError(
             f"{socket.gethostname()} does not see {start.folder}, in which weights are published; set engine.publication_folder to a folder "
             "that all machines share, or engine.publication=broadcast"
         )
     command = start.command
-    words = [_filled_in(word, known) for word in command.words]
+    words = [word.replace(HOST, host).replace(PORT, str(port)) for word in command.words]
     path = os.pathsep.join(filter(None, [command.python_path, os.environ.get("PYTHONPATH")]))
-    variables = {name: _filled_in(value, known) for name, value in command.variables.items()}
+    # what torch compiles is not to be compiled at each start
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "PYTHONPATH": path, "TMPDIR": scratch}
     print(f"$ {' '.join(words)}", flush=True)
     try:
-        return await asyncio.create_subprocess_exec(*words, env={**os.environ, "PYTHONPATH": path, **variables})
+        return await asyncio.create_subprocess_exec(*words, env={**environment, **command.variables})
     except OSError as error:
         raise EngineError(f"{words[0]} cannot be started: {error.strerror}") from error
-
-
-def _filled_in(text: str, known: dict[str, str]) -> str:
-    for name, value in known.items():
-        text = text.replace(name, value)
-    return text
 
 
 async def _listen(reader: asyncio.StreamReader, server: asyncio.subprocess.Process) -> None:

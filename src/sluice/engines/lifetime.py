@@ -6,8 +6,8 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +35,16 @@ class Server:
         self.version = -1
         """Of the weights that it has."""
         self.is_asleep = False
+        self.is_paused = False
+        """Weights are on their way into it, or broke off there."""
         self.cause = ""
         """Of its end."""
         self._dialect, self._tell_end = dialect, ended
         self._http: HttpClient | None = None
         self._guard: Connection | None = None
         """Where we have started it."""
+        self._num_orders = 0
+        """About its weights, under way: each may hold up what computes for long."""
         self._over = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -50,11 +54,11 @@ class Server:
         assert self._http, "it has no address yet"
         return self._http
 
-    async def find(self, url: str) -> None:
-        """Raises OSError, HttpError and ValueError when none answers there, EngineError when it cannot serve a run."""
+    async def find(self, url: str, limit_s: float) -> None:
+        """Raises EngineError when none answers there in time, or it cannot serve a run."""
         self._http = HttpClient(url, os.environ.get(KEY_VARIABLE))
         try:
-            await self._check()
+            await self._ready(limit_s, f"no {self._dialect.name} server answers at engine.url={url}")
         except BaseException:
             await self._http.close()
             raise
@@ -69,23 +73,28 @@ class Server:
             key = secrets.token_urlsafe(32)
             url = await self._guard.ask(Start(self._dialect.command(key), folder), LAUNCH_LIMIT_S)
             self._http = HttpClient(url, key)
-            await self._ready(limit_s)
+            await self._ready(limit_s, "it does not answer")
         except BaseException as error:
             self.end(f"it did not start: {error}") if self._guard else process.kill()
             if self._http:
                 await self._http.close()
             raise
 
-    async def _ready(self, limit_s: float) -> None:
+    async def _ready(self, limit_s: float, otherwise: str) -> None:
+        said = ""
         try:
             async with asyncio.timeout(limit_s):
                 while not self._over.is_set():
-                    with suppress(OSError, HttpError, ValueError):
+                    try:
                         await self._check()
                         return
+                    except (OSError, HttpError, ValueError) as error:
+                        if isinstance(error, HttpError) and error.status == 401:
+                            raise EngineError(f"{self.http.url}: {error}") from None
+                        said = f": {type(error).__name__}: {error}"
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
-            raise EngineError(f"it does not answer after {limit_s:g} s (engine.start_limit_s)") from None
+            raise EngineError(f"{otherwise} after {limit_s:g} s (engine.start_limit_s){said}") from None
         raise Died(self.cause)
 
     async def _check(self) -> None:
@@ -101,7 +110,7 @@ class Server:
         silent, tick_s = 0, limit_s / TICKS
         while silent < TICKS:
             began = asyncio.get_running_loop().time()
-            match await self._health(tick_s):
+            match await self._health(tick_s, deep=not self._num_orders and not self.is_asleep):
                 case "well":
                     silent = 0
                 case "silent":
@@ -112,9 +121,19 @@ class Server:
             await asyncio.sleep(max(0.0, began + tick_s - asyncio.get_running_loop().time()))
         self.end(f"it gave no sign of life for {limit_s:g} s (engine.hang_timeout_s) and was killed")
 
-    async def _health(self, limit_s: float) -> Literal["well", "silent", "refused"]:
+    @contextmanager
+    def ordered(self) -> Generator[None]:
+        """Around one about its weights, which has a limit of its own."""
+        self._num_orders += 1
         try:
-            await self.http.get("/health", limit_s)
+            yield
+        finally:
+            self._num_orders -= 1
+
+    async def _health(self, limit_s: float, *, deep: bool = False) -> Literal["well", "silent", "refused"]:
+        """`deep`: of what computes in it too."""
+        try:
+            await (self._dialect.pass_through(self.http, limit_s) if deep else self.http.get("/health", limit_s))
         except ConnectionRefusedError:
             return "refused"
         except (OSError, HttpError, ValueError):
@@ -132,10 +151,14 @@ class Server:
         return self._over.is_set()
 
     async def stop(self) -> None:
-        """Let it end by itself, if we have started it."""
+        """Let it end by itself, if we have started it; else let it go on, if a publication broke off."""
         if self._guard:
             with suppress(Died):
                 await self._guard.ask(Stop(), 2 * STOP_LIMIT_S)
+        elif self.is_paused:
+            with suppress(OSError, HttpError, ValueError):
+                async with asyncio.timeout(STATUS_LIMIT_S):
+                    await self._dialect.resume(self.http)
         self.end("the engine was closed")
         await self.http.close()
 
@@ -174,19 +197,20 @@ class Servers:
         self._path, self._folder = list(sys.path), os.getcwd()  # a replacement finds what the first one found
 
     async def next(self, number: int, folder: Path | None, ended: Callable[[Server], None]) -> Server:
-        """Raises Died when it ends before it answers or is not there, EngineError. Weights are published in `folder`; `ended` is told
-        of its end."""
+        """Raises Died when it ends before it answers, EngineError when it cannot be started, or is not there in time. Weights are
+        published in `folder`; `ended` is told of its end."""
         server = Server(self._dialect, number, ended)
-        await (self._find(server, self._url) if self._url else self._start(server, folder))
+        if self._url:  # its owner may be starting it again
+            await server.find(self._url, self._start_limit_s)
+        else:
+            await self._start(server, folder)
         return server
 
-    async def _find(self, server: Server, url: str) -> None:
-        try:
-            await server.find(url)
-        except (OSError, HttpError, ValueError) as error:
-            raise Died(
-                f"no {self._dialect.name} server answers at engine.url={url}: {type(error).__name__}: {error}"
-            ) from error
+    @property
+    def starting(self) -> str:
+        """What `next` does, for people."""
+        what = "which is looked for" if self._url else "which is starting"
+        return f"{self.who}, {what}; that may take {self._start_limit_s:g} s (engine.start_limit_s)"
 
     async def _start(self, server: Server, folder: Path | None) -> None:
         failure = f"{self.who} could not be started"

@@ -174,7 +174,10 @@ class ServerEngine:
         server = await self._connected()
         await self._deliver(server)
         async with self._telling(server):
-            return await self._dialect.fingerprint(server.http, lambda: self._publication.fingerprint(server.version))
+            with server.ordered():
+                return await self._dialect.fingerprint(
+                    server.http, lambda: self._publication.fingerprint(server.version)
+                )
 
     async def _deliver(self, server: Server) -> None:
         """The weights that were published last; and again, if others were while it took them over."""
@@ -194,12 +197,15 @@ class ServerEngine:
         try:
             if self._finish_limit_s is not None:
                 await self._finished(self._finish_limit_s)
-            await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
-            await dialect.load(http, self._link.inlet, version)
-            if server.is_asleep:
-                await dialect.wake(http, "kv_cache")
-            await dialect.resume(http)
-            server.is_asleep, server.version = False, version
+            with server.ordered():
+                server.is_paused = True
+                await (dialect.wake(http, "weights") if server.is_asleep else dialect.pause(http))
+                await dialect.load(http, self._link.inlet, version)
+                if server.is_asleep:
+                    await dialect.wake(http, "kv_cache")
+                await dialect.resume(http)
+            server.is_asleep = server.is_paused = False
+            server.version = version
         finally:
             self._may_begin.set()
 
@@ -221,7 +227,8 @@ class ServerEngine:
         self._may_begin.clear()
         try:
             async with self._telling(server):
-                await self._dialect.sleep(server.http)
+                with server.ordered():
+                    await self._dialect.sleep(server.http)
                 server.is_asleep = True
         except EngineLostError:  # of no matter to the trainer, which has the memory now
             self._deaths.keep(server.cause, server.number)
@@ -234,6 +241,8 @@ class ServerEngine:
         try:
             yield
         except (HttpError, OSError, ValueError) as error:
+            if isinstance(error, TimeoutError):  # what answers /health need not be what computes
+                server.end("it did not carry out an order about its weights in time, and was given up")
             refused = isinstance(error, HttpError) and error.status < 500
             if not refused and await server.is_over(error):
                 raise self._deaths.told(server.cause, server.number) from error
@@ -286,11 +295,7 @@ class ServerEngine:
         """What it does at the moment, for people."""
         server = self._server
         if server is None:
-            return (
-                f"{self._servers.who}, which is starting"
-                if self._connecting.locked()
-                else f"{self._servers.who}, which does not run"
-            )
+            return self._servers.starting if self._connecting.locked() else f"{self._servers.who}, which does not run"
         weights = f"weights of version {server.version}" if server.version >= 0 else "no weights yet"
         asleep = "; it is asleep" if server.is_asleep else ""
         return (

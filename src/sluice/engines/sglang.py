@@ -76,6 +76,8 @@ class SglangServer(ServerSetting):
         variables = {
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "OMP_NUM_THREADS": str(self.num_threads),
+            # else /health makes a token, which it cannot while weights change
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
             _KEY: key,
         }
         return Command([*words, *self.arguments], variables | seen(self.gpus))
@@ -161,6 +163,10 @@ class Sglang:
         if not self._held:
             self._held[await self._checksum(http)] = "those it was started with"
         self._layout = _layout(await http.get("/get_server_info", STATUS_LIMIT_S))
+
+    async def pass_through(self, http: HttpClient, limit_s: float) -> None:
+        """Not /health_generate, whose token may be under way when it is put to sleep."""
+        await http.get("/get_server_info", limit_s)
 
     async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
         params: dict[str, Any] = {

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.engines.dialect import STATUS_LIMIT_S, Reply, ServerSetting
-from sluice.engines.guard import HOST, PORT, SCRATCH, Command, seen
+from sluice.engines.guard import HOST, PORT, Command, seen
 from sluice.engines.http import HttpClient, HttpError
 from sluice.engines.routed import Routed
 from sluice.errors import EngineError
@@ -100,7 +100,6 @@ class VllmServer(ServerSetting):
                 "VLLM_SERVER_DEV_MODE": "1",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-                "VLLM_RPC_BASE_PATH": SCRATCH,  # for its sockets, which it leaves behind
                 "VLLM_CPU_OMP_THREADS_BIND": self._cores(),
                 "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gb),
                 "OMP_NUM_THREADS": str(max(1, self.num_threads // self.tensor_parallel)),
@@ -156,6 +155,9 @@ class Vllm:
                 f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
                 "VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --worker-extension-cls sluice_worker.Weights"
             ) from error
+
+    async def pass_through(self, http: HttpClient, limit_s: float) -> None:
+        await self._told(http, "sluice_ready", limit_s=limit_s)
 
     async def generate(self, http: HttpClient, prompt_ids: Sequence[int], sampling: Sampling) -> Reply:
         params: dict[str, Any] = {
@@ -232,9 +234,11 @@ class Vllm:
     async def wake(self, http: HttpClient, what: Literal["weights", "kv_cache"]) -> None:
         await http.post(f"/wake_up?tags={what}", limit_s=PUBLISH_LIMIT_S)
 
-    async def _told(self, http: HttpClient, method: str, *arguments: str) -> list[Any]:
+    async def _told(
+        self, http: HttpClient, method: str, *arguments: str, limit_s: float = PUBLISH_LIMIT_S
+    ) -> list[Any]:
         """By all its workers. Raises ValueError for what one of them could not do."""
-        answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, PUBLISH_LIMIT_S)
+        answer = await http.post("/collective_rpc", {"method": method, "args": arguments}, limit_s)
         if not isinstance(answer, dict) or "results" not in answer:
             raise ValueError(f"vLLM answers {method} with {answer!r}")
         if error := next((said["error"] for said in answer["results"] if "error" in said), None):

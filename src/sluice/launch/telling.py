@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sluice.config import SftConfig, TrainConfig
-from sluice.configengines import ServerEngine
 from sluice.data.chat import Chat
 from sluice.environments.processes import EnvironmentProcesses
 from sluice.run import Run
@@ -34,7 +33,7 @@ def watchdog(run: Run, config: TrainConfig) -> Watchdog:
     sections = {
         "run": lambda: f"{run.step} of {run.num_steps} steps are finished",
         "buffer": run.buffer.status,
-        "engine": lambda: f"{run.engine.status()}{_more_of_the_engine(run.rundir, config)}",
+        "engine": lambda: f"{run.engine.status()}{_logs_of_the_engine(run.rundir)}",
         "trainer": run.trainer.status,
         "reward processes": run.rubric.status,
     }
@@ -43,11 +42,7 @@ def watchdog(run: Run, config: TrainConfig) -> Watchdog:
     return Watchdog(run.waits, run.tracker, run.rundir, config.watchdog.warn_after_s, sections)
 
 
-def _more_of_the_engine(rundir: RunDir, config: TrainConfig) -> str:
-    """Where it has written what it does, and how long a server may take to start."""
-    engine = config.engine
+def _logs_of_the_engine(rundir: RunDir) -> str:
+    """Where it has written what it does."""
     logs = [str(log) for log in sorted(rundir.path.glob("engine*.log")) if log.stat().st_size]
-    more = [f"see {', '.join(logs)}"] if logs else []
-    if isinstance(engine, ServerEngine) and engine.python:
-        more.append(f"a start may take {engine.start_limit_s:g} s (engine.start_limit_s)")
-    return "".join(f"; {words}" for words in more)
+    return f"; see {', '.join(logs)}" if logs else ""
