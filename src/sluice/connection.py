@@ -80,11 +80,12 @@ class Finished(BaseException):
 def serve(pipe: socket.socket, server_of: Callable[[asyncio.StreamWriter, asyncio.TaskGroup], Server]) -> NoReturn:
     """In the process itself: hand each message to the server, until the parent is gone. What goes wrong unforeseen, in any task of the
     group too, ends the process, and the parent starts another."""
-    try:
-        asyncio.run(_serve(pipe, server_of))
-    except BaseException as error:
-        if not (isinstance(error, BaseExceptionGroup) and error.subgroup(Finished)):
-            leave(error)
+    with asyncio.Runner() as runner:  # at whose end all tasks are cancelled
+        try:
+            runner.run(_serve(pipe, server_of))
+        except BaseException as error:
+            if not (isinstance(error, BaseExceptionGroup) and error.subgroup(Finished)):
+                leave(error)
     sys.exit()
 
 

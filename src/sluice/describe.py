@@ -87,7 +87,9 @@ def describe(config: TrainConfig) -> str:
     if workers := rollout.environment_workers:
         lines.insert(1, f"           played in {workers} environment process{'es' * (workers > 1)}")
     if rollout.routing_replay:
-        lines.append("  experts    of each token are those that the engine chose, while the trainer's gates weigh them")
+        lines.append(
+            "  experts    of each token are those that the engine chose, while the trainer's router weighs them"
+        )
     if row.needs_values:
         lines.append(f"  critic     {_critic(config.critic)}")
     if row.needs_reference:

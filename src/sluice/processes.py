@@ -19,9 +19,10 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +47,7 @@ class Parent:
 
     pid: int
     lifeline: int
-    """Descriptor of a pipe whose other end it holds, and writes nothing to."""
+    """Descriptor of the child's own pipe, whose other end it holds, and writes nothing to."""
 
 
 class Died(SluiceError):
@@ -84,7 +85,7 @@ class Child(Protocol):
 
 
 class Launch(Protocol):
-    """Starts one, and does not wait for it. Its module has `serve(fd: int, parent: Parent)`, which calls `belong_to(parent)` first and talks
+    """Starts one, and does not wait for it. Its module has `serve(fd: int, parent: Parent)`, which calls `belong_to(parent, fd)` first and talks
     through the socket `fd`. What it prints goes to the file `log`, or nowhere."""
 
     def __call__(
@@ -152,11 +153,25 @@ def spawn(
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """A process of this one that runs `serve` of the module over the connection, and prints to the descriptor `output`."""
-    parent = Parent(os.getpid(), _lifeline())
-    entry = _ENTRY.format(module=module, fd=connection.fileno(), parent=parent)
+    lifeline, held = os.pipe()  # of this child alone: older kernels tell all readers of a pipe when one is gone
+    entry = _ENTRY.format(module=module, fd=connection.fileno(), parent=Parent(os.getpid(), lifeline))
+    try:
+        process = _started(entry, output, [connection.fileno(), lifeline, *pass_fds], path, folder, variables)
+    except BaseException:
+        os.close(held)
+        raise
+    finally:
+        os.close(lifeline)
+    weakref.finalize(process, os.close, held)
+    return process
+
+
+def _started(
+    entry: str, output: int, pass_fds: Sequence[int], path: Sequence[str], folder: str, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-u", "-c", entry, json.dumps(list(path))],
-        pass_fds=[connection.fileno(), parent.lifeline, *pass_fds],
+        pass_fds=pass_fds,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -164,12 +179,6 @@ def spawn(
         env={**os.environ, **variables},
         start_new_session=True,  # out of reach of the terminal's Ctrl-C; and a group that is killed as a whole
     )
-
-
-@cache
-def _lifeline() -> int:
-    """Of all children: its other end is open as long as this process lives."""
-    return os.pipe()[0]
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -199,15 +208,15 @@ def belong_to(parent: Parent, fd: int, end: Callable[[], None] = kill_own_group)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):  # of which one dies, and which a careless `pkill` may send here too
         faulthandler.register(signal.SIGUSR1)  # says in the log where it is
-    _wake_with_parents_death()
     threading.Thread(target=_end_with, args=(parent.pid, end), daemon=True).start()
     if end is kill_own_group:
-        _be_killed_with(parent)
-    os.close(parent.lifeline)
+        _be_killed_by(parent.lifeline)
+    else:
+        _wake_with_parents_death()
     sys.stdout, sys.stderr = (_Output(stream.fileno()).as_text() for stream in (sys.stdout, sys.stderr))
     os.set_inheritable(fd, False)
     # with a child that lives on, the parent would not see that this process has ended
-    os.register_at_fork(after_in_child=lambda: _close_in_place(fd))
+    os.register_at_fork(after_in_child=partial(_close_in_place, fd, os.fstat(fd).st_ino))
     return socket.socket(fileno=fd)
 
 
@@ -226,13 +235,15 @@ class _Output(io.FileIO):
             return memoryview(data).nbytes
 
     def as_text(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)  # pyright: ignore[reportArgumentType]
+        """By whole lines, between which others may print to the same file."""
+        return io.TextIOWrapper(self, "utf-8", "backslashreplace", line_buffering=True)  # pyright: ignore[reportArgumentType]
 
 
-def _close_in_place(fd: int) -> None:
-    """Whoever closes it once more closes nothing else."""
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), fd, inheritable=False)
+def _close_in_place(fd: int, inode: int) -> None:
+    """If it is that file still; whoever closes it once more closes nothing else."""
+    with contextlib.suppress(OSError), open(os.devnull) as nothing:
+        if os.fstat(fd).st_ino == inode:
+            os.dup2(nothing.fileno(), fd, inheritable=False)
 
 
 def own_address(pipe: socket.socket) -> str:
@@ -249,24 +260,20 @@ def address_towards(host: str) -> str:
 
 
 def _wake_with_parents_death() -> None:
-    """On Linux: one that was stopped (SIGSTOP) goes on when its parent dies, and so can end.
-
-    Not SIGKILL: what this process has started would be left; and the kernel sends it already when the thread that started it ends,
-    of which rewards have many.
-    """
+    """On Linux: one that was stopped (SIGSTOP) goes on when its parent dies, and so can tidy up and end. It does as well when only the
+    thread ends that started it: the kernel takes that for its parent."""
     with contextlib.suppress(AttributeError, OSError):  # another system
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
-def _be_killed_with(parent: Parent) -> None:
-    """On Linux: this process and all that it started, by the kernel. A thread of ours does not run while C code holds the interpreter, as
-    a regular expression does that finds no end."""
+def _be_killed_by(lifeline: int) -> None:
+    """On Linux: this process and all that it started, by the kernel, when the parent is gone. No thread of ours runs while C code holds
+    the interpreter, as a regular expression does that finds no end."""
+    os.set_inheritable(lifeline, False)
     with contextlib.suppress(AttributeError, OSError):  # another system
-        # by a description of its own, since the one that was inherited is that of all children
-        line = os.open(f"/proc/self/fd/{parent.lifeline}", os.O_RDONLY | os.O_NONBLOCK)
-        fcntl.fcntl(line, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(line, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(line, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _end_with(parent: int, end: Callable[[], None]) -> None:

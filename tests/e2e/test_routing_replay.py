@@ -100,7 +100,7 @@ async def last_turn(prompt, policy):
 
 
 def test_a_turn_that_is_trained_alone_has_the_experts_of_all_that_was_said_before_it(ready: Path):
-    """As they were when it was fed in."""
+    """In the engine's pass over it for that turn."""
     Path("parts.py").write_text(PARTS_OF_CONVERSATIONS)
     run = finished("train", "config.yaml", *REPLAY, "rollout.environment=parts:last_turn", "run.num_steps=1")
     for row in ledger_of(run, 1):

@@ -289,9 +289,10 @@ def test_an_attempt_with_which_three_processes_die_is_an_error_and_spoils_no_oth
     assert " in deadly" in said
 
 
-def test_one_that_ends_its_process_spoils_no_other(workshop: Workshop):
+@pytest.mark.parametrize("name", ["ending_all", "ending_all_from_a_task"])
+def test_one_that_ends_its_process_spoils_no_other(workshop: Workshop, name: str):
     """However long those that it plays beside take to be cancelled, and though what they say then would be heard."""
-    run = run_of(workshop, "ending_all", 1)
+    run = run_of(workshop, name, 1)
 
     async def work() -> list[Group]:
         return await asyncio.gather(*(rollout_group(run, k, run.prompts[k]) for k in range(4)))

@@ -25,7 +25,7 @@ async def play(environment: Environment, prompt: Prompt, policy: Policy) -> Any:
 async def _kept_running(environment: Environment, prompt: Prompt, policy: Policy) -> Any:
     try:
         return await environment(prompt, policy)
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # SystemExit, a panic of Rust, what pytest.fail raises, a cancellation
         if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():

@@ -11,8 +11,9 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from sluice.environments.serving import Ask, Begin, Cancel, Drop, Ended, Finish,
 from sluice.errors import EnvironmentError_, SluiceError, first_error
 from sluice.interfaces import Policy
 from sluice.processes import ONE_THREAD, Died, Launch, Process
-from sluice.types import Prompt, Trajectory
+from sluice.types import Prompt, Trajectory, Turn
 
 TRIES = 3
 """Of an attempt whose process dies: once and once more that may be the machine's doing, or another attempt's."""
@@ -133,7 +134,7 @@ class _Attempt:
         answer = error = None
         try:
             message = await self._policy.respond(_loaded(messages, "what it said to the policy"))
-            answer = self._policy.turns[-1], message
+            answer = _without_experts(self._policy.turns[-1]), message
         except Exception as raised:
             error = sendable(raised)
         self._connection.send(Reply(self._number, call, answer, error))
@@ -157,7 +158,7 @@ class _Worker:
         self._connection: Connection | None = None
         self.starting: asyncio.Task[Connection] | None = None
         self.failure: EnvironmentError_ | None = None
-        """Why its process cannot be started; then it is used no more."""
+        """Why no process can be started any more; then it is used no more."""
         self._last_try = asyncio.Lock()
         """One at a time: of attempts with which two processes have died, the one that is to blame spoils no other's last try."""
         self._numbers = count()
@@ -165,7 +166,6 @@ class _Worker:
         self._leaving: dict[int, asyncio.TimerHandle] = {}
         """By the numbers of attempts that were cancelled and have not ended: what happens if they do not."""
         self._heard = time.monotonic()
-        self._closed = False
 
     async def play(self, prompt: Prompt, policy: Policy, is_last_try: bool) -> Trajectory:
         """Raises Died when the process does before the attempt ends, and _GaveUp when there is none any more."""
@@ -175,6 +175,8 @@ class _Worker:
                 trajectory, turns, error = _loaded(await self._played(prompt, policy), "what it returned")
         finally:
             self.num_attempts -= 1
+        for returned in (turns, getattr(trajectory, "turns", None)):
+            _give_back_experts(policy.turns, returned)
         if turns is not None:  # which the environment may have given rewards
             policy.turns = turns
         if error:
@@ -219,7 +221,7 @@ class _Worker:
         )
 
     async def close(self) -> None:
-        self._closed = True
+        self.failure = EnvironmentError_("the environment was closed")
         if self.starting:
             self.starting.cancel()
         if connection := self._connection:
@@ -230,8 +232,8 @@ class _Worker:
 
     async def connected(self) -> Connection:
         """With a process that has imported the environment; starts one if there is none. Raises EnvironmentError_ when that cannot be."""
-        if self._closed:
-            raise EnvironmentError_("the environment was closed")
+        if self.failure:
+            raise EnvironmentError_(str(self.failure))
         if self._connection:
             return self._connection
         if self.starting is None:  # for all that wait for it, and longer than one that is cancelled
@@ -286,10 +288,31 @@ class _Worker:
         lost = [attempt for attempt in self._attempts.values() if not attempt.end.done()]
         for attempt in lost:
             attempt.end.set_exception(Died(cause))
-        if not self._closed:
+        if self.failure is None:
             self._tell(
                 "environment_died", f"{connection.process}: {cause}; attempts that were played there: {len(lost)}"
             )
+
+
+def _without_experts(turn: Turn) -> Turn:
+    """No environment needs them, and each turn has those of the whole conversation."""
+    return (
+        replace(turn, completion=replace(turn.completion, routed_experts=[]))
+        if turn.completion.routed_experts
+        else turn
+    )
+
+
+def _give_back_experts(played: Sequence[Turn], returned: Any) -> None:
+    """To the copies that an environment's process made of turns."""
+    experts = {_ids(turn): turn.completion.routed_experts for turn in played if turn.completion.routed_experts}
+    with suppress(AttributeError, TypeError):  # an environment may return anything
+        for turn in returned if experts else []:
+            turn.completion.routed_experts = experts.get(_ids(turn), [])
+
+
+def _ids(turn: Turn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(turn.prompt_ids), tuple(turn.completion.token_ids)
 
 
 def _loaded(pickled: bytes, what: str) -> Any:

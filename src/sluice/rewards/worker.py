@@ -18,9 +18,7 @@ from sluice.hooks import first_line, raised_at
 from sluice.interfaces import Reward
 from sluice.processes import Parent, belong_to
 from sluice.rewards.math import warm_up
-from sluice.rewards.spec import RewardSpec, build
-
-_ORPHAN_GRACE_S = 2.0
+from sluice.rewards.spec import build
 
 
 def serve(fd: int, parent: Parent) -> None:
@@ -46,26 +44,21 @@ def serve(fd: int, parent: Parent) -> None:
         else:
             reply(True, None)
             while True:
-                _score(pickle.load(pipe), specs, rewards, reply)
+                _score(pickle.load(pipe), rewards, reply)
     except (EOFError, ConnectionError):  # the parent closed its end, or died
         pass
     finally:
         os.killpg(0, signal.SIGKILL)
 
 
-def _score(
-    sample: bytes, specs: Sequence[RewardSpec], rewards: Sequence[Reward], reply: Callable[[bool, Any], None]
-) -> None:
-    for spec, reward in zip(specs, rewards):
-        # Ends this process even where the parent is gone and the reward, in C code, lets no thread of ours run.
-        signal.setitimer(signal.ITIMER_REAL, spec.timeout_s + _ORPHAN_GRACE_S)
+def _score(sample: bytes, rewards: Sequence[Reward], reply: Callable[[bool, Any], None]) -> None:
+    for reward in rewards:
         process = os.getpid()
         ok, result = _attempt(reward, sample)
         if (
             os.getpid() != process
-        ):  # a child that the reward forked came back; its answer would pass for the next sample's
+        ):  # a child that the reward forked came back; it can give no answer, and is not to kill its parent for that
             os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         reply(ok, result)
         if not ok:
             return

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import zip_longest
 
 from sluice.errors import EngineError, EngineGoneError, PromptTooLongError, boundary
 from sluice.rollout.calls import joined, rest_of
@@ -28,7 +29,7 @@ class SamplingPolicy:
         self._num_calls = 0
         self._num_open = 0
         self._last: tuple[list[int], list[Message], Message] | None = None  # ids, messages and reply of the last call
-        self._routed: list[bytes] = []  # the experts of these ids
+        self._routed: list[bytes] = []  # of the last call
 
     def begin_again(self) -> None:
         """For an attempt that is played from its beginning once more: by the same seeds, what was asked is known."""
@@ -40,16 +41,18 @@ class SamplingPolicy:
         chat = self._run.chat
         messages = deepcopy(list(messages))  # what the environment edits in place later is not what was said here
         prompt_ids = chat.encode_next(*self._last, messages) if self._last else None
-        fed = self._routed[: len(self._last[0]) - 1] if self._last and prompt_ids else []
         prompt_ids = prompt_ids or chat.encode(messages)
         completion = await self._generate(prompt_ids)
-        if completion.routed_experts:  # a token keeps those that it took when it was fed in first
-            completion.routed_experts[: len(fed)] = fed
+        # most are those of the call before, which it went through again: one object each, or memory grows with the square of the turns
+        completion.routed_experts = [
+            before if before == now else now
+            for before, now in zip_longest(self._routed[: len(completion.routed_experts)], completion.routed_experts)
+        ]
         completion.text = chat.decode(completion.token_ids)
         self.turns.append(Turn(prompt_ids, completion))
         reply = {"role": "assistant", "content": completion.text}
         self._last = prompt_ids + completion.token_ids, messages, dict(reply)
-        self._routed = list(completion.routed_experts)
+        self._routed = completion.routed_experts
         return reply
 
     async def _generate(self, prompt_ids: list[int]) -> Completion:
