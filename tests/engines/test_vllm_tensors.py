@@ -78,6 +78,15 @@ def test_a_head_with_the_matrix_of_the_embeddings_is_read_once_unless_it_compute
     assert list(read(model)) == ["embed_tokens.weight", "up_proj.weight"]
 
 
+def test_embeddings_that_are_the_head_as_well_are_read_as_both():
+    model = vllms_model(tied=True)
+    del model.lm_head
+    assert list(read(model)) == ["embed_tokens.weight", "up_proj.weight"]
+    with torch.no_grad():
+        model.embed_tokens.weight += 1
+    assert list(read(model)) == ["embed_tokens.weight", "up_proj.weight", "lm_head.weight"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_shapes_are_known_without_reading(tied: bool):
     model = vllms_model(tied)

@@ -50,20 +50,16 @@ def _whole(shapes: Iterable[tuple[str, list[int]]]) -> Shapes:
     return {name: list(tensor.shape) for name, tensor in one_by_one(empty)}
 
 
-def computed_with(module: Any, kind: str, weight: Tensor) -> Tensor:
+def computed_with(module: Any, kind: str, weight: Tensor, as_head: bool) -> Tensor:
     """On a CPU another tensor than the one that the layer shows, if it shows one."""
     if hasattr(module, "global_num_experts"):
         return unpacked(module, weight)
-    if (
-        kind == "weight"
-        and hasattr(module, "cpu_linear")
-        and (is_head(module) or not hasattr(module, "org_vocab_size"))
-    ):
+    if kind == "weight" and hasattr(module, "cpu_linear") and (as_head or not hasattr(module, "org_vocab_size")):
         return read_back(module, weight)
     return weight
 
 
-def outline(module: Any, kind: str, weight: Tensor) -> Tensor:
+def outline(module: Any, kind: str, weight: Tensor, as_head: bool) -> Tensor:
     """Of the shape that `computed_with` gives (of experts: of all ranks' together), without numbers."""
     shape = list(weight.shape)
     if hasattr(module, "global_num_experts"):
@@ -73,7 +69,7 @@ def outline(module: Any, kind: str, weight: Tensor) -> Tensor:
     return torch.empty(shape, dtype=weight.dtype, device="meta")
 
 
-Look = Callable[[Any, str, Tensor], Tensor]
+Look = Callable[[Any, str, Tensor, bool], Tensor]
 
 
 def checkpoint_tensors(
@@ -82,17 +78,19 @@ def checkpoint_tensors(
     """Name in the checkpoint, this rank's share, and the shape of the whole. A share that another rank has as well is left out."""
     packed = getattr(model, "packed_modules_mapping", {})
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module, as_head in _layers(model):
         path = path.removesuffix(".base_layer")  # under an adapter
         for kind, shown in module.named_parameters(recurse=False):
             if hasattr(module, "global_num_experts"):
                 if kind in _EXPERTS:  # else it is the router's
-                    yield from _experts(path.removesuffix("routed_experts"), module, look(module, kind, shown), kind)
+                    yield from _experts(
+                        path.removesuffix("routed_experts"), module, look(module, kind, shown, as_head), kind
+                    )
                 continue
             ranks: Any = getattr(module, "tp_size", 1)
             if ranks == 1 and rank > 0:
                 continue
-            weight = look(module, kind, shown)
+            weight = look(module, kind, shown, as_head)
             if id(shown) in seen and (weight.is_meta or torch.equal(weight, shown)):
                 continue  # a head that has the matrix of the embeddings, and computes with it
             seen.add(id(shown))
@@ -114,6 +112,14 @@ def checkpoint_tensors(
             elif rank > 0:  # as the bias behind split rows
                 continue
             yield f"{path}.{kind}" if path else kind, weight, shape
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """With their names, and whether logits are made by them. Embeddings that are the head as well come again, as that."""
+    layers = [(path, module, is_head(module)) for path, module in model.named_modules()]
+    yield from layers
+    if not any(as_head for *_, as_head in layers):
+        yield from (("lm_head", module, True) for _, module, _ in layers if hasattr(module, "org_vocab_size"))
 
 
 def adapter_tensors(manager: Any, number: int, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
