@@ -103,6 +103,7 @@ HELD = {"a": [2, 3], "b": [4]}
     ("coming", "found", "is_certain"),
     [
         (HELD, "", False),
+        ({"a": [3, 2], "b": [4]}, "", False),
         ({"a": [2, 3], "b": [5]}, "b is [4] there, and [5] comes", True),
         ({"a": [2, 3]}, "no b comes, which is [4] there", True),
         (HELD | {"c": [1], "d": [1]}, r"c comes, [1], and there is none there (and 1 more that do not fit)", True),

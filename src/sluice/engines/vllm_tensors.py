@@ -33,7 +33,7 @@ def misfit(held: Shapes, coming: Iterable[tuple[str, Iterable[int]]]) -> tuple[s
     other = [
         f"{name} is {held[name]} there, and {shape} comes"
         for name, shape in given.items()
-        if held.get(name, shape) != shape
+        if sorted(held.get(name, shape)) != sorted(shape)  # a server may want a matrix the other way round, as of GPT-2
     ]
     missing = [f"no {name} comes, which is {shape} there" for name, shape in held.items() if name not in given]
     unknown = [f"{name} comes, {shape}, and there is none there" for name, shape in given.items() if name not in held]

@@ -28,7 +28,7 @@ def check_served(item: Item, config: TrainConfig, url: str, policy: ModelFolder)
             f"({type(error).__name__}: {error}); start it as docs/scaling.md says"
         ) from None
     for name, shape in policy.shapes.items():
-        if shapes.get(name, shape) != shape:
+        if sorted(shapes.get(name, shape)) != sorted(shape):
             item.fail(
                 f"the model at engine.url={url} is not that of model.path={policy.path}: {name} is {shapes[name]} there, and {shape} "
                 "here; start the server with --model MODEL_FOLDER of this one"
