@@ -185,6 +185,15 @@ def test_weights_of_another_model_are_refused_and_those_of_its_own_taken_afterwa
             says(made, model(version), 10 + version)
 
 
+def test_another_models_weights_are_refused_before_they_are_broadcast(tmp_path: Path):
+    """And the trainer waits for nobody."""
+    other, start = another(vocab_size=160), time.monotonic()
+    with served("vllm", tmp_path, publication=Broadcast(other.named_weights(), limit_s=200.0)) as made:
+        with pytest.raises(EngineError, match=r"embed_tokens\.weight is \[128, 64\] there, and \[160, 64\] comes"):
+            made.publish(other, 0)
+        assert time.monotonic() - start < 100
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_vllm_packs_is_read_as_it_is_computed_with(tied: bool, tmp_path: Path):
