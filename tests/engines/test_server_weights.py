@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
+import shutil
 import signal
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +20,21 @@ import torch
 from servers import Served, logprobs_of, model, sampling, served
 from test_servers import PROMPT, begun, same, server_pids
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from makers import make_char_tokenizer
 from sluice.engines.vllm import Vllm
-from sluice.errors import EngineLostError
+from sluice.errors import EngineError, EngineLostError
 from sluice.trainers.lora import LoraModel
 from sluice.trainers.model import PolicyModel
 from sluice.types import Completion
 from sluice.weights import group
 from sluice.weights.broadcast import Broadcast
-from sluice.weights.disk import Disk
+from sluice.weights.disk import Disk, DiskInlet
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights
 from sluice.weights.publication import WeightsMoved
+from small_runs import ALPHABET
 
 KINDS = ["vllm", pytest.param("real vllm, 2 workers", marks=pytest.mark.proof)]
 
@@ -131,6 +137,105 @@ def test_weights_that_are_not_the_published_ones_show_in_its_fingerprint(one: Se
     one.updates.count = count
 
 
+# Weights of another model
+
+ONE_WORKER = ["vllm", pytest.param("real vllm", marks=pytest.mark.proof)]
+
+
+def another(**changes: Any) -> PolicyModel:
+    """Than `model(0)`."""
+    config = model(0).config
+    config.update(changes)
+    return PolicyModel(AutoModelForCausalLM.from_config(config))
+
+
+def renamed() -> PolicyModel:
+    """With a tensor that vLLM finds to be unknown when it has taken a part of a joined matrix."""
+    made = another()
+    attention: Any = made.body.layers[0].self_attn  # pyright: ignore[reportIndexIssue]
+    attention.l_norm = attention.k_norm
+    del attention.k_norm
+    return made
+
+
+@pytest.mark.parametrize("kind", ONE_WORKER)
+def test_weights_of_another_model_are_refused_and_those_of_its_own_taken_afterwards(kind: str, tmp_path: Path):
+    """Those that are known not to fit, and those at which vLLM breaks off in the middle: its half of them is not left for the next ones."""
+    with served(kind, tmp_path) as made:
+        made.publish(model(1), 0)
+        for version, (other, complaint) in enumerate(
+            [
+                (another(vocab_size=160), r"lm_head\.weight is \[128, 64\] there, and \[160, 64\] comes"),
+                (
+                    another(num_hidden_layers=1, layer_types=["full_attention"]),
+                    r"no model\.layers\.1\..* comes, which is \[",
+                ),
+                (
+                    another(num_hidden_layers=3, layer_types=3 * ["full_attention"]),
+                    r"model\.layers\.2\..* comes, .*, and there is none there",
+                ),
+                (renamed(), r"model\.layers\.0\.self_attn\.l_norm\.weight comes, \[32\], and there is none there"),
+            ],
+            1,
+        ):
+            with pytest.raises(EngineError, match=f"the server's model is not the trainer's: {complaint}"):
+                made.publish(other, version)
+            made.publish(model(version), 10 + version)
+            assert made.run(made.engine.fingerprint()) == fingerprint(model(version).named_weights())
+            says(made, model(version), 10 + version)
+
+
+def test_another_models_weights_are_refused_before_they_are_broadcast(tmp_path: Path):
+    """And the trainer waits for nobody."""
+    other, start = another(vocab_size=160), time.monotonic()
+    with served("vllm", tmp_path, publication=Broadcast(other.named_weights(), limit_s=200.0)) as made:
+        with pytest.raises(EngineError, match=r"embed_tokens\.weight is \[128, 64\] there, and \[160, 64\] comes"):
+            made.publish(other, 0)
+        assert time.monotonic() - start < 100
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_vllm_packs_is_read_as_it_is_computed_with(tied: bool, tmp_path: Path):
+    """On a CPU vLLM has it twice. Planted: what it computes with is another than what it shows."""
+    model(0, tied).model.save_pretrained(tmp_path / "model")
+    make_char_tokenizer(tmp_path / "model", ALPHABET)
+    with served("real vllm", tmp_path) as made:
+        for version in range(2):
+            made.publish(model(version + 1, tied), version)
+            assert made.run(made.engine.fingerprint()) == fingerprint(model(version + 1, tied).named_weights())
+            says(made, model(version + 1, tied), version)
+        assert "spoiled" in str(made.run(told(made, "sluice_load", pickled(Spoil()), "0", "")))
+        assert made.run(made.engine.fingerprint()) != fingerprint(model(2, tied).named_weights())
+        made.publish(model(3, tied), 2)
+        assert made.run(made.engine.fingerprint()) == fingerprint(model(3, tied).named_weights())
+        says(made, model(3, tied), 2)
+
+
+SPOIL = """
+import gc
+(head,) = {m for m in gc.get_objects() if type(m).__name__ == "ParallelLMHead"}
+head.cpu_linear = lambda *given, right=head.cpu_linear: 2 * right(*given)
+raise ValueError("spoiled")
+"""
+
+
+class Spoil:
+    """What vLLM computes logits with, where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return exec, (SPOIL,)
+
+
+def pickled(what: object) -> str:
+    return b64encode(pickle.dumps(what)).decode()
+
+
+async def told(made: Served, method: str, *arguments: str) -> Any:
+    assert made.engine._server
+    return await made.engine._server.http.post("/collective_rpc", {"method": method, "args": arguments}, 60)
+
+
 # Adapters
 
 
@@ -199,6 +304,36 @@ def test_a_server_computes_with_the_adapter_that_was_published_last(kind: str, t
             made.run(made.engine.generate(PROMPT, sampling()))
         assert made.run(made.engine.fingerprint()) == fingerprint(policies[0].named_weights())
         says(made, merged(policies[0]), 3)
+
+
+@pytest.mark.parametrize("kind", ONE_WORKER)
+def test_an_adapter_is_found_among_others_and_loaded_again_where_it_is_lost(kind: str, tmp_path: Path):
+    """As somebody's own server has them, which other runs have used: its workers drop all adapters when they are given whole weights, and the
+    server itself still tells of them."""
+    one_of = {"publication": Disk(None, adapter=True), "change": taking_adapters("float32")}
+    with served(kind, tmp_path, arguments=("--max-loras", "2"), **one_of) as made:
+        made.publish(policy(1), 0)
+        assert made.engine._server
+        http, folder = made.engine._server.http, made.engine._publication.of(0) / "adapter"
+        others = shutil.copytree(folder, tmp_path / "others")
+        made.run(http.post("/v1/load_lora_adapter", {"lora_name": "another", "lora_path": str(others)}, 60))
+        made.publish(policy(2), 1)
+        assert made.run(made.engine.fingerprint()) == fingerprint(policy(2).named_weights())
+        says(made, merged(policy(2)), 1)
+
+        whole = tmp_path / "whole/version-000000"
+        model(0).model.save_pretrained(whole)
+        made.run(http.post("/pause?mode=keep", {}, 60))
+        said = made.run(told(made, "sluice_load", pickled(DiskInlet(str(whole.parent))), "0", ""))
+        assert said["results"] == [{"value": []}]
+        made.publish(policy(3), 2)
+        assert made.run(made.engine.fingerprint()) == fingerprint(policy(3).named_weights())
+        says(made, merged(policy(3)), 2)
+
+        made.run(made.engine._dialect.check(http))  # as another run does, which knows of none there
+        made.publish(policy(4), 3)
+        assert made.run(made.engine.fingerprint()) == fingerprint(policy(4).named_weights())
+        says(made, merged(policy(4)), 3)
 
 
 @pytest.mark.proof

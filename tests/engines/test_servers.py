@@ -31,6 +31,7 @@ from sluice.errors import EngineError, EngineLostError, PromptTooLongError
 from sluice.types import Completion, Sampling
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.in_process import InProcessWeights
+from small_runs import set_up, sluice, workplace
 
 PROMPT = [5, 6, 7, 8]
 
@@ -521,6 +522,31 @@ def test_a_vllm_server_without_our_extension_is_refused(tmp_path: Path, monkeypa
         pytest.raises(EngineError, match=r"--worker-extension-cls sluice_worker\.Weights"),
     ):
         guest.publish(model(1), 0)
+
+
+def test_a_check_says_what_a_server_that_runs_is_not_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Another model, too short a window and no adapters; and nothing of one that fits."""
+    monkeypatch.setenv("SLUICE_ENGINE_KEY", KEY)
+    (tmp_path / "run").mkdir()
+    with by_hand("vllm", tmp_path) as url, workplace(tmp_path / "run", monkeypatch):
+        set_up(Path())
+        words = ["check", "--offline", "config.yaml", "engine.name=vllm", f"engine.url={url}", "trainer.lora_rank=4"]
+        assert sluice(*words, "engine.lora=adapter") == 2
+        said = capsys.readouterr().out
+        for part in (
+            f"failure: the model at engine.url={url} is not that of model.path=model: lm_head.weight is [128, 64] there, and [128, 32] here",
+            f"failure: the server at engine.url={url} takes 200 tokens, and the run up to 256; set engine.max_model_len=200",
+            f"failure: the server at engine.url={url} takes no adapters, and trainer.lora_rank is 4",
+        ):
+            assert part in said
+        assert sluice(*words, f"model.path={tmp_path / 'model'}", f"engine.max_model_len={WINDOW}") == 0
+        monkeypatch.delenv("SLUICE_ENGINE_KEY")
+        assert sluice(*words) == 2
+        assert (
+            "or wants another key than that in SLUICE_ENGINE_KEY (HTTPError: HTTP Error 401" in capsys.readouterr().out
+        )
 
 
 # Who may give it orders

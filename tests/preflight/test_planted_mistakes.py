@@ -283,14 +283,30 @@ MISTAKES = {
         None,
         ["trainer.lora_rank=4", "trainer.lora_targets=[q_proj, q_prjj]"],
         [
-            "trainer.lora_targets: model.path=model has no linear layer called q_prjj; its matrices are down_proj, embed_tokens"
+            "trainer.lora_targets: model.path=model has no layer with a matrix called q_prjj that adapters go to; there are "
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\n"
         ],
+    ),
+    "adapters of the head": Mistake(
+        None,
+        ["trainer.lora_rank=4", "trainer.lora_targets=[q_proj, lm_head]"],
+        ["no layer with a matrix called lm_head that adapters go to"],
     ),
     # engine
     "a Python without the engine": Mistake(
         None,
         ["engine.name=vllm", f"engine.python={sys.executable}"],
         ["engine    failure", "has no package vllm; name the Python that has it installed"],
+    ),
+    "heads that workers cannot share": Mistake(
+        None,
+        ["engine.name=vllm", f"engine.python={sys.executable}", "engine.tensor_parallel=3"],
+        ["engine.tensor_parallel=3 must divide the model's 4 heads, and its 2 key-value heads"],
+    ),
+    "more workers than heads": Mistake(
+        None,
+        ["engine.name=vllm", f"engine.python={sys.executable}", "engine.tensor_parallel=100000"],
+        ["engine.tensor_parallel=100000 must divide the model's 4 heads"],
     ),
     "a server that is not there": Mistake(
         None,

@@ -78,8 +78,12 @@ class Sampler:
         from peft import PeftModel
 
         assert json.loads((Path(folder) / "adapter_config.json").read_text())["r"] <= max_rank
-        base = self.model.unload() if self.has_adapter else self.model
-        self.model, self.has_adapter = PeftModel.from_pretrained(base, folder), True
+        self.drop_adapter()
+        self.model, self.has_adapter = PeftModel.from_pretrained(self.model, folder), True
+
+    def drop_adapter(self) -> None:
+        if self.has_adapter:
+            self.model, self.has_adapter = self.model.unload(), False
 
     def named_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """By the names that sluice has for them."""

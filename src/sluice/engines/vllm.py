@@ -141,6 +141,8 @@ class Vllm:
         """The parts of what it was given last."""
         self._num_workers, self._is_plain = 1, True
         """Of the server that was checked last: workers that tensor parallelism makes, and whether these are all."""
+        self._number = 0
+        """Of our adapter there; 0 before we have loaded one."""
 
     def command(self, key: str) -> Command:
         assert self._server
@@ -150,6 +152,7 @@ class Vllm:
         try:
             await http.get("/weight_info", STATUS_LIMIT_S)
             ((self._num_workers, self._is_plain), *_) = await self._told(http, "sluice_ready")
+            self._number = 0
         except (HttpError, ValueError) as error:
             raise EngineError(
                 f"{http.url} is no vLLM server that weights can be published to ({error}); start it as docs/scaling.md says, with "
@@ -211,12 +214,17 @@ class Vllm:
 
     async def _load_adapter(self, http: HttpClient, folder: str) -> None:
         """The server itself is told of it once. With its own way to put another in its place (`load_inplace`), every step of a completion
-        that was begun before would load the old one again."""
+        that was begun before would load the old one again. Its workers know adapters by numbers, and may have dropped ours, of which the
+        server itself then still tells."""
+        if self._number and all(await self._told(http, "sluice_load_adapter", folder, str(self._number))):
+            return
+        before, *_ = await self._told(http, "sluice_adapters")
         models = await http.get("/v1/models", STATUS_LIMIT_S)
-        if ADAPTER not in [model["id"] for model in models["data"]]:
-            wanted = {"lora_name": ADAPTER, "lora_path": folder}
-            await http.post("/v1/load_lora_adapter", wanted, PUBLISH_LIMIT_S)
-        await self._told(http, "sluice_load_adapter", folder)
+        if ADAPTER in [model["id"] for model in models["data"]]:
+            await http.post("/v1/unload_lora_adapter", {"lora_name": ADAPTER}, PUBLISH_LIMIT_S)
+        await http.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": folder}, PUBLISH_LIMIT_S)
+        after, *_ = await self._told(http, "sluice_adapters")
+        self._number = max({*after} - {*before})  # each gets a higher one
 
     async def resume(self, http: HttpClient) -> None:
         await http.post("/resume", limit_s=PUBLISH_LIMIT_S)
@@ -226,7 +234,7 @@ class Vllm:
         it is of what it loaded last, whatever that is."""
         if self._quantized:
             return combined(map(tuple, self._loaded))
-        return combined(_added(await self._told(http, "sluice_parts")))
+        return combined(_added(await self._told(http, "sluice_parts", str(self._number or ""))))
 
     async def sleep(self, http: HttpClient) -> None:
         await http.post("/sleep?level=2", limit_s=PUBLISH_LIMIT_S)

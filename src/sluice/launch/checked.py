@@ -123,8 +123,14 @@ def num_cores() -> int:
 
 
 def check_heads(config: TrainConfig, heads: int, kv_heads: int) -> None:
-    """Whether the ranks of a trainer can divide a model's heads as the config says. Raises ConfigError."""
-    trainer = config.trainer
+    """Whether the ranks of a trainer, and the workers of a server, can divide a model's heads as the config says. Raises ConfigError."""
+    trainer, engine = config.trainer, config.engine
+    workers = engine.tensor_parallel if isinstance(engine, ServerEngine) else 1
+    if heads % workers or (kv_heads % workers and workers % kv_heads):
+        raise ConfigError(
+            f"engine.tensor_parallel={workers} must divide the model's {heads} heads, and its {kv_heads} key-value heads or be a multiple "
+            "of them, since each worker attends with its share; lower it"
+        )
     if not isinstance(trainer, FsdpTrainer):
         return
     ways = trainer.tensor_parallel * trainer.context_parallel

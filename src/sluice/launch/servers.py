@@ -9,7 +9,7 @@ from sluice.config import DryTrainer, TrainConfig
 from sluice.configengines import LORA_RANKS, ServerEngine, SglangEngine, VllmEngine
 from sluice.data.chat import Chat
 from sluice.errors import ConfigError
-from sluice.launch.checked import window_of
+from sluice.launch.checked import check_heads, window_of
 from sluice.launch.cores import engine_threads
 from sluice.launch.models import publication_afar
 from sluice.processes import address_towards
@@ -29,6 +29,7 @@ def servers(
     from sluice.engines.router import Router
     from sluice.engines.server import ServerEngine as Engine
 
+    check_heads(config, *model.num_heads)
     rollout, window = config.rollout, window_of(config, model.max_length)
     host = _host_for(settings.url) if settings.url else placement.host
     publication = publication_afar(config, model, host)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ UNGATED = {"gpt2", "gpt_neox", "gptj", "opt", "phi", "bloom", "starcoder2"}
 """Model types whose feed-forward layers are two matrices; all others are counted with three."""
 POSITIONED = {"gpt2", "opt"}
 """Those with a table of positions."""
+LAYER = re.compile(r"\.\d+\.")
+"""In the name of a weight: that it is of a layer, and not of embeddings or the head."""
+ROUTED = re.compile(r"\.(experts\.\d+|gate)\.")
+"""That it is an expert's or a router's."""
 LONGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, by its format."""
 
@@ -35,8 +40,8 @@ class ModelFolder:
     """How: from the headers of the weights, or from the config alone."""
     eos_ids: frozenset[int]
     """Ids that end a response by the model's own word."""
-    matrices: frozenset[str] = frozenset()
-    """Last names of what has a weight of two dimensions in its files; empty where these are not safetensors, or not read."""
+    shapes: Mapping[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """Of its weights, by name; empty where the files are no safetensors, or not read."""
 
     @property
     def vocab_size(self) -> int:
@@ -89,19 +94,21 @@ def read_folder(path: str, *, key: str = "model.path", random_weights: bool = Fa
     shapes = None if random_weights else _shapes(folder, where)
     counted = "counted from its config" if shapes is None else "counted in its files"
     elements = count if shapes is None else sum(map(math.prod, shapes.values()))
-    matrices = {
-        name.split(".")[-2] for name, shape in (shapes or {}).items() if name.endswith(".weight") and len(shape) == 2
-    }
     own = _ids(_generation_config(folder, where).get("eos_token_id")) | _ids(getattr(config, "eos_token_id", None))
-    return ModelFolder(path, config, elements, counted, own, frozenset(matrices))
+    return ModelFolder(path, config, elements, counted, own, shapes or {})
 
 
 def check_targets(model: ModelFolder, targets: Sequence[str]) -> None:
-    """Whether its files have matrices called like all `targets` of adapters. Raises ConfigError."""
-    if model.matrices and (unknown := sorted({*targets} - model.matrices)):
+    """Whether the layers in its files have matrices called like all `targets` of adapters. Raises ConfigError."""
+    matrices = {
+        name.split(".")[-2]
+        for name, shape in model.shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and LAYER.search(name) and not ROUTED.search(name)
+    }
+    if matrices and (unknown := sorted({*targets} - matrices)):
         raise ConfigError(
-            f"trainer.lora_targets: model.path={model.path} has no linear layer called {', '.join(unknown)}; its matrices are "
-            f"{', '.join(sorted(model.matrices))}"
+            f"trainer.lora_targets: model.path={model.path} has no layer with a matrix called {', '.join(unknown)} that adapters go to; "
+            f"there are {', '.join(sorted(matrices))}"
         )
 
 

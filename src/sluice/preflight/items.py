@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sluice.algorithms import Algorithm
 from sluice.config import SftConfig, TrainConfig
-from sluice.configengines import ServerEngine
+from sluice.configengines import ServerEngine, VllmEngine
 from sluice.configplacement import RayPlacement
 from sluice.configtraining import AdapterFields
 from sluice.data.chat import Chat
@@ -38,6 +38,7 @@ from sluice.preflight.gold import check_gold
 from sluice.preflight.memory import check_memory, checkpoint_bytes, sft_parts, training_parts
 from sluice.preflight.places import check_places
 from sluice.preflight.prompts import NO_LIMIT, check_ends, check_pairs, check_prompts
+from sluice.preflight.served import check_served
 from sluice.preflight.trial import Trial
 
 Rows = TypeVar("Rows", bound=Sized)
@@ -71,7 +72,7 @@ def check_training(config: TrainConfig, num_rows: int, offline: bool) -> Iterato
         else:
             yield Item.skipped("rewards", _needs("rows, a tokeniser and rewards"))
         if isinstance(config.engine, ServerEngine) or getattr(config.engine, "publication_folder", None):
-            yield _engine(config)
+            yield _engine(config, policy)
         if isinstance(config.placement, RayPlacement):
             yield check_places(config, config.placement)
         if ranks_elsewhere(config):
@@ -221,10 +222,12 @@ def _second_models(
                     check_second(config, f"{name}.path", path, chat, *sizes)
 
 
-def _engine(config: TrainConfig) -> Item:
-    item = Item("engine")
+def _engine(config: TrainConfig, policy: ModelFolder | None) -> Item:
+    item, engine = Item("engine"), config.engine
     with item.failing():
         item.summary = check_engine(config)
+        if isinstance(engine, VllmEngine) and engine.url and policy is not None:
+            check_served(item, config, engine.url, policy)
     return item
 
 

@@ -142,6 +142,9 @@ class BroadcastInlet:
     def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
         return self._received(self._met(version, receiver), version, device)
 
+    def shapes(self, version: int) -> Iterator[tuple[str, Iterable[int]]]:
+        return ((name, shape) for name, shape, _ in self.address.tensors)
+
     def _met(self, version: int, receiver: int) -> Group:
         self._group = self._group or Group(self.address, 1 + receiver)
         self._group.meet(version)

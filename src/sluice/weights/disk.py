@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -119,6 +119,12 @@ class DiskInlet:
     def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
         """In the host's memory."""
         return tensors_of(self.of(version))
+
+    def shapes(self, version: int) -> Iterator[tuple[str, Iterable[int]]]:
+        for file in self.of(version).glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    yield name, opened.get_slice(name).get_shape()
 
     def of(self, version: int) -> Path:
         """The folder of a version. Raises EngineError when it is not seen here."""

@@ -31,13 +31,13 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 def parts(weights: Iterable[tuple[str, Tensor]]) -> list[Part]:
     """What the fingerprint is made of. The sum over a tensor is that of the sums over its shards, modulo 2**64."""
     seen = [
-        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in _one_by_one(weights)
+        (name, tuple(t.shape), str(t.dtype), _sum_of_bits(t)) for name, t in one_by_one(weights)
     ]  # which may exist one at a time only
     sums: list[int] = torch.stack([total for *_, total in seen]).tolist() if seen else []
     return [(name, shape, dtype, total) for (name, shape, dtype, _), total in zip(seen, sums, strict=True)]
 
 
-def _one_by_one(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def one_by_one(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """With each expert of a layer for itself, as `transformers` has them in files, and not all as one, as it has them where it computes."""
     for name, weight in weights:
         name = name.replace(".block_sparse_moe.", ".mlp.")  # of Mixtral

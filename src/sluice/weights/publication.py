@@ -6,7 +6,7 @@ A publication is the trainer's side. It makes a link for each process of an engi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -44,6 +44,10 @@ class Stream(Inlet, Protocol):
     def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
         """The weights of this version, one after the other, for the worker of that number. Raises EngineError before the first one
         when they do not come."""
+        ...
+
+    def shapes(self, version: int) -> Iterator[tuple[str, Iterable[int]]]:
+        """Of those, known before they come."""
         ...
 
 

@@ -11,16 +11,13 @@ import pickle
 import sys
 import traceback
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-_EXPERTS = ("w13_weight", "w2_weight")
-_READ_ROWS = 1024
-"""Columns of a packed weight that are computed at once."""
 
 
 def _find_sluice() -> None:
@@ -37,6 +34,15 @@ def _find_sluice() -> None:
 
 _find_sluice()
 
+from sluice.engines.vllm_tensors import (  # noqa: E402
+    adapter_tensors,
+    checkpoint_tensors,
+    is_head,
+    misfit,
+    packing_kernel,
+    shapes_of,
+)
+from sluice.errors import EngineError, SluiceError  # noqa: E402
 from sluice.weights.fingerprint import parts  # noqa: E402
 
 
@@ -45,6 +51,8 @@ class Weights:
 
     _inlet: tuple[str, Any] = "", None
     """What weights come through, behind what it was made of."""
+    _fitting: Any = None
+    """Names and shapes of those that it took last."""
 
     def sluice_ready(self) -> dict[str, Any]:
         """How many workers tensor parallelism makes, and whether these are all."""
@@ -55,32 +63,50 @@ class Weights:
         fingerprint of what came, if it is `asked` for them."""
         return _outcome(lambda: self._load(inlet, int(version), asked == "parts"))
 
-    def sluice_load_adapter(self, folder: str) -> dict[str, Any]:
-        """Put the adapter of a folder in the place of the one that it has."""
-        return _outcome(lambda: self._load_adapter(folder))
+    def sluice_adapters(self) -> dict[str, Any]:
+        """The numbers of those that it has."""
+        return _outcome(lambda: sorted(self._adapters().list_adapters()))
 
-    def sluice_parts(self) -> dict[str, Any]:
-        """The parts of the fingerprint that this rank has, under the names of the checkpoint. With tensor parallelism the sums of
-        the ranks are to be added."""
-        return _outcome(self._parts)
+    def sluice_load_adapter(self, folder: str, number: str) -> dict[str, Any]:
+        """Put the adapter of a folder in the place of the one of this number; False if it has none."""
+        return _outcome(lambda: self._load_adapter(folder, int(number)))
+
+    def sluice_parts(self, adapter: str) -> dict[str, Any]:
+        """The parts of the fingerprint that this rank has, under the names of the checkpoint, with those of the adapter of that number
+        if there is one. With tensor parallelism the sums of the ranks are to be added."""
+        return _outcome(lambda: self._parts(int(adapter) if adapter else None))
+
+    def sluice_shapes(self) -> dict[str, Any]:
+        """Of the weights that it wants to be given, and the highest rank of an adapter that it takes (0: none at all)."""
+        return _outcome(self._shapes)
 
     def _layout(self) -> list[Any]:
         parallel: Any = self.parallel_config  # type: ignore[attr-defined]
         is_plain = parallel.pipeline_parallel_size == parallel.data_parallel_size == 1
         return [parallel.tensor_parallel_size, is_plain]
 
-    def _load_adapter(self, folder: str) -> None:
+    def _shapes(self) -> list[Any]:
+        lora: Any = self.model_runner.lora_config  # type: ignore[attr-defined]
+        return [shapes_of(self.model_runner.get_model()), lora.max_lora_rank if lora else 0]  # type: ignore[attr-defined]
+
+    def _adapters(self) -> Any:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if not runner.lora_config:
+            raise EngineError("the server takes no adapters; start it with --enable-lora --max-lora-rank RANK")
+        return runner.lora_manager
+
+    def _load_adapter(self, folder: str, number: int) -> bool:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        manager: Any = self.model_runner.lora_manager  # type: ignore[attr-defined]
-        (number,) = manager.list_adapters()
+        manager = self._adapters()
+        if number not in manager.list_adapters():
+            return False
         manager.add_adapter(LoRARequest("adapter", number, folder, load_inplace=True))
+        return True
 
     def _load(self, inlet: str, version: int, wants_parts: bool) -> list[Any]:
-        if inlet != self._inlet[0]:  # else it goes on with the group that it is in
-            self._inlet = inlet, pickle.loads(b64decode(inlet))
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        came: list[Any] = []
+        model, came = runner.get_model(), list[Any]()
 
         def noted(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
             for pair in weights:
@@ -88,20 +114,30 @@ class Weights:
                     came.extend(parts([pair]))
                 yield pair
 
+        other = ""
         try:
-            weights = self._inlet[1].tensors(version, runner.device, _rank())
-            runner.reload_weights(weights_iterator=noted(weights))
+            if inlet != self._inlet[0]:  # else it goes on with the group that it is in
+                self._inlet = inlet, pickle.loads(b64decode(inlet))
+            shapes = list(self._inlet[1].shapes(version))
+            if shapes != self._fitting and runner.vllm_config.quant_config is None:  # else it has tensors of its own
+                other, is_certain = misfit(shapes_of(model), shapes)
+                if is_certain:
+                    raise EngineError(other)
+            with _whole_again(model, runner.model_config, other):
+                weights = self._inlet[1].tensors(version, runner.device, _rank())
+                runner.reload_weights(weights_iterator=noted(weights))
         except BaseException:
             self._inlet = "", None  # with the connections of its group, so that nobody waits for this worker
             raise
-        for module in runner.get_model().modules():
-            if kernel := _packing_kernel(module):
-                kernel.process_weights_after_loading(module)  # which vLLM does for the first weights only
+        self._fitting = shapes
+        _pack(model)
         return came
 
-    def _parts(self) -> list[Any]:
+    def _parts(self, adapter: int | None) -> list[Any]:
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        own = [*checkpoint_tensors(runner.get_model(), _rank()), *adapter_tensors(runner, _rank())]
+        own = checkpoint_tensors(runner.get_model(), _rank())
+        if adapter is not None:
+            own = chain(own, adapter_tensors(self._adapters()._adapter_manager, adapter, _rank()))
         found: list[Any] = []
         for name, tensor, shape in own:
             ((name, _, dtype, total),) = parts([(name, tensor)])
@@ -116,7 +152,46 @@ def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
         return {"value": work()}
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": _told(error)}
+
+
+def _told(error: Exception) -> str:
+    """With its kind, and its place where it says nothing else."""
+    if isinstance(error, SluiceError):
+        return str(error)
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error) or f'{at.line} ({at.filename}:{at.lineno})'}"
+
+
+@contextmanager
+def _whole_again(model: nn.Module, config: Any, other: str) -> Generator[None]:
+    """Around a load, which vLLM does layer by layer: should it break off, it would go on with what it has kept of it in the next one. What is
+    not loaded is as before then. `other`: in what the weights may be another model's."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore[reportMissingImports]
+
+    try:
+        yield
+    except BaseException as error:
+        for module in model.modules():
+            info: Any = get_layerwise_info(module)
+            info.loaded_weights.clear()
+            info.load_numel = 0
+        finalize_layerwise_reload(model, config)
+        if other and isinstance(error, Exception):
+            raise EngineError(f"{other} ({_told(error)})") from error
+        raise
+
+
+def _pack(model: nn.Module) -> None:
+    """For a CPU's kernels, what vLLM packs when it has the first weights and not again: experts, and a head that has the matrix of
+    the embeddings."""
+    module: Any
+    for module in model.modules():
+        if kernel := packing_kernel(module):
+            kernel.process_weights_after_loading(module)
+        elif is_head(module) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _rank() -> int:
@@ -124,134 +199,3 @@ def _rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank  # pyright: ignore[reportMissingImports]
 
     return get_tensor_model_parallel_rank()
-
-
-def checkpoint_tensors(model: nn.Module, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
-    """Name in the checkpoint, this rank's share, and the shape of the whole. A share that another rank has as well is left out."""
-    packed = getattr(model, "packed_modules_mapping", {})
-    for path, module in model.named_modules():
-        path = path.removesuffix(".base_layer")  # under an adapter
-        for kind, weight in module.named_parameters(recurse=False):
-            if hasattr(module, "global_num_experts"):
-                if kind in _EXPERTS:  # else it is the router's
-                    yield from _experts(path.removesuffix("routed_experts"), module, unpacked(module, weight), kind)
-                continue
-            ranks: Any = getattr(module, "tp_size", 1)
-            if ranks == 1 and rank > 0:
-                continue
-            weight = read_back(module, weight) if kind == "weight" and not weight.numel() else weight
-            parent, _, own = path.rpartition(".")
-            if own in packed:
-                for part, (rows, copies) in zip(packed[own], _rows_of_parts(module), strict=True):
-                    share, weight = weight[:rows], weight[rows:]
-                    if rank % copies == 0:
-                        yield f"{parent}.{part}.{kind}", share, [rows * ranks // copies, *share.shape[1:]]
-                continue
-            shape = list(weight.shape)
-            dim = _sharded_dim(module, kind)
-            if hasattr(module, "org_vocab_size"):  # its last rows are padding
-                shard: Any = module.shard_indices
-                weight = weight[: shard.org_vocab_end_index - shard.org_vocab_start_index]
-                shape = [module.org_vocab_size, *shape[1:]]
-            elif dim is not None:
-                shape[dim] *= ranks
-            elif rank > 0:  # as the bias behind split rows
-                continue
-            yield f"{path}.{kind}" if path else kind, weight, shape
-
-
-def adapter_tensors(runner: Any, rank: int) -> Iterator[tuple[str, Tensor, list[int]]]:
-    """As `checkpoint_tensors`, of the adapter that is computed with: A, and B with its scale; none where there is none."""
-    if not runner.lora_config:
-        return
-    manager: Any = runner.lora_manager._adapter_manager
-    number = next((number for number in manager.lora_index_to_id if number is not None), None)
-    if number is None:
-        return
-    index, adapter = manager.lora_index_to_id.index(number), manager.get_adapter(number)
-    for path, module in manager.modules.items():
-        held = manager._get_lora_layer_weights(adapter, path)
-        if held is None:
-            continue
-        base, (parent, _, own) = module.base_layer, path.rpartition(".")
-        names = manager.packed_modules_mapping.get(own, [own])
-        copies_of_parts = [copies for _, copies in _rows_of_parts(base)] if len(names) > 1 else [1]
-        for k, (name, copies) in enumerate(zip(names, copies_of_parts, strict=True)):
-            if len(names) > 1 and held.lora_a[k] is None:
-                continue
-            a = module.lora_a_stacked[k][index, 0, : held.rank]
-            b = module.lora_b_stacked[k][index, 0, :, : held.rank]
-            for kind, tensor, dim, copies_of in (("lora_A", a, 1, 1), ("lora_B", b, 0, copies)):
-                shape, is_sharded = list(tensor.shape), _sharded_dim(base, "weight") == dim
-                if is_sharded:
-                    shape[dim] = shape[dim] * base.tp_size // copies_of
-                if rank % copies_of == 0 if is_sharded else rank == 0:
-                    yield f"{parent}.{name}.{kind}.weight", tensor, shape
-
-
-def _experts(path: str, module: Any, weight: Tensor, kind: str) -> Iterator[tuple[str, Tensor, list[int]]]:
-    """Of a layer's experts, one by one: ranks have shares of every one, or some of their own. Padding adds nothing to a sum, and is not in
-    the shape of the whole."""
-    config: Any = module.moe_config
-    first = config.moe_parallel_config.ep_rank * len(weight)
-    inner = config.intermediate_size_per_partition_unpadded * config.moe_parallel_config.tp_size
-    hidden = config.hidden_dim_unpadded
-    for number, own in enumerate(weight, first):
-        if kind == "w13_weight":
-            gate, up = own.chunk(2)
-            yield f"{path}{number}.gate_proj.weight", gate, [inner, hidden]
-            yield f"{path}{number}.up_proj.weight", up, [inner, hidden]
-        else:
-            yield f"{path}{number}.down_proj.weight", own, [hidden, inner]
-
-
-def _packing_kernel(module: nn.Module) -> Any:
-    """What has put a layer's experts into an order of its own, as vLLM does for CPUs; else None."""
-    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-    experts: Any = getattr(kernel, "fused_experts", None)
-    return experts if hasattr(experts, "isa") and not experts._use_zentorch else None
-
-
-def unpacked(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weights of experts in their own order. Where each number went is seen from numbers that are put into order in the same way,
-    digit by digit, since BF16 has whole ones up to 256 only."""
-    kernel = _packing_kernel(module)
-    if kernel is None:
-        return weight
-    from vllm._custom_ops import cpu_prepack_moe_weight  # pyright: ignore[reportMissingImports]
-
-    numbers = torch.arange(weight[0].numel()).view_as(weight[:1])
-    places = torch.zeros_like(numbers)
-    for shift in range(0, int(numbers.max()).bit_length(), 8):
-        digits = (numbers >> shift & 255).to(weight.dtype)
-        places += cpu_prepack_moe_weight(digits, kernel.isa).long() << shift
-    whole = torch.empty_like(weight)
-    whole.flatten(1)[:, places.flatten()] = weight.flatten(1)
-    return whole
-
-
-def _rows_of_parts(module: Any) -> list[tuple[int, int]]:
-    """Of the matrices that are stacked in one: rows on this rank, and how many ranks have the same ones."""
-    if hasattr(module, "num_kv_head_replicas"):
-        copies = module.num_kv_head_replicas
-        sizes = (module.head_size, module.v_head_size)
-        return [(module.num_heads * sizes[0], 1), *((module.num_kv_heads * size, copies) for size in sizes)]
-    return [(size // module.tp_size, 1) for size in module.output_sizes]
-
-
-def _sharded_dim(module: Any, kind: str) -> int | None:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    if "ColumnParallelLinear" in names:
-        return 0
-    return 1 if "RowParallelLinear" in names and kind == "weight" else None
-
-
-def read_back(module: Any, weight: Tensor) -> Tensor:
-    """A weight that vLLM has packed away for its CPU kernels, from what the layer makes of unit vectors: each product is one
-    number of the weight times 1, and all others times 0."""
-    width = module.input_size_per_partition if hasattr(module, "input_size_per_partition") else module.input_size
-    columns = [
-        module.cpu_linear(rows, weight, None).t()
-        for rows in torch.eye(width, dtype=weight.dtype, device=weight.device).split(_READ_ROWS)
-    ]
-    return torch.cat(columns, dim=1).contiguous()

@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 from base64 import b64decode, b64encode
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from serving import Sampler, option, serve
 
+from sluice.engines.vllm_tensors import Shapes, misfit
 from sluice.errors import SluiceError
 from sluice.weights.disk import DiskInlet
 from sluice.weights.fingerprint import parts
 
 SAMPLER = Sampler(option("--model"), random_weights=option("--load-format") == "dummy")
 INLETS: dict[str, Any] = {}
+NUMBERS = count(1)
+NAMED: dict[str, int] = {}
+"""Adapters that the server tells of."""
+HELD: set[int] = set()
+"""Those that its worker has, of which the model computes with the one called `adapter`."""
 
 
 async def health(body: dict[str, Any]) -> tuple[int, Any]:
@@ -37,7 +43,7 @@ async def weight_info(body: dict[str, Any]) -> tuple[int, Any]:
 
 async def generate(body: dict[str, Any]) -> tuple[int, Any]:
     wanted = body["sampling_params"]
-    if body.get("model", "policy") != ("adapter" if SAMPLER.has_adapter else "policy"):
+    if body.get("model", "policy") != ("adapter" if "adapter" in NAMED else "policy"):
         return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
     if max(body["token_ids"]) >= SAMPLER.model.config.vocab_size:
         return 400, {"error": {"message": "Token id is out of vocabulary", "code": 400}}
@@ -84,15 +90,26 @@ async def resume(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 async def models(body: dict[str, Any]) -> tuple[int, Any]:
-    return 200, {"data": [{"id": "policy"}, *([{"id": "adapter"}] if SAMPLER.has_adapter else [])]}
+    return 200, {"data": [{"id": name, "max_model_len": int(option("--max-model-len"))} for name in ("policy", *NAMED)]}
 
 
 async def load_lora_adapter(body: dict[str, Any]) -> tuple[int, Any]:
-    assert not SAMPLER.running.is_set()
+    name = body["lora_name"]
     assert "--enable-lora" in sys.argv
-    assert not SAMPLER.has_adapter
-    SAMPLER.take_adapter(body["lora_path"], int(option("--max-lora-rank")))
-    return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+    if name in NAMED:
+        return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded.", "code": 400}}
+    NAMED[name] = next(NUMBERS)
+    HELD.add(NAMED[name])
+    if name == "adapter":
+        assert not SAMPLER.running.is_set()
+        SAMPLER.take_adapter(body["lora_path"], int(option("--max-lora-rank")))
+    return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+
+async def unload_lora_adapter(body: dict[str, Any]) -> tuple[int, Any]:
+    """The worker keeps it."""
+    del NAMED[body["lora_name"]]
+    return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
 
 async def update_weight_version(body: dict[str, Any]) -> tuple[int, Any]:
@@ -100,7 +117,15 @@ async def update_weight_version(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "new_version": body["new_version"]}
 
 
+def _shapes() -> Shapes:
+    return {name: list(shape) for name, shape, *_ in parts(SAMPLER.named_weights())}
+
+
 def _load(inlet: Any, version: int) -> None:
+    HELD.clear()
+    SAMPLER.drop_adapter()
+    if complaint := misfit(_shapes(), inlet.shapes(version))[0]:
+        raise SluiceError(complaint)
     if isinstance(inlet, DiskInlet):  # where experts have other names than in the model
         SAMPLER.load(str(inlet.of(version)))
     else:
@@ -122,12 +147,18 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
             except SluiceError as error:
                 return 200, {"results": [{"error": str(error)}]}
             return 200, {"results": [{"value": parts(SAMPLER.named_weights()) if asked else []}]}
-        case "sluice_load_adapter", [folder]:
-            assert SAMPLER.has_adapter
-            SAMPLER.take_adapter(folder, int(option("--max-lora-rank")))
-            return 200, {"results": [{"value": True}]}
-        case "sluice_parts", []:
+        case "sluice_adapters", []:
+            return 200, {"results": [{"value": sorted(HELD)}]}
+        case "sluice_load_adapter", [folder, number]:
+            if int(number) in HELD:
+                assert int(number) == NAMED["adapter"]
+                SAMPLER.take_adapter(folder, int(option("--max-lora-rank")))
+            return 200, {"results": [{"value": int(number) in HELD}]}
+        case "sluice_parts", [adapter]:
+            assert not adapter or int(adapter) in HELD
             return 200, {"results": [{"value": parts(SAMPLER.named_weights())}]}
+        case "sluice_shapes", []:
+            return 200, {"results": [{"value": [_shapes(), int(option("--max-lora-rank", "0"))]}]}
     return 500, {"error": {"message": f"no method {body['method']}", "code": 500}}
 
 
@@ -156,6 +187,7 @@ HANDLERS = {
     "/resume": resume,
     "/v1/models": models,
     "/v1/load_lora_adapter": load_lora_adapter,
+    "/v1/unload_lora_adapter": unload_lora_adapter,
     "/update_weight_version": update_weight_version,
     "/collective_rpc": collective_rpc,
     "/sleep": sleep,
