@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,10 @@ def test_what_arrives_on_one_gpu_is_what_was_published(tmp_path: Path, monkeypat
         return str(len(shared) - 1).encode()
 
     def joined(self: group.Group, device: torch.device) -> Any:
-        return group._OneMemory(
-            self.gloo(group.dist.PrefixStore("gloo", self.store)),
-            self._bucket_of_all(device),
-            self.rank == group.SENDER,
-        )
+        store = group.dist.PrefixStore(self._wire_name, self.store)
+        gloo = self.gloo(store, LIMIT_S)
+        bucket = self._bucket_of_all(store, device)
+        return group._OneMemory(gloo, bucket, self.rank == group.SENDER, partial(self.finish, gloo))
 
     monkeypatch.setattr(group, "exported", exported)
     monkeypatch.setattr(group, "imported", lambda handle, device: shared[int(handle)])

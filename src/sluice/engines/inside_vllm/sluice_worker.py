@@ -7,10 +7,8 @@ with `--worker-extension-cls sluice_worker.Weights`. Its methods are called thro
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import sys
 import traceback
-from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +36,13 @@ def _find_sluice() -> None:
 _find_sluice()
 
 from sluice.weights.fingerprint import parts  # noqa: E402
+from sluice.weights.publication import Source  # noqa: E402
 
 
 class Weights:
     """Becomes a base of vLLM's worker class. What its methods give is told as `_outcome` says."""
 
-    _inlet: tuple[str, Any] = "", None
-    """What weights come through, behind what it was made of."""
+    _source: Source | None = None
 
     def sluice_ready(self) -> dict[str, Any]:
         """How many workers tensor parallelism makes, and whether these are all."""
@@ -77,8 +75,8 @@ class Weights:
         manager.add_adapter(LoRARequest("adapter", number, folder, load_inplace=True))
 
     def _load(self, inlet: str, version: int, wants_parts: bool) -> list[Any]:
-        if inlet != self._inlet[0]:  # else it goes on with the group that it is in
-            self._inlet = inlet, pickle.loads(b64decode(inlet))
+        source = self._source = self._source or Source()
+        stream = source.inlet(inlet)
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         came: list[Any] = []
 
@@ -89,10 +87,10 @@ class Weights:
                 yield pair
 
         try:
-            weights = self._inlet[1].tensors(version, runner.device, _rank())
+            weights = stream.tensors(version, runner.device, _rank())
             runner.reload_weights(weights_iterator=noted(weights))
         except BaseException:
-            self._inlet = "", None  # with the connections of its group, so that nobody waits for this worker
+            source.drop()
             raise
         for module in runner.get_model().modules():
             if kernel := _packing_kernel(module):
