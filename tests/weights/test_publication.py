@@ -21,7 +21,7 @@ from sluice.errors import EngineError, TrainingError
 from sluice.processes import Died
 from sluice.trainers.model import PolicyModel
 from sluice.weights import group
-from sluice.weights.broadcast import Broadcast
+from sluice.weights.broadcast import Broadcast, Sender
 from sluice.weights.disk import Disk
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.group import buckets
@@ -368,6 +368,79 @@ def test_of_an_end_that_dies_on_the_way_the_end_itself_is_believed(dead: str, mo
     monkeypatch.setattr(group._Collective, "pass_on", breaks_off)
     with pytest.raises(type(error), match="was killed"):
         whole(run())
+
+
+@pytest.mark.parametrize("dead", ["engine", "trainer"])
+def test_an_end_that_gloo_does_not_miss_holds_nobody_up(dead: str, monkeypatch: pytest.MonkeyPatch):
+    """It has died, but nothing is seen of that at the other end of its connections, nor when these are dropped."""
+    trainer = tiny_model("qwen3")
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+    error = Died("its process was killed") if dead == "engine" else TrainingError("rank 0 was killed")
+    left: list[group.Group] = []
+
+    def dies(self: group.Group, *arguments: Any) -> Any:
+        left.append(self)
+        raise error
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer), 0)
+        await engine.take(0)
+
+    monkeypatch.setattr(group.Group, "receive" if dead == "engine" else "send", dies)
+    start = time.monotonic()
+    with pytest.raises(type(error), match="was killed"):
+        whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
+    monkeypatch.undo()
+    if dead == "engine":  # one in its place
+        engine = Engine(publication, tiny_model("qwen3"))
+    whole(run())  # the same version once more
+    assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+
+def test_without_the_process_of_the_run_an_engine_does_not_wait_for_weights(monkeypatch: pytest.MonkeyPatch):
+    publication = Broadcast(tiny_model("qwen3").named_weights(), limit_s=LIMIT_S)
+    link = publication.link("engine")
+    inlet = pickle.loads(pickle.dumps(link.inlet))
+    trainer = group.Group(link.inlet.address, group.SENDER)
+
+    def only_meet() -> None:
+        trainer.meet(0, torch.device("cpu"))
+        trainer.join(torch.device("cpu"))
+
+    async def run() -> None:
+        reading = asyncio.create_task(asyncio.to_thread(inlet.read, tiny_model("qwen3"), 0))
+        await asyncio.to_thread(only_meet)
+        publication.close()  # as its process does when it is killed
+        with pytest.raises(EngineError, match=r"the weights of version 0 broke off: DistNetworkError"):
+            await reading
+
+    start = time.monotonic()
+    whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
+
+
+def test_an_end_that_is_another_one_is_noticed_by_the_other():
+    """As the worker of a server that has had weights of another run in between, and the trainer after a failure of its own."""
+    trainer, updates = tiny_model("qwen3"), Updates()
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+
+    async def run() -> None:
+        for version in range(4):
+            move(trainer)
+            if version == 1:
+                engine.inlet = pickle.loads(pickle.dumps(engine.link.inlet))
+            if version == 3:
+                updates.sender = Sender()
+            await publication.publish(InProcessWeights(trainer, updates), version)
+            await engine.take(version)
+            assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+    start = time.monotonic()
+    whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
 
 
 def test_weights_that_have_moved_are_not_sent_and_the_engine_is_told():
