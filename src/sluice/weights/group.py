@@ -8,6 +8,7 @@ import pickle
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -273,9 +274,9 @@ class _OneMemory:
 
 
 def _drop(gloo: Any, work: Any) -> None:
-    """When its threads have ended."""
-    with suppress(RuntimeError):
-        work.wait()
+    """When its threads have nothing left to do. By looking: a thread that the end of the process finds in a wait of torch's aborts it."""
+    while not work.is_completed():
+        time.sleep(LOOK_S)
 
 
 def _named(device: torch.device) -> str:
