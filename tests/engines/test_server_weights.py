@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from servers import Served, logprobs_of, model, sampling, served
-from test_servers import PROMPT, begun, same, server_pids
+from test_servers import KEY, PROMPT, begun, by_hand, same, server_pids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -234,6 +234,34 @@ def pickled(what: object) -> str:
 async def told(made: Served, method: str, *arguments: str) -> Any:
     assert made.engine._server
     return await made.engine._server.http.post("/collective_rpc", {"method": method, "args": arguments}, 60)
+
+
+@pytest.mark.parametrize("way", ["broadcast", "disk"])
+def test_a_server_that_another_run_publishes_to_is_refused_until_that_has_ended(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def publication() -> Broadcast:
+        return Broadcast(model(0).named_weights(), limit_s=60.0)
+
+    monkeypatch.setenv("SLUICE_ENGINE_KEY", KEY)
+    start = time.monotonic()
+    with by_hand("vllm", tmp_path) as url:
+        with served("vllm", tmp_path, url=url, publication=publication()) as first:
+            first.publish(model(1), 5)
+            second = publication() if way == "broadcast" else Disk(None)
+            with (
+                served("vllm", tmp_path, url=url, publication=second) as other,
+                pytest.raises(
+                    EngineError, match=r"another run publishes its weights to this server, from 127\.0\.0\.1"
+                ),
+            ):
+                other.publish(model(2), 0)
+            first.publish(model(3), 6)
+            says(first, model(3), 6)
+        with served("vllm", tmp_path, url=url, publication=publication()) as other:
+            other.publish(model(2), 0)
+            says(other, model(2), 0)
+    assert time.monotonic() - start < 40
 
 
 # Adapters

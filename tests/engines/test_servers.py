@@ -466,6 +466,17 @@ def test_a_server_that_runs_wants_its_key(kind: str, key: str | None, tmp_path: 
         guest.publish(model(1), 0)
 
 
+def test_a_server_that_gives_no_answer_is_told_with_what_was_asked_of_it():
+    async def ask(url: str) -> None:
+        client = HttpClient(url)
+        with pytest.raises(TimeoutError, match=rf"{url} gave no answer to GET /health within 0\.1 s"):
+            await client.get("/health", 0.1)
+        await client.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(ask(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+
+
 class Stranger(BaseHTTPRequestHandler):
     """A web server of another kind, which has an answer to everything."""
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import pickle
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from sluice.errors import EngineError, TrainingError
 from sluice.processes import Died
 from sluice.trainers.model import PolicyModel
 from sluice.weights import group
-from sluice.weights.broadcast import Broadcast
+from sluice.weights.broadcast import Broadcast, Sender
 from sluice.weights.disk import Disk
 from sluice.weights.fingerprint import fingerprint
 from sluice.weights.group import buckets
@@ -104,11 +107,10 @@ def test_what_arrives_on_one_gpu_is_what_was_published(tmp_path: Path, monkeypat
         return str(len(shared) - 1).encode()
 
     def joined(self: group.Group, device: torch.device) -> Any:
-        return group._OneMemory(
-            self.gloo(group.dist.PrefixStore("gloo", self.store)),
-            self._bucket_of_all(device),
-            self.rank == group.SENDER,
-        )
+        store = group.dist.PrefixStore(self._wire_name, self.store)
+        gloo = self.gloo(store, LIMIT_S)
+        bucket = self._bucket_of_all(store, device)
+        return group._OneMemory(gloo, bucket, self.rank == group.SENDER, partial(self.finish, gloo))
 
     monkeypatch.setattr(group, "exported", exported)
     monkeypatch.setattr(group, "imported", lambda handle, device: shared[int(handle)])
@@ -368,6 +370,87 @@ def test_of_an_end_that_dies_on_the_way_the_end_itself_is_believed(dead: str, mo
     monkeypatch.setattr(group._Collective, "pass_on", breaks_off)
     with pytest.raises(type(error), match="was killed"):
         whole(run())
+
+
+@pytest.mark.parametrize("dead", ["engine", "trainer"])
+def test_an_end_that_gloo_does_not_miss_holds_nobody_up(dead: str, monkeypatch: pytest.MonkeyPatch):
+    """It has died, but nothing is seen of that at the other end of its connections, nor when these are dropped."""
+    trainer = tiny_model("qwen3")
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+    left: list[group.Group] = []
+
+    def dies(self: group.Group, *arguments: Any) -> Any:
+        left.append(self)
+        raise Died("it was killed") if dead == "engine" else TrainingError("it was killed")
+
+    async def run() -> None:
+        await publication.publish(InProcessWeights(trainer), 0)
+        await engine.take(0)
+
+    monkeypatch.setattr(group.Group, "receive" if dead == "engine" else "send", dies)
+    start = time.monotonic()
+    with pytest.raises((Died, TrainingError), match="it was killed"):
+        whole(run())
+    monkeypatch.undo()
+    if dead == "engine":  # one in its place
+        engine = Engine(publication, tiny_model("qwen3"))
+    whole(run())  # the same version once more
+    gc.collect()
+    assert time.monotonic() - start < LIMIT_S / 2
+    assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+
+def test_without_the_process_of_the_run_an_engine_does_not_wait_for_weights(monkeypatch: pytest.MonkeyPatch):
+    publication = Broadcast(tiny_model("qwen3").named_weights(), limit_s=LIMIT_S)
+    link = publication.link("engine")
+    inlet = pickle.loads(pickle.dumps(link.inlet))
+    trainer = group.Group(link.inlet.address, group.SENDER)
+    finish, waits = group.Group.finish, threading.Event()
+
+    def only_meet() -> None:
+        trainer.meet(0, torch.device("cpu"))
+        trainer.join(torch.device("cpu"))
+
+    def told(self: group.Group, *arguments: Any) -> None:
+        waits.set()
+        finish(self, *arguments)
+
+    monkeypatch.setattr(group.Group, "finish", told)
+
+    async def run() -> None:
+        reading = asyncio.create_task(asyncio.to_thread(inlet.read, tiny_model("qwen3"), 0))
+        await asyncio.to_thread(only_meet)
+        assert await asyncio.to_thread(waits.wait, LIMIT_S)
+        publication.close()  # as its process does when it is killed
+        with pytest.raises(EngineError, match=r"the weights of version 0 broke off: DistNetworkError"):
+            await reading
+
+    start = time.monotonic()
+    whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
+
+
+def test_an_end_that_is_another_one_is_noticed_by_the_other():
+    """As the worker of a server that has had weights of another run in between, and the trainer after a failure of its own."""
+    trainer, updates = tiny_model("qwen3"), Updates()
+    publication = Broadcast(trainer.named_weights(), limit_s=LIMIT_S)
+    engine = Engine(publication, tiny_model("qwen3"))
+
+    async def run() -> None:
+        for version in range(4):
+            move(trainer)
+            if version == 1:
+                engine.inlet = pickle.loads(pickle.dumps(engine.link.inlet))
+            if version == 3:
+                updates.sender = Sender()
+            await publication.publish(InProcessWeights(trainer, updates), version)
+            await engine.take(version)
+            assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+    start = time.monotonic()
+    whole(run())
+    assert time.monotonic() - start < LIMIT_S / 2
 
 
 def test_weights_that_have_moved_are_not_sent_and_the_engine_is_told():

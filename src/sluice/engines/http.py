@@ -58,6 +58,8 @@ class HttpClient:
             )
             kind = ConnectionRefusedError if refused else ConnectionError
             raise kind(f"{self.url}: {str(error) or type(error).__name__}") from error
+        except TimeoutError as error:  # which says nothing
+            raise TimeoutError(f"{self.url} gave no answer to {method} {path} within {limit_s} s") from error
         if answer.status == 401:
             raise HttpError(401, f"{_complaint(said)}; a key for engine.url belongs in the variable {KEY_VARIABLE}")
         if answer.status >= 300:

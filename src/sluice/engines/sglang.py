@@ -204,13 +204,15 @@ class Sglang:
     async def pause(self, http: HttpClient) -> None:
         """What is unfinished is given back as far as it is; then nothing holds the cache, without which no weights are taken."""
         await http.post("/pause_generation", {"mode": "abort"}, PUBLISH_LIMIT_S)
-        async with asyncio.timeout(PUBLISH_LIMIT_S):
-            while True:
-                try:
-                    await http.post("/flush_cache", limit_s=STATUS_LIMIT_S)
-                    return
-                except HttpError:
-                    await asyncio.sleep(POLL_S)
+        limit = asyncio.get_running_loop().time() + PUBLISH_LIMIT_S
+        while True:
+            try:
+                await http.post("/flush_cache", limit_s=STATUS_LIMIT_S)
+                return
+            except HttpError as error:
+                if asyncio.get_running_loop().time() > limit:
+                    raise TimeoutError(f"it did not empty its cache within {PUBLISH_LIMIT_S:g} s: {error}") from error
+                await asyncio.sleep(POLL_S)
 
     def link(self, publication: Disk | Broadcast, engine: str) -> DiskLink | BroadcastLink[ServerInlet]:
         if isinstance(publication, Disk):

@@ -22,7 +22,7 @@ from sluice.errors import EngineError, TrainingError, boundary
 from sluice.interfaces import LanguageModel, Weights
 from sluice.processes import Died
 from sluice.weights.group import GONE, SENDER, Address, Group, Workers, dist
-from sluice.weights.publication import WeightsMoved
+from sluice.weights.publication import Stream, WeightsMoved
 from sluice.weights.server_group import ServerGroup, ServerInlet
 
 LAST_WORDS_S = 5.0
@@ -72,6 +72,8 @@ class Broadcast:
         self, inlet: BroadcastInlet | ServerInlet, version: int, take_over: Callable[[], Awaitable[object]]
     ) -> None:
         address = inlet.address
+        for rank in address.ranks:  # what was said when this version was broken off before
+            self._store.delete_key(f"{address.prefix()}/{version}/{rank}")
         sending = asyncio.ensure_future(self._send(address, version))
         taking = asyncio.ensure_future(take_over())
         try:
@@ -133,21 +135,30 @@ class BroadcastInlet:
             raise EngineError(
                 f"the engine's model has other weights than the trainer's: {_difference(own, self.address)}"
             )
-        group = self._met(version, receiver=0)
+        group = self._met(version, model.device, receiver=0)
         with _told(version):
             group.join(model.device)
             for _ in group.receive(weights):
                 pass
 
     def tensors(self, version: int, device: torch.device, receiver: int) -> Iterator[tuple[str, Tensor]]:
-        return self._received(self._met(version, receiver), version, device)
+        return self._received(self._met(version, device, receiver), version, device)
 
     def shapes(self, version: int) -> Iterator[tuple[str, Iterable[int]]]:
         return ((name, shape) for name, shape, _ in self.address.tensors)
 
-    def _met(self, version: int, receiver: int) -> Group:
+    def make_way(self, inlet: Stream) -> None:
+        is_of_run = isinstance(inlet, BroadcastInlet) and inlet.address.run == self.address.run
+        if not is_of_run and self._group and self._group.has_run():
+            host, port = self.address.run
+            raise EngineError(
+                f"another run publishes its weights to this server, from {host} (port {port}); wait for its end or end it, or use a server "
+                "of its own for each run"
+            )
+
+    def _met(self, version: int, device: torch.device, receiver: int) -> Group:
         self._group = self._group or Group(self.address, 1 + receiver)
-        self._group.meet(version)
+        self._group.meet(version, device)
         return self._group
 
     def _received(self, group: Group, version: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +181,7 @@ class Sender:
         with _told(version):
             if group is None or group.address != address:
                 group = ServerGroup(address, device) if address.workers else Group(address, SENDER)
-            group.meet(version)
+            group.meet(version, device)
             group.join(device)
             group.send(weights)
         self._groups[engine] = group  # one that failed is not used again

@@ -17,7 +17,7 @@ from torch import Tensor
 from sluice.errors import EngineError, boundary
 from sluice.interfaces import LanguageModel, Weights
 from sluice.weights.fingerprint import fingerprint
-from sluice.weights.publication import ReadWriteLock, WeightsMoved
+from sluice.weights.publication import ReadWriteLock, Stream, WeightsMoved
 
 ADAPTER_FOLDER = "adapter"
 """Where it is in a model folder, as peft loads it."""
@@ -125,6 +125,9 @@ class DiskInlet:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     yield name, opened.get_slice(name).get_shape()
+
+    def make_way(self, inlet: Stream) -> None:
+        """Nothing here tells whether its run goes on."""
 
     def of(self, version: int) -> Path:
         """The folder of a version. Raises EngineError when it is not seen here."""

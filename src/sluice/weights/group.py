@@ -5,10 +5,16 @@ neither end holds the weights twice.
 from __future__ import annotations
 
 import pickle
+import secrets
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from operator import methodcaller
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +29,14 @@ BUCKET_BYTES = 2**26
 """What one broadcast holds at most."""
 SENDER = 0
 """The trainer's rank in a group."""
-READY, GONE = b"ready", b"gone"
-"""What a rank says of itself in the store; the run's own process says the other for it."""
+GONE = b"gone"
+"""What the run's own process says in the store in the place of each rank, when one end is."""
+LOOK_S = 1.0
+"""After which an end that waits for gloo looks whether it is waited for."""
+JOIN_LIMIT_S = 60.0
+"""For ends that have met to connect."""
+ANSWER_LIMIT_S = 5.0
+"""For the store of a run that goes on."""
 _DEVICE_OF_HANDLE = 6
 """Which argument of `rebuild_cuda_tensor` is the number of the GPU, which another process may count otherwise."""
 
@@ -62,6 +74,11 @@ class Address:
     def ranks(self) -> range:
         return range(1 + self.receivers)
 
+    @property
+    def run(self) -> tuple[str, int]:
+        """Which one it is, among those that go on."""
+        return self.host, self.port
+
     def prefix(self) -> str:
         """Of the group's own part of the store."""
         return f"{self.engine}/{self.process}"
@@ -80,51 +97,97 @@ class Group:
     def __init__(self, address: Address, rank: int) -> None:
         self.address, self.rank = address, rank
         self.store = address.store()
+        self._token = secrets.token_hex(8)  # another one in its place has another
+        self.store.set(self._token, b"")
+        self._version = -1
+        self._there: list[str] = []
+        """What the others said when the wire was named."""
+        self._wire_name = ""
         self._wire: _Wire | None = None
 
-    def meet(self, version: int) -> None:
+    def meet(self, version: int, device: torch.device) -> None:
         """Go on when the other end is there. Raises EngineError when it is said to be gone."""
-        self.store.set(f"{version}/{self.rank}", READY)
-        for other in self.address.ranks[1:] if self.rank == SENDER else [SENDER]:
-            if self.store.get(f"{version}/{other}") != READY:
-                end = "trainer" if other == SENDER else "engine"
-                raise EngineError(f"the {end} was not there for the weights of version {version}")
+        self._version = version
+        if self.rank == SENDER:
+            there = [self._said(rank) for rank in self.address.ranks[1:]]
+            name = self._wire_name if there == self._there else f"{_way(device, there)}-{secrets.token_hex(8)}"
+            self._there = there
+            self.store.set(f"{version}/{SENDER}", name)
+        else:
+            self.store.set(f"{version}/{self.rank}", f"{self._token} {_named(device)}")
+            name = self._said(SENDER)
+        if name != self._wire_name:  # one of them is another one than before
+            self._wire_name, self._wire = name, None
+
+    def _said(self, rank: int) -> str:
+        said = self.store.get(f"{self._version}/{rank}")
+        if said == GONE:
+            end = "trainer" if rank == SENDER else "engine"
+            raise EngineError(f"the {end} was not there for the weights of version {self._version}")
+        return said.decode()
 
     def join(self, device: torch.device) -> None:
-        """The first time; every rank has to."""
+        """The first time, and when an end is another one than before; every rank has to."""
         self._wire = self._wire or self._joined(device)
 
     def _joined(self, device: torch.device) -> _Wire:
-        mine = f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
-        self.store.set(f"device/{self.rank}", mine)
-        devices = [self.store.get(f"device/{rank}").decode() for rank in self.address.ranks]
-        of_gloo = dist.PrefixStore("gloo", self.store)
-        if "cpu" in devices or 1 < len(set(devices)) < len(devices):
-            return _Collective(self.gloo(of_gloo), torch.empty(BUCKET_BYTES, dtype=torch.uint8))
-        if len(set(devices)) == 1:  # which NCCL refuses
-            return _OneMemory(self.gloo(of_gloo), self._bucket_of_all(device), self.rank == SENDER)
-        nccl = self.nccl(dist.PrefixStore("nccl", self.store))
-        return _Collective(nccl, torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device))
+        store, way = dist.PrefixStore(self._wire_name, self.store), self._wire_name.partition("-")[0]
+        if way == "nccl":
+            bucket = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device)
+            return _Collective(self.nccl(store), bucket, methodcaller("wait"))
+        gloo = self.gloo(store, min(JOIN_LIMIT_S, self.address.limit_s))
+        if way == "gloo":
+            return _Collective(gloo, torch.empty(BUCKET_BYTES, dtype=torch.uint8), partial(self.finish, gloo))
+        return _OneMemory(gloo, self._bucket_of_all(store, device), self.rank == SENDER, partial(self.finish, gloo))
+
+    def finish(self, gloo: Any, work: Any) -> None:
+        """Wait for a collective, at most to gloo's limit. Gloo does not notice every death of another end, so the store is asked now and then.
+        Raises EngineError when an end is said to be gone, and the store's own error when the run's own process is."""
+        while True:
+            with suppress(RuntimeError):  # it goes on, or has failed
+                work.wait(timedelta(seconds=LOOK_S))
+            if work.is_completed():
+                work.wait()
+                return
+            try:
+                self._check_awaited()
+            except BaseException:  # gloo's threads go on to its limit, and whoever drops the group waits for them
+                threading.Thread(target=_drop, args=(gloo, work), daemon=True).start()
+                raise
+
+    def _check_awaited(self) -> None:
+        if self.store.get(f"{self._version}/{self.rank}") == GONE:
+            raise EngineError(f"the other end was gone before the weights of version {self._version} had arrived")
+
+    def has_run(self) -> bool:
+        """Whether the run's own process is there."""
+        try:
+            self.store.wait([self._token], timedelta(seconds=ANSWER_LIMIT_S))
+        except RuntimeError:
+            return False
+        return True
 
     def nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.address.limit_s)
         return dist.ProcessGroupNCCL(store, self.rank, len(self.address.ranks), options)
 
-    def gloo(self, store: Any) -> Any:
+    def gloo(self, store: Any, join_limit_s: float) -> Any:
         options = dist.ProcessGroupGloo._Options()
         host = _own_address(self.address.host, self.address.port)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=self.address.limit_s)
-        return dist.ProcessGroupGloo(store, self.rank, len(self.address.ranks), options)
+        options._timeout = timedelta(seconds=join_limit_s)
+        made = dist.ProcessGroupGloo(store, self.rank, len(self.address.ranks), options)
+        made.set_timeout(timedelta(seconds=self.address.limit_s))
+        return made
 
-    def _bucket_of_all(self, device: torch.device) -> Tensor:
+    def _bucket_of_all(self, store: Any, device: torch.device) -> Tensor:
         """The trainer's memory, on a GPU that all are on."""
         if self.rank == SENDER:
             bucket = torch.empty(BUCKET_BYTES, dtype=torch.uint8, device=device)
-            self.store.set("bucket", exported(bucket))
+            store.set("bucket", exported(bucket))
             return bucket
-        return imported(self.store.get("bucket"), device)
+        return imported(store.get("bucket"), device)
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -181,12 +244,12 @@ class _Wire(Protocol):
 class _Collective:
     """By NCCL between GPUs, else by gloo through the hosts' memory."""
 
-    def __init__(self, group: Any, buffer: Tensor) -> None:
-        self._group, self.buffer = group, buffer
+    def __init__(self, group: Any, buffer: Tensor, wait: Callable[[Any], None]) -> None:
+        self._group, self.buffer, self._wait = group, buffer, wait
 
     def pass_on(self, num_bytes: int) -> None:
-        self._group.broadcast(self.buffer[:num_bytes], SENDER).wait()
-        wait_for_device(self.buffer)  # `wait` is the stream's, not ours
+        self._wait(self._group.broadcast(self.buffer[:num_bytes], SENDER))
+        wait_for_device(self.buffer)  # NCCL's `wait` is the stream's, not ours
 
     def taken(self) -> None:
         """The next broadcast overwrites it when this one has called too."""
@@ -196,18 +259,37 @@ class _OneMemory:
     """Of a GPU that trainer and engine are both on, or the workers of an engine: the buffer is the same, and `gloo` says when it may be read
     and when it has been."""
 
-    def __init__(self, gloo: Any, buffer: Tensor, is_sender: bool) -> None:
-        self._gloo, self.buffer, self._is_sender = gloo, buffer, is_sender
+    def __init__(self, gloo: Any, buffer: Tensor, is_sender: bool, wait: Callable[[Any], None]) -> None:
+        self._gloo, self.buffer, self._is_sender, self._wait = gloo, buffer, is_sender, wait
 
     def pass_on(self, num_bytes: int) -> None:
         wait_for_device(self.buffer)
-        self._gloo.barrier().wait()
+        self._wait(self._gloo.barrier())
         if self._is_sender:
             self.taken()
 
     def taken(self) -> None:
         wait_for_device(self.buffer)
-        self._gloo.barrier().wait()
+        self._wait(self._gloo.barrier())
+
+
+def _drop(gloo: Any, work: Any) -> None:
+    """When its threads have nothing left to do. By looking: a thread that the end of the process finds in a wait of torch's aborts it."""
+    while not work.is_completed():
+        time.sleep(LOOK_S)
+
+
+def _named(device: torch.device) -> str:
+    """The same in all processes."""
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "cpu"
+
+
+def _way(device: torch.device, there: Sequence[str]) -> str:
+    """Between the trainer's device and those of the others: `gloo`, `nccl`, or `memory` of the GPU that all are on, which NCCL refuses."""
+    devices = [_named(device), *(said.partition(" ")[2] for said in there)]
+    if "cpu" in devices or 1 < len(set(devices)) < len(devices):
+        return "gloo"
+    return "memory" if len(set(devices)) == 1 else "nccl"
 
 
 def wait_for_device(buffer: Tensor) -> None:

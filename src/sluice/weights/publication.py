@@ -6,6 +6,8 @@ A publication is the trainer's side. It makes a link for each process of an engi
 from __future__ import annotations
 
 import asyncio
+import pickle
+from base64 import b64decode
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,6 +51,31 @@ class Stream(Inlet, Protocol):
     def shapes(self, version: int) -> Iterator[tuple[str, Iterable[int]]]:
         """Of those, known before they come."""
         ...
+
+    def make_way(self, inlet: Stream) -> None:
+        """For the next one. Raises EngineError when that is another run's and this one's is known to go on."""
+        ...
+
+
+class Source:
+    """What a server's worker takes weights through: the inlet that it was given last."""
+
+    def __init__(self) -> None:
+        self._pickled = ""
+        self._inlet: Stream | None = None
+
+    def inlet(self, pickled: str) -> Stream:
+        """The same one for the same words, with the group that it is in. Raises EngineError when another run publishes to this worker."""
+        if self._inlet is None or pickled != self._pickled:
+            inlet: Stream = pickle.loads(b64decode(pickled))
+            if self._inlet:
+                self._inlet.make_way(inlet)
+            self._pickled, self._inlet = pickled, inlet
+        return self._inlet
+
+    def drop(self) -> None:
+        """With the connections of its group, so that nobody waits for this worker."""
+        self._inlet = None
 
 
 class Link(Protocol):

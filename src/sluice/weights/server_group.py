@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sluice.errors import EngineError
-from sluice.weights.group import READY, SENDER, Address, Group, dist, wait_for_device
+from sluice.weights.group import GONE, SENDER, Address, Group, dist, wait_for_device
 
 ARRIVAL_S = 1.0
 """For workers to get to the store, when they have been asked to join."""
@@ -44,13 +44,14 @@ class ServerGroup(Group):
         name, store = group_name(self.address), self.address.store_at(self.address.workers.port)
         for prefix in (name, f"{name}/", f"{self._device.type}/"):  # which torch puts before the keys of a group
             store = dist.PrefixStore(prefix, store)
-        return self.nccl(store) if self._by_nccl else self.gloo(store)
+        return self.nccl(store) if self._by_nccl else self.gloo(store, self.address.limit_s)
 
     @torch.no_grad()
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for _, weight in weights:
             whole = weight.detach().to(self._device).contiguous()
-            self._workers.broadcast(whole, SENDER).wait()
+            work = self._workers.broadcast(whole, SENDER)
+            work.wait() if self._by_nccl else self.finish(self._workers, work)
             wait_for_device(whole)
 
 
@@ -68,10 +69,11 @@ class ServerInlet:
     async def meet(self, version: int) -> None:
         """Go on when the trainer is there. Raises EngineError when it is said to be gone."""
         trainer = f"{version}/{SENDER}"
+        assert self.address.workers
         for rank in self.address.ranks[1:]:
-            self._store.set(f"{version}/{rank}", READY)
+            self._store.set(f"{version}/{rank}", f"worker {self.address.workers.device}")
         await asyncio.to_thread(self._store.get, trainer)
-        if self._store.get(trainer) != READY:  # as it is now
+        if self._store.get(trainer) == GONE:  # as it is now
             raise EngineError(f"the trainer was not there for the weights of version {version}")
         self._is_joining = not self.has_joined
         self._is_broken_off = False

@@ -7,10 +7,8 @@ with `--worker-extension-cls sluice_worker.Weights`. Its methods are called thro
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import sys
 import traceback
-from base64 import b64decode
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -44,13 +42,13 @@ from sluice.engines.vllm_tensors import (  # noqa: E402
 )
 from sluice.errors import EngineError, SluiceError  # noqa: E402
 from sluice.weights.fingerprint import parts  # noqa: E402
+from sluice.weights.publication import Source  # noqa: E402
 
 
 class Weights:
     """Becomes a base of vLLM's worker class. What its methods give is told as `_outcome` says."""
 
-    _inlet: tuple[str, Any] = "", None
-    """What weights come through, behind what it was made of."""
+    _source: Source | None = None
     _fitting: Any = None
     """Names and shapes of those that it took last."""
 
@@ -105,6 +103,8 @@ class Weights:
         return True
 
     def _load(self, inlet: str, version: int, wants_parts: bool) -> list[Any]:
+        source = self._source = self._source or Source()
+        stream = source.inlet(inlet)
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model, came = runner.get_model(), list[Any]()
 
@@ -116,18 +116,16 @@ class Weights:
 
         other = ""
         try:
-            if inlet != self._inlet[0]:  # else it goes on with the group that it is in
-                self._inlet = inlet, pickle.loads(b64decode(inlet))
-            shapes = list(self._inlet[1].shapes(version))
+            shapes = list(stream.shapes(version))
             if shapes != self._fitting and runner.vllm_config.quant_config is None:  # else it has tensors of its own
                 other, is_certain = misfit(shapes_of(model), shapes)
                 if is_certain:
                     raise EngineError(other)
             with _whole_again(model, runner.model_config, other):
-                weights = self._inlet[1].tensors(version, runner.device, _rank())
+                weights = stream.tensors(version, runner.device, _rank())
                 runner.reload_weights(weights_iterator=noted(weights))
         except BaseException:
-            self._inlet = "", None  # with the connections of its group, so that nobody waits for this worker
+            source.drop()
             raise
         self._fitting = shapes
         _pack(model)

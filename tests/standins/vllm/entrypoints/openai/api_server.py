@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import pickle
 import sys
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from sluice.engines.vllm_tensors import Shapes, misfit
 from sluice.errors import SluiceError
 from sluice.weights.disk import DiskInlet
 from sluice.weights.fingerprint import parts
+from sluice.weights.publication import Source
 
 SAMPLER = Sampler(option("--model"), random_weights=option("--load-format") == "dummy")
-INLETS: dict[str, Any] = {}
+SOURCE = Source()
 NUMBERS = count(1)
 NAMED: dict[str, int] = {}
 """Adapters that the server tells of."""
@@ -140,10 +140,13 @@ async def collective_rpc(body: dict[str, Any]) -> tuple[int, Any]:
             return 200, {"results": [{"value": [int(option("--tensor-parallel-size", "1")), True]}]}
         case "sluice_load", [inlet, version, asked]:
             assert not SAMPLER.running.is_set()
-            if inlet not in INLETS:
-                INLETS[inlet] = pickle.loads(b64decode(inlet))
             try:
-                _load(INLETS[inlet], int(version))
+                stream = SOURCE.inlet(inlet)
+                try:
+                    _load(stream, int(version))
+                except BaseException:
+                    SOURCE.drop()
+                    raise
             except SluiceError as error:
                 return 200, {"results": [{"error": str(error)}]}
             return 200, {"results": [{"value": parts(SAMPLER.named_weights()) if asked else []}]}
