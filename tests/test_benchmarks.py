@@ -170,6 +170,7 @@ def test_trainer(run: Ran):
             assert set(result[what]) == {"rows", "packed"}
 
 
+@pytest.mark.proof
 def test_head(run: Ran):
     said = run("head", "--tokens", "64", "--vocabulary", "2048", "--hidden", "32", "--length", "16")
     sides = {result["side"]: result for result in said["results"]}

@@ -210,7 +210,7 @@ def nothing_trained(run: RunDir) -> None:
     ("spoil", "message"),
     [
         (broken_file, "cannot read .*step-000002.parquet: .*the other steps can be read when it is removed"),
-        (foreign_file, "step 2 of .*one/ledger is not as this version writes it .*environment.json"),
+        (foreign_file, "step-000002.parquet is not as this version writes it .*environment.json"),
         (no_ledger, "one has no ledger: .*`sluice sft`.*; give a run of `sluice train`"),
         (nothing_trained, "no sample of .*one was trained on in 2 steps from 1 to 2; give steps with an update"),
         (lambda run: run.config.unlink(), "one/config.yaml does not say the algorithm .FileNotFoundError.*; give a"),

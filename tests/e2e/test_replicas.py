@@ -131,6 +131,7 @@ def see_sitecustomize(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", path)
 
 
+@pytest.mark.proof
 def test_an_engine_whose_decoding_makes_no_progress_is_found_out(ready: Path, monkeypatch: pytest.MonkeyPatch):
     """Its event loop runs, and its completions do not."""
     (ready / "sitecustomize.py").write_text(
@@ -152,6 +153,7 @@ def test_an_engine_whose_decoding_makes_no_progress_is_found_out(ready: Path, mo
     assert "it got nothing of its work done for 3 s (engine.hang_timeout_s)" in died
 
 
+@pytest.mark.proof
 def test_an_engine_is_not_blamed_for_taking_weights_over(ready: Path, monkeypatch: pytest.MonkeyPatch):
     """Its unfinished completions wait meanwhile, for longer than its work may take."""
     (ready / "sitecustomize.py").write_text(
@@ -173,6 +175,7 @@ def test_an_engine_is_not_blamed_for_taking_weights_over(ready: Path, monkeypatc
     assert any(len(set(row["policy_versions"]) - {-1}) > 1 for row in rows_of(run, 2)), "none was unfinished"
 
 
+@pytest.mark.proof
 def test_an_engine_is_not_blamed_for_what_holds_up_the_trainer(ready: Path):
     """The event loop that would read its signs of life stands still for longer than they may take."""
     (ready / "slow.py").write_text(

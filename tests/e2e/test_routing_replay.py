@@ -61,7 +61,10 @@ def test_the_experts_of_every_token_are_on_record_and_replayed(ready: Path, word
 
 @pytest.mark.parametrize(
     "words",
-    [("engine.publication=disk",), ("trainer.name=fsdp", "trainer.num_ranks=2")],
+    [
+        ("engine.publication=disk",),
+        pytest.param(("trainer.name=fsdp", "trainer.num_ranks=2"), marks=pytest.mark.proof),
+    ],
     ids=["disk", "ranks"],
 )
 def test_the_bias_by_which_a_router_chooses_gets_to_the_engine(ready: Path, words: tuple[str, ...]):

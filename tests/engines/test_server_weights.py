@@ -158,7 +158,8 @@ def renamed() -> PolicyModel:
     return made
 
 
-@pytest.mark.parametrize("kind", ONE_WORKER)
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["vllm", "real vllm"])
 def test_weights_of_another_model_are_refused_and_those_of_its_own_taken_afterwards(kind: str, tmp_path: Path):
     """Those that are known not to fit, and those at which vLLM breaks off in the middle: its half of them is not left for the next ones."""
     with served(kind, tmp_path) as made:

@@ -174,7 +174,9 @@ def test_its_own_reading_of_its_weights_is_the_trainers(one: Served):
     assert one.run(one.engine.fingerprint()) == fingerprint(model(1).named_weights())
 
 
-@pytest.mark.parametrize("finish", [False, True], ids=["continue", "finish"])
+@pytest.mark.parametrize(
+    "finish", [pytest.param(False, id="continue"), pytest.param(True, id="finish", marks=pytest.mark.proof)]
+)
 def test_completions_that_live_through_a_publication(one: Served, finish: bool, monkeypatch: pytest.MonkeyPatch):
     """Each token's log-prob is that of the weights that it names; with `finish` each completion has those that it began with."""
     policies = [model(1), model(2), model(3)]
@@ -316,7 +318,7 @@ def test_a_killed_server_loses_what_it_was_asked_and_comes_back(one: Served):
         assert said.policy_versions == [1] * 190
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.proof)])
 def test_one_that_stands_still_is_killed(kind: str, tmp_path: Path):
     """SIGSTOP of its process: it answers nothing any more."""
     with served(kind, tmp_path, hang_timeout_s=2.0, step_s=0.01) as made:
@@ -637,6 +639,7 @@ def test_a_server_that_dies_as_it_goes_to_sleep_is_told_of_when_it_is_asked_next
     assert set(one.run(through()).policy_versions) == {8}
 
 
+@pytest.mark.proof
 def test_an_sglang_server_with_weights_that_nobody_published_is_not_believed(tmp_path: Path):
     """One that was started again behind its address answers with those that it was started with."""
     with served("sglang", tmp_path) as made:

@@ -420,6 +420,7 @@ def test_a_mistake_that_a_trial_finds(ready: Path, capsys: pytest.CaptureFixture
         assert part in printed, printed
 
 
+@pytest.mark.proof
 def test_a_trial_without_an_end_is_ended_and_says_where_it_was(
     ready: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -128,7 +128,7 @@ def _count_run(rundir: RunDir, steps: Sequence[int]) -> pa.Table:
         table = ledger.read_step(rundir, step, ["trained", "update", *PER_TOKEN])
         try:
             new = _sums(_loss_tokens(table), KEYS)
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        except (TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"step {step} of {rundir.ledger} is not as this version writes it ({error}); "
                 "read it with the version that environment.json names, or leave the step out with --steps"

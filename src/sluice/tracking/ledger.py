@@ -133,7 +133,7 @@ def read_step(rundir: RunDir, step: int, columns: Sequence[str] | None = None) -
         raise _broken(path, error) from None
     if missing := [name for name in columns or COLUMNS if name not in table.column_names]:
         raise DataError(
-            f"{path} has no column {missing[0]}; it was written by another version of sluice, which can read it"
+            f"{path} is not as this version writes it (it has no column {missing[0]}); read it with the version that environment.json names"
         )
     return table
 
