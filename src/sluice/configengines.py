@@ -115,7 +115,8 @@ class ServerEngine(Section):
     """Times in a run that a server is started again, or looked for again, after it was lost. One that is lost once more is given up, and
     the run ends when none is left."""
     hang_timeout_s: PositiveFloat = 300.0
-    """A server that does not answer for so long, when what computes in it is asked whether it is well, is killed and started again."""
+    """A server that does not answer for so long, when what computes in it (while weights change or it sleeps: what listens) is asked
+    whether it is well, is killed and started again."""
     start_limit_s: PositiveFloat = 900.0
     """Longest time until a server that is started answers, or one at `url` is there again."""
     num_slots: PositiveInt = 256

@@ -123,10 +123,22 @@ def is_cancelled(guest: Served) -> None:
     guest.run(cancelled())
 
 
+def takes_too_long(guest: Served) -> None:
+    """So it is lost, and not looked for any more."""
+
+    async def load(http: Any, inlet: Any, version: int) -> None:
+        raise TimeoutError("no answer within 600 s")
+
+    guest.engine._dialect.load = load
+    with pytest.raises(EngineLostError, match=r"in time \(no answer within 600 s\), and was given up"):
+        guest.publish(model(2), 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "breaks_off"),
     [
         ("vllm", is_cancelled),
+        ("vllm", takes_too_long),
         ("sglang", fails),
         in_proof("vllm", fails),
         in_proof("sglang", is_cancelled),

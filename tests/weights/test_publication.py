@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,34 @@ def test_they_meet_at_an_address_of_ipv6():
 
     whole(run())
     assert engine.fingerprint == fingerprint(trainer.named_weights())
+
+
+def test_a_publication_that_is_cancelled_tells_both_ends():
+    """An engine that waits for the trainer, in a thread or in another process, need not wait for the end of the run."""
+    model, ended = tiny_model("qwen3"), threading.Event()
+
+    class Busy(InProcessWeights):
+        async def broadcast(self, address: group.Address, version: int) -> None:
+            await asyncio.sleep(LIMIT_S)
+
+    def taken(inlet: Any) -> None:
+        with suppress(EngineError):
+            inlet.read(model, 0)
+        ended.set()
+
+    async def run() -> None:
+        publication = Broadcast(model.named_weights(), limit_s=LIMIT_S)
+        link = publication.link("engine")
+        await publication.publish(Busy(model), 0)
+        delivering = asyncio.create_task(link.deliver(0, lambda: asyncio.to_thread(taken, link.inlet)))
+        await asyncio.sleep(0.5)
+        delivering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await delivering
+        assert await asyncio.to_thread(ended.wait, LIMIT_S / 4)
+        publication.close()
+
+    whole(run())
 
 
 def test_a_dead_engine_does_not_hold_the_trainer_up():

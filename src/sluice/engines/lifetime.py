@@ -62,6 +62,7 @@ class Server:
         except BaseException:
             await self._http.close()
             raise
+        self.is_paused = True  # whoever published to it before may have left it so
 
     async def start(self, process: Child, folder: Path | None, limit_s: float) -> None:
         """Through the guard that `process` is. Raises Died when it ends before it answers, EngineError when it does not answer in time.
@@ -156,9 +157,7 @@ class Server:
             with suppress(Died):
                 await self._guard.ask(Stop(), 2 * STOP_LIMIT_S)
         elif self.is_paused:
-            with suppress(OSError, HttpError, ValueError):
-                async with asyncio.timeout(STATUS_LIMIT_S):
-                    await self._dialect.resume(self.http)
+            await _let_go_on(self._dialect, self.http)
         self.end("the engine was closed")
         await self.http.close()
 
@@ -206,6 +205,13 @@ class Servers:
             await self._start(server, folder)
         return server
 
+    async def let_go_on(self) -> None:
+        """The one at the address, if there is one, which was lost in a publication."""
+        if self._url:
+            http = HttpClient(self._url, os.environ.get(KEY_VARIABLE))
+            await _let_go_on(self._dialect, http)
+            await http.close()
+
     @property
     def starting(self) -> str:
         """What `next` does, for people."""
@@ -223,6 +229,13 @@ class Servers:
         except BaseException as error:
             raise start_failure(error, server.number, failure, self._deaths.see) from error
         server.watch(self._hang_timeout_s)
+
+
+async def _let_go_on(dialect: Dialect, http: HttpClient) -> None:
+    """With what it was asked before a publication broke off, if it hears of it."""
+    with suppress(OSError, HttpError, ValueError):
+        async with asyncio.timeout(STATUS_LIMIT_S):
+            await dialect.resume(http)
 
 
 def _no_requests(number: int, answer: Any) -> None:

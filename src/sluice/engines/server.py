@@ -63,6 +63,8 @@ class ServerEngine:
             dialect, self._deaths, url=url, launch=launch, start_limit_s=start_limit_s, hang_timeout_s=hang_timeout_s
         )
         self._server: Server | None = None
+        self._left_paused = False
+        """The last one was, when it was lost."""
         self._link: DiskLink | BroadcastLink[Any]
         """With the server that runs."""
         self._connecting, self._delivering = asyncio.Lock(), asyncio.Lock()
@@ -242,7 +244,7 @@ class ServerEngine:
             yield
         except (HttpError, OSError, ValueError) as error:
             if isinstance(error, TimeoutError):  # what answers /health need not be what computes
-                server.end("it did not carry out an order about its weights in time, and was given up")
+                server.end(f"it did not carry out an order about its weights in time ({error}), and was given up")
             refused = isinstance(error, HttpError) and error.status < 500
             if not refused and await server.is_over(error):
                 raise self._deaths.told(server.cause, server.number) from error
@@ -274,6 +276,7 @@ class ServerEngine:
     def _ended(self, server: Server) -> None:
         if server is self._server:
             self._server = None
+            self._left_paused = server.is_paused
             self._may_begin.set()  # who waits is told
         if not self._closed:
             self._deaths.keep(server.cause, server.number)
@@ -284,6 +287,8 @@ class ServerEngine:
         self._may_begin.set()  # who waits is told
         if server:
             await server.stop()
+        elif self._left_paused:
+            await self._servers.let_go_on()
         self._publication.close()
 
     def belongs_to(self, folder: Path) -> None:

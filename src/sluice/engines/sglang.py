@@ -209,7 +209,7 @@ class Sglang:
             try:
                 await http.post("/flush_cache", limit_s=STATUS_LIMIT_S)
                 return
-            except HttpError as error:
+            except (HttpError, TimeoutError) as error:  # the latter in a long step
                 if asyncio.get_running_loop().time() > limit:
                     raise TimeoutError(f"it did not empty its cache within {PUBLISH_LIMIT_S:g} s: {error}") from error
                 await asyncio.sleep(POLL_S)

@@ -20,13 +20,16 @@ def check_served(item: Item, config: TrainConfig, url: str, policy: ModelFolder)
     """Raises ConfigError for one that does not answer as ours do."""
     try:
         said = _asked(f"{url}/collective_rpc", {"method": "sluice_shapes"})
-        shapes, highest_rank = said["results"][0]["value"]
+        result = said["results"][0]
+        shapes, highest_rank = ({}, 0) if "error" in result else result["value"]
         longest = _asked(f"{url}/v1/models")["data"][0]["max_model_len"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"engine.url={url} is no vLLM server that weights can be published to, or wants another key than that in {KEY_VARIABLE} "
             f"({type(error).__name__}: {error}); start it as docs/scaling.md says"
         ) from None
+    if "error" in result:
+        raise ConfigError(f"the server at engine.url={url} cannot tell the shapes of its weights: {result['error']}")
     for name, shape in policy.shapes.items():
         if sorted(shapes.get(name, shape)) != sorted(shape):
             item.fail(

@@ -79,19 +79,25 @@ class Broadcast:
         try:
             await asyncio.wait([sending, taking], return_when=asyncio.FIRST_EXCEPTION)
             if not (sending.done() and taking.done()):
-                for rank in address.ranks:  # none need wait for another
-                    self._store.set(f"{address.prefix()}/{version}/{rank}", GONE)
-                if isinstance(inlet, ServerInlet):
-                    inlet.break_off()
+                self._break_off(inlet, version)
                 await asyncio.wait([taking])  # the process answers, or is ended at the limit
                 await asyncio.wait([sending], timeout=LAST_WORDS_S)
             errors = [error for task in (taking, sending) if task.done() and (error := task.exception())]
             if errors:
                 raise _cause(errors)
         finally:
+            if not (sending.done() and taking.done()):  # this was cancelled
+                self._break_off(inlet, version)
             for task in (sending, taking):
                 task.cancel()  # a thread that waits for a process that has ended is left to its limit
             await asyncio.gather(sending, taking, return_exceptions=True)
+
+    def _break_off(self, inlet: BroadcastInlet | ServerInlet, version: int) -> None:
+        """No end need wait for another."""
+        for rank in inlet.address.ranks if self._store else ():  # else it was closed, which all ends see
+            self._store.set(f"{inlet.address.prefix()}/{version}/{rank}", GONE)
+        if isinstance(inlet, ServerInlet):
+            inlet.break_off()
 
     async def _send(self, address: Address, version: int) -> None:
         assert self._weights is not None

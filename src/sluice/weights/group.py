@@ -121,7 +121,7 @@ class Group:
 
     def _said(self, rank: int) -> str:
         said = self.store.get(f"{self._version}/{rank}")
-        if said == GONE:
+        if said in (GONE, b""):  # nothing, where it was deleted for the next try
             end = "trainer" if rank == SENDER else "engine"
             raise EngineError(f"the {end} was not there for the weights of version {self._version}")
         return said.decode()
@@ -177,7 +177,11 @@ class Group:
         host = _own_address(self.address.host, self.address.port)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=join_limit_s)
-        made = dist.ProcessGroupGloo(store, self.rank, len(self.address.ranks), options)
+        try:
+            made = dist.ProcessGroupGloo(store, self.rank, len(self.address.ranks), options)
+        except RuntimeError:
+            self._check_awaited()
+            raise
         made.set_timeout(timedelta(seconds=self.address.limit_s))
         return made
 
@@ -274,7 +278,8 @@ class _OneMemory:
 
 
 def _drop(gloo: Any, work: Any) -> None:
-    """When its threads have nothing left to do. By looking: a thread that the end of the process finds in a wait of torch's aborts it."""
+    """Holds the group until its threads have nothing left to do. By looking: a thread that the end of the process finds in a wait of torch's
+    aborts it."""
     while not work.is_completed():
         time.sleep(LOOK_S)
 

@@ -37,6 +37,7 @@ class ServerGroup(Group):
         self.store.set("backend", "nccl" if self._by_nccl else "gloo")
 
     def join(self, device: torch.device) -> None:
+        """By torch's own names, whatever `meet` has named."""
         self._workers = self._workers or self._joined_by_torch()
 
     def _joined_by_torch(self) -> Any:

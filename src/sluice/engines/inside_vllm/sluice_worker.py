@@ -176,14 +176,14 @@ def _whole_again(model: nn.Module, config: Any, other: str) -> Generator[None]:
             info.loaded_weights.clear()
             info.load_numel = 0
         finalize_layerwise_reload(model, config)
-        if other and isinstance(error, Exception):
+        if other and isinstance(error, Exception) and not isinstance(error, SluiceError):
             raise EngineError(f"{other} ({_told(error)})") from error
         raise
 
 
 def _pack(model: nn.Module) -> None:
     """For a CPU's kernels, what vLLM packs when it has the first weights and not again: experts, and a head that has the matrix of
-    the embeddings."""
+    the embeddings. One of its own, which it does pack, is not told from that and packed twice."""
     module: Any
     for module in model.modules():
         if kernel := packing_kernel(module):

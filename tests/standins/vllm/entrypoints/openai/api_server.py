@@ -124,7 +124,8 @@ def _shapes() -> Shapes:
 def _load(inlet: Any, version: int) -> None:
     HELD.clear()
     SAMPLER.drop_adapter()
-    if complaint := misfit(_shapes(), inlet.shapes(version))[0]:
+    complaint, is_certain = misfit(_shapes(), inlet.shapes(version))
+    if is_certain:
         raise SluiceError(complaint)
     if isinstance(inlet, DiskInlet):  # where experts have other names than in the model
         SAMPLER.load(str(inlet.of(version)))
