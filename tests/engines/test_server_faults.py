@@ -31,7 +31,7 @@ LONG = sampling(150, stop_token_ids=frozenset())
 def stop_computing(made: Served) -> None:
     """What listens goes on."""
     if made.kind == "real vllm":
-        (core,) = children("spawn_main", min(server_pids(made)))
+        (core,) = children("VLLM::EngineCore", min(server_pids(made)))
         os.kill(core, signal.SIGSTOP)
     else:
         toggle(made)

@@ -117,9 +117,11 @@ async def _started(start: Start, host: str, port: int, scratch: str) -> asyncio.
     command = start.command
     words = [word.replace(HOST, host).replace(PORT, str(port)) for word in command.words]
     path = os.pathsep.join(filter(None, [command.python_path, os.environ.get("PYTHONPATH")]))
-    # what torch compiles is not to be compiled at each start
-    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    environment = {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "PYTHONPATH": path, "TMPDIR": scratch}
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": scratch}
+    # What torch compiles is not to be compiled at each start. Not the first one: vLLM cannot name its processes when that is set anew.
+    environment.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    )
     print(f"$ {' '.join(words)}", flush=True)
     try:
         return await asyncio.create_subprocess_exec(*words, env={**environment, **command.variables})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sluice.errors import EngineError, EngineGoneError, EngineLostError, first_error
+from sluice.errors import EngineError, EngineGoneError, EngineLostError, TrainingError, first_error
 from sluice.interfaces import Engine, Weights
 from sluice.tracking.metrics import Metrics, Sum
 from sluice.types import Completion, Sampling
@@ -262,7 +262,8 @@ class Router:
                 replica.state, replica.is_promised = "stale", True
             except Exception as error:
                 replica.state, replica.why = "gone", str(error)
-                self.tell("engine_died", f"{replica.name}: {error}; it is given up")
+                if not isinstance(error, TrainingError):  # which ends the run, and is no fault of the engine
+                    self.tell("engine_died", f"{replica.name}: {error}; it is given up")
             else:
                 if (
                     replica.state == "away" and version == self._version
