@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -86,30 +87,28 @@ def test_it_ends_with_its_parent_and_takes_along_what_it_started(tmp_path: Path,
     assert within(20, lambda: not any(map(running, pids)))
 
 
-def started(folder: Path, code: str, log: Path) -> Process:
-    """A child whose `serve` does that after the beginning."""
-    lines = ["import os, time", "from sluice.processes import belong_to", "def serve(fd, parent):"]
+@contextmanager
+def child(folder: Path, code: str, log: Path) -> Iterator[socket.socket]:
+    """One whose `serve` does that after the beginning; the connection to it."""
+    lines = ["import os, sys, time", "from sluice.processes import belong_to", "def serve(fd, parent):"]
     body = ["pipe = belong_to(parent, fd)", *code.splitlines()]
     (folder / "other.py").write_text("\n".join([*lines, *(f"    {line}" for line in body)]))
-    return Process("other", path=[str(folder), *sys.path], folder=str(folder), log=log, variables={})
+    process = Process("other", path=[str(folder), *sys.path], folder=str(folder), log=log, variables={})
+    try:
+        pipe = process.connect()
+        pipe.settimeout(30)
+        yield pipe
+    finally:
+        process.kill()
 
 
 def test_its_end_is_seen_though_what_it_forked_lives_on(tmp_path: Path):
-    process = started(tmp_path, "if os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(600)", tmp_path / "log")
-    try:
-        pipe = process.connect()
-        pipe.settimeout(30)
+    ends = "if os.fork():\n    os.kill(os.getpid(), 9)\ntime.sleep(600)"
+    with child(tmp_path, ends, tmp_path / "log") as pipe:
         assert pipe.recv(1) == b""
-    finally:
-        process.kill()
 
 
 def test_what_it_prints_on_a_full_disk_is_lost_and_no_error(tmp_path: Path):
-    says = 'print("x" * 5000)\nimport sys\nprint("y", file=sys.stderr)\npipe.sendall(b"well")'
-    process = started(tmp_path, says, Path("/dev/full"))
-    try:
-        pipe = process.connect()
-        pipe.settimeout(30)
+    says = 'print("x" * 5000)\nprint("y", file=sys.stderr)\npipe.sendall(b"well")'
+    with child(tmp_path, says, Path("/dev/full")) as pipe:
         assert pipe.recv(4) == b"well"
-    finally:
-        process.kill()

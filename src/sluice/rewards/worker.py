@@ -55,9 +55,8 @@ def _score(sample: bytes, rewards: Sequence[Reward], reply: Callable[[bool, Any]
     for reward in rewards:
         process = os.getpid()
         ok, result = _attempt(reward, sample)
-        if (
-            os.getpid() != process
-        ):  # a child that the reward forked came back; it can give no answer, and is not to kill its parent for that
+        # a child that the reward forked came back: it can give no answer, and is not to kill its parent for that
+        if os.getpid() != process:
             os._exit(0)
         reply(ok, result)
         if not ok:
