@@ -102,6 +102,7 @@ def test_bounds(run: Ran):
     assert all(set(result["gflops"]) == FIGURES for result in said["results"][1:])
 
 
+@pytest.mark.proof
 def test_rollout(run: Ran):
     said = run("rollout", *CASES, "--slots", "3", *TINY_LENGTHS, "--against-bound", "tiny")
     uniform, rl_like, against_bound = said["results"]

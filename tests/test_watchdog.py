@@ -215,11 +215,12 @@ def test_a_sound_run_is_left_alone_and_null_turns_it_off(workshop: Workshop, tmp
     async def turns(prompt: Prompt, policy: Any) -> Trajectory:
         messages = list(prompt.messages)
         for _ in range(6):
-            await asyncio.sleep(WARN_AFTER_S / 4)
+            await asyncio.sleep(0.3)
             messages += [await policy.respond(messages), {"role": "user", "content": "go on"}]
         return Trajectory(policy.turns)
 
-    assert told_of(workshop.run(environment=turns, num_steps=2), tmp_path, lambda told: False).messages == []
+    run = workshop.run(environment=turns, num_steps=1)
+    assert told_of(run, tmp_path, lambda told: False, warn_after_s=1.5).messages == []
     start = time.monotonic()
     stuck = workshop.run(environment=asks_then_waits)
     told = told_of(stuck, tmp_path, lambda told: time.monotonic() - start > 1.0, warn_after_s=None)

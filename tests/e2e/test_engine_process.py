@@ -147,7 +147,12 @@ DIFFERENTLY = {
 }
 """How weights are published where it is not through shared memory."""
 SLOW = {
-    *(("taking over weights", 0), ("asked for a fingerprint", 0), ("asked for a fingerprint", 2)),
+    *(
+        ("taking over weights", 0),
+        ("taking over weights", 2),
+        ("asked for a fingerprint", 0),
+        ("asked for a fingerprint", 2),
+    ),
     *(("decoding", 0), ("decoding", 2), ("starting", 2)),
 }
 """Up to a minute each."""

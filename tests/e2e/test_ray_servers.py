@@ -47,9 +47,10 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("kind", "replicas"),
-    [("vllm", 2), *(pytest.param(kind, 1, marks=pytest.mark.proof) for kind in ("sglang", "real vllm"))],
+    [("vllm", 2), ("sglang", 1), ("real vllm", 1)],
 )
 def test_it_is_the_run_with_servers_beside_the_trainer(ready: Path, cluster: tuple[str, str], kind: str, replicas: int):
     """Every column of the ledger and every metric; the server's address is the node's, and it ends with the run."""

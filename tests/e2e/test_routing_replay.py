@@ -36,7 +36,10 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     [
         (),
         (*APART, "rollout.max_staleness=1"),
-        (*APART, "trainer.name=fsdp", "trainer.num_ranks=2", "trainer.activation_checkpointing=true"),
+        pytest.param(
+            (*APART, "trainer.name=fsdp", "trainer.num_ranks=2", "trainer.activation_checkpointing=true"),
+            marks=pytest.mark.proof,
+        ),
         ("trainer.layout=rows", "algorithm.kl_coef=0.1", "algorithm.old_logprobs=recomputed"),
         pytest.param(("trainer.lora_rank=2",), marks=pytest.mark.proof),
         (*SERVER, "engine.name=vllm"),
